@@ -1,0 +1,29 @@
+# Few, plain verbs. `make demo` and `make test` are the README's two commands; both start from nothing but Python and make.
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: demo test check bench venv clean
+
+demo: venv  ## the whole product on this machine, step by step, each step verified
+	@$(VENV)/bin/python -P deploy/local/demo.py
+
+test: venv  ## every test that this machine can run
+	@$(VENV)/bin/pytest -q
+
+check: venv  ## lint and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: venv  ## the harness against Rostra and the real Consul, side by side (needs ROSTRA_SHARED)
+	@bash bench/side_by_side.sh
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,669 @@
+"""Service and check definitions, as Consul's JSON or HCL spells them, turned into rows and check specs.
+
+Called by `agent/local.py` for definitions from HTTP and from configuration files. Pure: it knows no clock, no sockets
+and no registered services, so a sidecar without a port keeps port 0 until `local.py` picks one. CamelCase in any case
+and snake_case name the same field. Maps whose keys belong to the user (meta, header, tagged addresses, proxy config)
+are taken as they are. Error texts are Consul's where it has one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rostra.agent.http.durations import SECOND, parse_duration
+from rostra.server.state.rows import ServiceRow
+from rostra.wire.errors import BadRequest
+
+INTERVAL_MIN_S = 1.0
+DEREGISTER_AFTER_MIN_S = 60.0
+TIMEOUT_DEFAULT_S = 10.0
+SCRIPT_TIMEOUT_DEFAULT_S = 30.0
+OUTPUT_BYTES_MAX = 4096
+STATUSES = ("passing", "warning", "critical")
+SIDECAR_SUFFIX = "-sidecar-proxy"
+
+_META_PAIRS_MAX = 64
+_META_KEY_MAX = 128
+_META_VALUE_MAX = 512
+_META_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class DecodeError(BadRequest):
+    """The definition has an unknown field or a value of the wrong type. HTTP adds `Request decode failed: `."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSpec:
+    """What to run, how often, and how many results it takes to change the status."""
+
+    id: str
+    name: str
+    type: str  # http | tcp | ttl | script | alias
+    status: str = "critical"  # until the first result
+    notes: str = ""
+    service_id: str = ""
+    token: str = ""
+    interval_s: float = 0.0
+    timeout_s: float = TIMEOUT_DEFAULT_S
+    ttl_s: float = 0.0
+    http: str = ""
+    method: str = ""
+    header: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    body: str = ""
+    tls_skip_verify: bool = False
+    tls_server_name: str = ""
+    tcp: str = ""
+    args: tuple[str, ...] = ()
+    alias_node: str = ""
+    alias_service: str = ""
+    success_before_passing: int = 0
+    failures_before_warning: int = 0
+    failures_before_critical: int = 0
+    deregister_after_s: float = 0.0  # 0: never
+    output_bytes_max: int = OUTPUT_BYTES_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceDefinition:
+    """One service with its checks; `sidecar` is the proxy that `connect { sidecar_service }` asked for."""
+
+    row: ServiceRow
+    checks: tuple[CheckSpec, ...]
+    token: str = ""
+    sidecar: ServiceDefinition | None = None
+    default_sidecar_checks: bool = False  # only on a sidecar: none were given, the agent's own apply
+
+
+def parse_service(raw: Any, *, node: str) -> ServiceDefinition:
+    """The service that `raw` defines for `node`. Raises DecodeError or BadRequest."""
+    fields = _Fields(raw, "")
+    definition = _read_service(fields, node)
+    fields.end()
+    return definition
+
+
+def parse_check(raw: Any) -> CheckSpec:
+    """A check registered on its own, for the node or (with ServiceID) for a service. Raises as above."""
+    fields = _Fields(raw, "")
+    name = fields.text("name")
+    check_id = fields.text("id") or fields.text("check_id") or name
+    service_id = fields.text("service_id")
+    if not name:
+        raise BadRequest("Missing check name")
+    spec = _read_check(fields, id=check_id, name=name, service_id=service_id, bad_status="Bad check status")
+    fields.end()
+    if spec is None:
+        raise BadRequest("Invalid check: TTL must be > 0 for TTL checks")
+    return spec
+
+
+def expand_sidecar_checks(sidecar: ServiceDefinition, *, listener: str, parent_id: str) -> ServiceDefinition:
+    """The sidecar with the two checks that it gets when none were given: its listener, and its service's health."""
+    sidecar_id = sidecar.row.id
+    checks = (
+        CheckSpec(
+            id=f"service:{sidecar_id}:1",
+            name="Connect Sidecar Listening",
+            type="tcp",
+            service_id=sidecar_id,
+            tcp=listener,
+            interval_s=10.0,
+        ),
+        CheckSpec(
+            id=f"service:{sidecar_id}:2",
+            name=f"Connect Sidecar Aliasing {parent_id}",
+            type="alias",
+            service_id=sidecar_id,
+            alias_service=parent_id,
+        ),
+    )
+    return replace(sidecar, checks=checks)
+
+
+def frozen(value: Any) -> Any:
+    """`value` with its lists as tuples, which is what comes back from the wire; so local and catalog rows compare."""
+    if isinstance(value, Mapping):
+        return {str(k): frozen(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(frozen(v) for v in value)
+    return value
+
+
+def _read_service(fields: _Fields, node: str) -> ServiceDefinition:
+    name = fields.text("name") or fields.text("service")
+    service_id = fields.text("id") or name
+    kind = fields.text("kind")
+    address = fields.text("address")
+    port = fields.integer("port")
+    tags = fields.texts("tags")
+    meta = fields.text_map("meta")
+    tagged_addresses = _read_tagged_addresses(fields)
+    weight_passing, weight_warning, weights_given = _read_weights(fields)
+    enable_tag_override = fields.boolean("enable_tag_override")
+    token = fields.text("token")
+    fields.ignore("namespace", "partition", "locality")
+    checks = tuple(_read_service_checks(fields, service_id, name, token))
+    proxy = _read_proxy(fields.object("proxy"))
+    connect = fields.object("connect")
+    native, sidecar_fields = False, None
+    if connect is not None:
+        native = connect.boolean("native")
+        sidecar_fields = connect.object("sidecar_service")
+        connect.end()
+
+    if not name:
+        raise BadRequest("Missing service name")
+    _check_id("service ID", service_id)
+    if address in {"0.0.0.0", "::", "[::]"}:
+        raise BadRequest("Invalid service address")
+    _check_port("Port", port)
+    if weights_given:
+        _check_weights(weight_passing, weight_warning)
+    _check_meta(meta)
+    _check_proxy(kind, port, native, proxy)
+
+    row = ServiceRow(
+        node=node,
+        id=service_id,
+        name=name,
+        address=address,
+        port=port,
+        tags=tags,
+        meta=meta,
+        tagged_addresses=tagged_addresses,
+        weight_passing=weight_passing,
+        weight_warning=weight_warning,
+        enable_tag_override=enable_tag_override,
+        kind=kind,
+        proxy=proxy,
+        native=native,
+    )
+    sidecar = _read_sidecar(sidecar_fields, row, token) if sidecar_fields is not None else None
+    return ServiceDefinition(row, checks, token, sidecar)
+
+
+def _read_sidecar(fields: _Fields, parent: ServiceRow, token: str) -> ServiceDefinition:
+    """Name, tags and meta come from the parent unless given; ID, kind and destination are the agent's to choose."""
+    if fields.text("id"):
+        raise _errors("A SidecarService cannot specify an ID as this is managed by the agent")
+    nested = fields.object("connect")
+    if nested is not None:
+        if nested.object("sidecar_service") is not None:
+            raise _errors("A SidecarService cannot have a nested SidecarService")
+        nested.boolean("native")
+        nested.end()
+    sidecar_id = parent.id + SIDECAR_SUFFIX
+    name = fields.text("name") or parent.name + SIDECAR_SUFFIX
+    kind = fields.text("kind") or "connect-proxy"
+    address = fields.text("address")
+    port = fields.integer("port")
+    tags = fields.texts("tags") or parent.tags
+    meta = fields.text_map("meta") or dict(parent.meta)
+    tagged_addresses = _read_tagged_addresses(fields)
+    weight_passing, weight_warning, weights_given = _read_weights(fields)
+    enable_tag_override = fields.boolean("enable_tag_override")
+    token = fields.text("token") or token
+    fields.ignore("namespace", "partition", "locality")
+    own_checks = fields.has("check") or fields.has("checks")
+    checks = tuple(_read_service_checks(fields, sidecar_id, name, token))
+    proxy = dict(_read_proxy(fields.object("proxy")) or {})
+    fields.end()
+
+    proxy.setdefault("destination_service_name", parent.name)
+    proxy.setdefault("destination_service_id", parent.id)
+    proxy.setdefault("local_service_address", "127.0.0.1")
+    if not proxy.get("local_service_port") and parent.port > 0:
+        proxy["local_service_port"] = parent.port
+    if address in {"0.0.0.0", "::", "[::]"}:
+        raise BadRequest("Invalid service address")
+    _check_port("Port", port)
+    if weights_given:
+        _check_weights(weight_passing, weight_warning)
+    _check_meta(meta)
+    _check_proxy(kind, port or 1, False, proxy)
+    row = ServiceRow(
+        node=parent.node,
+        id=sidecar_id,
+        name=name,
+        address=address,
+        port=port,
+        tags=tags,
+        meta=meta,
+        tagged_addresses=tagged_addresses,
+        weight_passing=weight_passing,
+        weight_warning=weight_warning,
+        enable_tag_override=enable_tag_override,
+        kind=kind,
+        proxy=proxy,
+    )
+    return ServiceDefinition(row, checks, token, None, default_sidecar_checks=not own_checks)
+
+
+def _read_service_checks(fields: _Fields, service_id: str, service_name: str, token: str) -> Iterator[CheckSpec]:
+    given: list[_Fields] = []
+    single = fields.object("check")
+    if single is not None and not single.is_empty():
+        given.append(single)
+    given.extend(fields.objects("checks"))
+    for position, check in enumerate(given, start=1):
+        default_id = f"service:{service_id}" if len(given) == 1 else f"service:{service_id}:{position}"
+        check_id = check.text("check_id") or check.text("id") or default_id
+        name = check.text("name") or f"Service '{service_name}' check"
+        check.ignore("service_id")
+        spec = _read_check(
+            check,
+            id=check_id,
+            name=name,
+            service_id=service_id,
+            bad_status="Status for checks must 'passing', 'warning', 'critical'",
+        )
+        check.end()
+        if spec is not None:
+            yield replace(spec, token=spec.token or token)
+
+
+def _read_check(fields: _Fields, *, id: str, name: str, service_id: str, bad_status: str) -> CheckSpec | None:
+    """The spec of one check object; None for an object that asks for nothing at all."""
+    status = fields.text("status")
+    notes = fields.text("notes")
+    token = fields.text("token")
+    args = fields.texts("args") or fields.texts("script_args")
+    http, tcp = fields.text("http"), fields.text("tcp")
+    method, body = fields.text("method"), fields.text("body")
+    header = fields.header("header")
+    grpc, docker = fields.text("grpc"), fields.text("docker_container_id")
+    fields.ignore("shell", "grpc_use_tls", "proxy_http", "proxy_grpc", "namespace", "partition", "type", "output")
+    interval_s, timeout_s = fields.duration("interval"), fields.duration("timeout")
+    ttl_s = fields.duration("ttl")
+    tls_skip_verify, tls_server_name = fields.boolean("tls_skip_verify"), fields.text("tls_server_name")
+    alias_node, alias_service = fields.text("alias_node"), fields.text("alias_service")
+    success_before_passing = fields.integer("success_before_passing")
+    failures_before_critical = fields.integer("failures_before_critical")
+    failures_before_warning = fields.integer("failures_before_warning") or failures_before_critical
+    deregister_after_s = fields.duration("deregister_critical_service_after")
+    output_bytes_max = fields.integer("output_max_size") or OUTPUT_BYTES_MAX
+
+    is_alias = bool(alias_node or alias_service)
+    is_periodic = bool(args or http or tcp)
+    if status and status not in STATUSES:
+        raise BadRequest(bad_status)
+    if grpc or docker:
+        raise BadRequest(f"Invalid check: {'gRPC' if grpc else 'Docker'} checks are not available")
+    if interval_s > 0 and ttl_s > 0:
+        raise BadRequest("Invalid check: Interval and TTL cannot both be specified")
+    if is_periodic and interval_s <= 0:
+        raise BadRequest("Invalid check: Interval must be > 0 for Script, HTTP, or TCP checks")
+    if is_periodic and is_alias:
+        raise BadRequest("Invalid check: Interval cannot be set for Alias checks")
+    if is_alias and ttl_s > 0:
+        raise BadRequest("Invalid check: TTL must be not be set for Alias checks")
+    if not is_periodic and not is_alias and ttl_s <= 0:
+        raise BadRequest("Invalid check: TTL must be > 0 for TTL checks")
+    if min(success_before_passing, failures_before_critical, failures_before_warning) < 0:
+        raise BadRequest("Invalid check: SuccessBeforePassing and FailuresBefore* must not be negative")
+    if failures_before_warning > failures_before_critical:
+        raise BadRequest("Invalid check: FailuresBeforeWarning can't be higher than FailuresBeforeCritical")
+    if timeout_s < 0:
+        raise BadRequest("Invalid check: Timeout must not be negative")
+    if output_bytes_max < 1:
+        raise BadRequest("Invalid check: OutputMaxSize must be positive")
+    _check_id("check ID", id)
+
+    kind = "http" if http else "ttl" if ttl_s else "tcp" if tcp else "alias" if is_alias else "script"
+    default_timeout_s = SCRIPT_TIMEOUT_DEFAULT_S if kind == "script" else TIMEOUT_DEFAULT_S
+    return CheckSpec(
+        id=id,
+        name=name,
+        type=kind,
+        status=status or "critical",
+        notes=notes,
+        service_id=service_id,
+        token=token,
+        interval_s=max(interval_s, INTERVAL_MIN_S) if is_periodic else 0.0,
+        timeout_s=timeout_s or default_timeout_s,
+        ttl_s=ttl_s,
+        http=http,
+        method=method,
+        header=header,
+        body=body,
+        tls_skip_verify=tls_skip_verify,
+        tls_server_name=tls_server_name,
+        tcp=tcp,
+        args=args,
+        alias_node=alias_node,
+        alias_service=alias_service,
+        success_before_passing=success_before_passing,
+        failures_before_warning=failures_before_warning,
+        failures_before_critical=failures_before_critical,
+        deregister_after_s=max(deregister_after_s, DEREGISTER_AFTER_MIN_S) if deregister_after_s > 0 else 0.0,
+        output_bytes_max=min(output_bytes_max, OUTPUT_BYTES_MAX),
+    )
+
+
+def _read_proxy(fields: _Fields | None) -> dict[str, Any] | None:
+    """The proxy part of a row: snake_case keys, empty ones left out, upstreams with their defaults filled in."""
+    if fields is None:
+        return None
+    proxy = {
+        "destination_service_name": fields.text("destination_service_name"),
+        "destination_service_id": fields.text("destination_service_id"),
+        "local_service_address": fields.text("local_service_address"),
+        "local_service_port": fields.integer("local_service_port"),
+        "mode": fields.text("mode"),
+        "config": frozen(fields.free_map("config")),
+        "upstreams": tuple(_read_upstream(upstream) for upstream in fields.objects("upstreams")),
+        "mesh_gateway": _mode_map(fields.object("mesh_gateway")),
+        "expose": frozen(fields.free_map("expose")),
+    }
+    fields.end()
+    _check_port("Proxy.LocalServicePort", proxy["local_service_port"])
+    return {key: value for key, value in proxy.items() if value}
+
+
+def _read_upstream(fields: _Fields) -> dict[str, Any]:
+    upstream = {
+        "destination_type": fields.text("destination_type") or "service",
+        "destination_namespace": fields.text("destination_namespace"),
+        "destination_name": fields.text("destination_name"),
+        "datacenter": fields.text("datacenter"),
+        "local_bind_address": fields.text("local_bind_address"),
+        "local_bind_port": fields.integer("local_bind_port"),
+        "config": frozen(fields.free_map("config")),
+        "mesh_gateway": _mode_map(fields.object("mesh_gateway")),
+    }
+    fields.end()
+    return {key: value for key, value in upstream.items() if value}
+
+
+def _mode_map(fields: _Fields | None) -> dict[str, str]:
+    if fields is None:
+        return {}
+    mode = fields.text("mode")
+    fields.end()
+    return {"mode": mode} if mode else {}
+
+
+def _read_tagged_addresses(fields: _Fields) -> dict[str, dict[str, Any]]:
+    addresses: dict[str, dict[str, Any]] = {}
+    for name, value in fields.free_map("tagged_addresses").items():
+        entry = _Fields(value, f"TaggedAddresses.{name}.")
+        addresses[name] = {"address": entry.text("address"), "port": entry.integer("port")}
+        entry.end()
+    return addresses
+
+
+def _read_weights(fields: _Fields) -> tuple[int, int, bool]:
+    weights = fields.object("weights")
+    if weights is None:
+        return 1, 1, False
+    passing, warning = weights.integer("passing"), weights.integer("warning")
+    weights.end()
+    return passing, warning, True
+
+
+def _check_weights(passing: int, warning: int) -> None:
+    if passing < 1:
+        raise BadRequest("Invalid Weights: Passing must be greater than 0")
+    if warning < 0:
+        raise BadRequest("Invalid Weights: Warning must be greater or equal than 0")
+    if passing > 65535 or warning > 65535:
+        raise BadRequest("Invalid Weights: DNS Weight must be between 0 and 65535")
+
+
+def _check_meta(meta: Mapping[str, str]) -> None:
+    if len(meta) > _META_PAIRS_MAX:
+        raise BadRequest(
+            f"Invalid Service Meta: Node metadata cannot contain more than {_META_PAIRS_MAX} key/value pairs"
+        )
+    for key, value in meta.items():
+        problem = _meta_problem(key, value)
+        if problem:
+            raise BadRequest(f"Invalid Service Meta: Couldn't load metadata pair ('{key}', '{value}'): {problem}")
+
+
+def _meta_problem(key: str, value: str) -> str:
+    if not key:
+        return "Key cannot be blank"
+    if not _META_KEY.fullmatch(key):
+        return "Key contains invalid characters"
+    if len(key) > _META_KEY_MAX:
+        return f"Key is too long (limit: {_META_KEY_MAX} characters)"
+    if key.startswith("consul-"):
+        return "Key prefix 'consul-' is reserved for internal use"
+    if len(value) > _META_VALUE_MAX:
+        return f"Value is too long (limit: {_META_VALUE_MAX} characters)"
+    return ""
+
+
+def _check_proxy(kind: str, port: int, native: bool, proxy: Mapping[str, Any] | None) -> None:
+    if kind != "connect-proxy":
+        return
+    problems: list[str] = []
+    proxy = proxy or {}
+    if not str(proxy.get("destination_service_name", "")).strip():
+        problems.append("Proxy.DestinationServiceName must be non-empty for Connect proxy services")
+    elif proxy["destination_service_name"] == "*":
+        problems.append("Proxy.DestinationServiceName must not be a wildcard for Connect proxy services")
+    if port == 0:
+        problems.append("Port must be set for a Connect proxy")
+    if native:
+        problems.append("A Proxy cannot also be Connect Native, only typical services")
+    listeners: set[str] = set()
+    destinations: set[tuple[str, str, str]] = set()
+    for upstream in proxy.get("upstreams", ()):
+        problems.extend(_upstream_problems(upstream, listeners, destinations))
+    if problems:
+        raise _errors(*problems)
+
+
+def _upstream_problems(
+    upstream: Mapping[str, Any], listeners: set[str], destinations: set[tuple[str, str, str]]
+) -> Iterator[str]:
+    kind, name = upstream["destination_type"], upstream.get("destination_name", "")
+    port = upstream.get("local_bind_port", 0)
+    if kind not in {"service", "prepared_query"}:
+        yield f'unknown upstream destination type: "{kind}"'
+        return
+    if not name:
+        yield "upstream destination name cannot be empty"
+        return
+    if name == "*":
+        yield "upstream destination name cannot be a wildcard"
+        return
+    if port == 0:
+        yield "upstream local bind port cannot be zero"
+        return
+    if not 0 < port <= 65535:
+        yield f"upstream local bind port {port} is not between 1 and 65535"
+        return
+    listener = join_host_port(upstream.get("local_bind_address") or "127.0.0.1", port)
+    if listener in listeners:
+        yield f'upstreams cannot contain duplicates by local bind address and port; "{listener}" is specified twice'
+    listeners.add(listener)
+    destination = (kind, name, upstream.get("datacenter", ""))
+    if destination in destinations:
+        yield (
+            f'upstreams cannot contain duplicates of [type="{kind}", name="{name}", '
+            f'namespace="", datacenter="{destination[2]}"]'
+        )
+    destinations.add(destination)
+
+
+def join_host_port(host: str, port: int) -> str:
+    """`host:port`, with the brackets that an IPv6 address needs."""
+    try:
+        is_v6 = ipaddress.ip_address(host).version == 6
+    except ValueError:
+        is_v6 = False
+    return f"[{host}]:{port}" if is_v6 else f"{host}:{port}"
+
+
+def _check_port(name: str, port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise BadRequest(f"Invalid {name}: {port} is not between 0 and 65535")
+
+
+def _check_id(what: str, value: str) -> None:
+    if len(value) > 512 or any(ord(c) < 32 or ord(c) == 127 for c in value):
+        raise BadRequest(f"Invalid {what}: at most 512 characters, none of them a control character")
+
+
+def _errors(*problems: str) -> BadRequest:
+    """Several problems in the shape that Consul's clients show."""
+    head = "1 error occurred:" if len(problems) == 1 else f"{len(problems)} errors occurred:"
+    return BadRequest("\n".join([head, *(f"\t* {problem}" for problem in problems)]) + "\n\n")
+
+
+def _fold(key: str) -> str:
+    return key.replace("_", "").lower()
+
+
+_JSON_NAMES = {
+    str: "string",
+    bool: "bool",
+    int: "number",
+    float: "number",
+    list: "array",
+    tuple: "array",
+    dict: "object",
+}
+
+
+class _Fields:
+    """The fields of one object: each is taken by its name once, and `end` refuses what nobody took."""
+
+    __slots__ = ("_left", "_path")
+
+    def __init__(self, raw: Any, path: str) -> None:
+        if isinstance(raw, list | tuple) and len(raw) == 1:  # an HCL block
+            raw = raw[0]
+        if not isinstance(raw, Mapping):
+            kind = _JSON_NAMES.get(type(raw), "null")
+            raise DecodeError(
+                f"json: cannot unmarshal {kind} into {path.rstrip('.') or 'a definition'}: an object is needed"
+            )
+        self._path = path
+        self._left: dict[str, tuple[str, Any]] = {_fold(str(k)): (str(k), v) for k, v in raw.items()}
+
+    def is_empty(self) -> bool:
+        return not any(value not in (None, "", [], {}, (), 0, False) for _, value in self._left.values())
+
+    def has(self, name: str) -> bool:
+        found = self._left.get(_fold(name))
+        return found is not None and found[1] is not None
+
+    def ignore(self, *names: str) -> None:
+        for name in names:
+            self._left.pop(_fold(name), None)
+
+    def end(self) -> None:
+        for given, _ in self._left.values():
+            raise DecodeError(f'json: unknown field "{self._path}{given}"')
+
+    def text(self, name: str) -> str:
+        value = self._take(name)
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+        raise self._wrong(name, value, "string")
+
+    def integer(self, name: str) -> int:
+        value = self._take(name)
+        if value is None:
+            return 0
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        raise self._wrong(name, value, "int")
+
+    def boolean(self, name: str) -> bool:
+        value = self._take(name)
+        if value is None:
+            return False
+        if isinstance(value, bool):
+            return value
+        raise self._wrong(name, value, "bool")
+
+    def duration(self, name: str) -> float:
+        """Seconds. A number is nanoseconds, as Go writes its durations."""
+        value = self._take(name)
+        if value is None or value == "":
+            return 0.0
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value) / SECOND
+        if not isinstance(value, str):
+            raise self._wrong(name, value, "duration")
+        try:
+            return parse_duration(value) / SECOND
+        except ValueError as error:
+            raise DecodeError(str(error)) from None
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self._take(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple):
+            raise self._wrong(name, value, "[]string")
+        for item in value:
+            if not isinstance(item, str):
+                raise self._wrong(name, item, "string")
+        return tuple(value)
+
+    def text_map(self, name: str) -> dict[str, str]:
+        pairs = self.free_map(name)
+        for value in pairs.values():
+            if not isinstance(value, str):
+                raise self._wrong(name, value, "string")
+        return pairs
+
+    def header(self, name: str) -> dict[str, tuple[str, ...]]:
+        header: dict[str, tuple[str, ...]] = {}
+        for key, value in self.free_map(name).items():
+            values = (value,) if isinstance(value, str) else value
+            if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+                raise self._wrong(name, value, "[]string")
+            if any(c in text for text in (key, *values) for c in "\r\n"):
+                raise DecodeError(f"json: a line break in {self._path}Header")
+            header[key] = tuple(values)
+        return header
+
+    def free_map(self, name: str) -> dict[str, Any]:
+        """A map whose keys belong to the user."""
+        value = self._take(name)
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise self._wrong(name, value, "map")
+        return {str(k): v for k, v in value.items()}
+
+    def object(self, name: str) -> _Fields | None:
+        given, value = self._left.pop(_fold(name), (name, None))
+        if value is None or value == []:
+            return None
+        return _Fields(value, f"{self._path}{given}.")
+
+    def objects(self, name: str) -> list[_Fields]:
+        given, value = self._left.pop(_fold(name), (name, None))
+        if value is None:
+            return []
+        if isinstance(value, Mapping):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise self._wrong(name, value, "array")
+        return [_Fields(item, f"{self._path}{given}.") for item in value if item is not None]
+
+    def _take(self, name: str) -> Any:
+        return self._left.pop(_fold(name), (name, None))[1]
+
+    def _wrong(self, name: str, value: Any, wanted: str) -> DecodeError:
+        field_name = "".join(word.capitalize() for word in name.split("_"))
+        kind = _JSON_NAMES.get(type(value), type(value).__name__)
+        return DecodeError(f"json: cannot unmarshal {kind} into field {self._path}{field_name} of type {wanted}")

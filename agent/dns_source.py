@@ -1,0 +1,219 @@
+"""The catalog as DNS sees it: `dns.source.Source` on the agent's shared watches.
+
+One watch tells which services exist, one the nodes, and one per service asked for tells its instances. Rows that did
+not change are not converted again, and the first conversion of a large service is done in slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rostra.dns.source import Instance, Node, NodesView, Status, pack_address
+from rostra.server.state.catalog import Nodes, ServiceNames
+from rostra.server.state.health import ServiceInstances
+from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
+from rostra.wire.errors import RostraError
+
+if TYPE_CHECKING:
+    from rostra.agent.results import Live, Results
+
+SLICE_ROWS = 100
+
+
+class CatalogSource:
+    """`start()` begins to watch, `close()` ends it. `token` is the agent's DNS token."""
+
+    def __init__(self, results: Results, *, datacenter: str = "dc1", token: str = "") -> None:
+        self._results = results
+        self._datacenter = datacenter
+        self._token = token
+        self._names: Live | None = None
+        self._spelling: _Spelling | None = None
+        self._nodes: _Nodes | None = None
+        self._removers: list[Callable[[], None]] = []
+
+    def start(self) -> None:
+        if self._names is not None:
+            return
+        names = self._names = self._results.live(ServiceNames(), token=self._token)
+        nodes = self._results.live(Nodes(), token=self._token)
+        self._spelling = _Spelling(names)
+        self._nodes = _Nodes(nodes, self._datacenter)
+        self._removers = [live.on_change(_nothing) for live in (names, nodes)]  # held: they are always in use
+
+    def close(self) -> None:
+        for remove in self._removers:
+            remove()
+        self._removers.clear()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._names is not None and self._names.is_ready
+
+    @property
+    def age_s(self) -> float:
+        return self._names.age_s if self._names is not None else 0.0
+
+    @property
+    def nodes(self) -> NodesView:
+        if self._nodes is None:
+            raise RuntimeError("CatalogSource.start() was not called")
+        return self._nodes
+
+    def service(self, name: str) -> _Service | None:
+        if self._spelling is None or not self._spelling.all_of(name):
+            return None
+        # The query pays no regard to case either, so one watch covers every spelling.
+        return _Service(self._results.live(ServiceInstances(name), token=self._token), self._datacenter)
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Spelling:
+    """The keys of a watch by their lower-case form. Nearly all keys are lower case, so only the others are kept."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._version = -1
+        self._known: set[Any] = set()
+        self._others: dict[str, list[str]] = {}
+
+    def all_of(self, lower: str) -> list[str]:
+        live = self._live
+        if self._version != live.version:
+            self._update()
+        exact = [lower] if lower in live.rows else []
+        return exact + self._others[lower] if lower in self._others else exact
+
+    def _update(self) -> None:
+        keys = self._live.rows.keys()
+        if any(_is_other(key) for key in keys ^ self._known):
+            self._others = {}
+            for key in filter(_is_other, keys):
+                self._others.setdefault(str(key).lower(), []).append(str(key))
+        self._known = set(keys)
+        self._version = self._live.version
+
+
+def _is_other(key: Any) -> bool:
+    return bool(key != key.lower())
+
+
+class _Nodes:
+    def __init__(self, live: Live, datacenter: str) -> None:
+        self._live = live
+        self._datacenter = datacenter
+        self._spelling = _Spelling(live)
+        self._by_address: dict[bytes, str] = {}
+        self._version = -1
+
+    @property
+    def is_ready(self) -> bool:
+        return self._live.is_ready
+
+    async def ready(self, timeout_s: float) -> bool:
+        return await _is_ready(self._live, timeout_s)
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._live.on_change(callback)
+
+    def get(self, name: str) -> Node | None:
+        found = self._spelling.all_of(name)
+        if not found:
+            return None
+        row = NodeRow(*self._live.rows[found[0]])
+        return Node(row.name, row.datacenter or self._datacenter, row.address, row.meta)
+
+    def by_address(self, ip: bytes) -> Node | None:
+        if self._version != self._live.version:
+            rows = (NodeRow(*row) for row in self._live.rows.values())
+            self._by_address = {pack_address(row.address): row.name.lower() for row in rows}
+            self._version = self._live.version
+        name = self._by_address.get(ip)
+        return self.get(name) if name else None
+
+
+class _Service:
+    """The instances of one service."""
+
+    def __init__(self, live: Live, datacenter: str) -> None:
+        self._live = live
+        self._datacenter = datacenter
+        self._made: dict[Any, tuple[Any, Instance]] = {}
+        self._version = -1
+        self._instances: list[Instance] = []
+        self._is_sliced = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self._live.is_ready and (self._is_sliced or len(self._live.rows) <= SLICE_ROWS)
+
+    async def ready(self, timeout_s: float) -> bool:
+        if not await _is_ready(self._live, timeout_s):
+            return False
+        for at, (key, row) in enumerate(list(self._live.rows.items()), 1):
+            self._convert(key, row)
+            if at % SLICE_ROWS == 0:
+                await asyncio.sleep(0)
+        self._is_sliced = True
+        return True
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._live.on_change(callback)
+
+    def instances(self) -> Sequence[Instance]:
+        live = self._live
+        if self._version != live.version or not self._is_sliced:
+            old, self._made = self._made, {}
+            for key, row in live.rows.items():
+                known = old.get(key)
+                if known is not None and known[0] is row:
+                    self._made[key] = known
+                else:
+                    self._convert(key, row)
+            self._instances = [instance for _, instance in self._made.values()]
+            self._version = live.version
+            self._is_sliced = True
+        return self._instances
+
+    def _convert(self, key: Any, row: Any) -> None:
+        self._made[key] = (row, make_instance(row, self._datacenter))
+
+
+def make_instance(row: Any, datacenter: str) -> Instance:
+    """An instance from a row of `health.service`: (node, service, checks of both)."""
+    node, service = NodeRow(*row[0]), ServiceRow(*row[1])
+    return Instance(
+        node.name,
+        node.datacenter or datacenter,
+        node.address,
+        address=service.address,
+        port=service.port,
+        tags=service.tags,
+        status=worst_status(row[2]),
+        weight_passing=service.weight_passing,
+        weight_warning=service.weight_warning,
+    )
+
+
+_STATUS_AT = CheckRow._fields.index("status")
+
+
+def worst_status(checks: Sequence[Sequence[Any]]) -> Status:
+    """Critical if any check is, else warning if any is, else passing. An unknown status counts as critical."""
+    found = {check[_STATUS_AT] for check in checks}
+    if found <= {"passing"}:
+        return "passing"
+    return "warning" if found <= {"passing", "warning"} else "critical"
+
+
+async def _is_ready(live: Live, timeout_s: float) -> bool:
+    """Whether it arrived in time; a refusal (a token without the right) counts as not."""
+    try:
+        return await live.ready(timeout_s)
+    except RostraError:
+        return live.is_ready

@@ -1,0 +1,614 @@
+"""`/v1/agent/`: this node's own services, checks, maintenance, leaves and proxies, and what the agent says of itself.
+
+Statuses and texts are Consul's 1.8, also where they are odd: deregistering what is not there succeeds, a check that is
+no TTL check is a 500. Long polls on one service or one proxy wait for another content hash (`?hash=`), the leaf for
+another index. Parts that have no field in `Agent` hang in `agent.parts`: `proxies` (ProxyConfigs), `default_allow`, and
+the coroutine functions `leave()`, `reload()`, `join(address)`, `force_leave(node)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from rostra import CONSUL_API_VERSION, __version__
+from rostra.acl.identity import BadIdentity, ServiceIdentity, parse
+from rostra.acl.intention import Intention, decide
+from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, aggregate
+from rostra.agent.context import Agent
+from rostra.agent.definition import STATUSES, DecodeError
+from rostra.agent.http.durations import SECOND, format_duration, parse_duration
+from rostra.agent.http.errors import HttpError
+from rostra.agent.http.fields import Fields
+from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
+from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
+from rostra.agent.local import LocalAgent, ScriptsDisabled
+from rostra.agent.proxycfg import ProxyConfigs
+from rostra.server.state.ca import Roots
+from rostra.server.state.cluster import Members
+from rostra.server.state.intention import IntentionsFor
+from rostra.server.state.rows import IntentionRow, MemberRow, ServiceRow
+from rostra.wire.errors import BadRequest, NoLeader, NotFound, RostraError
+
+Json = dict[str, Any]
+
+HASH_WAIT_DEFAULT_S = 300.0
+WAIT_MAX_S = 600.0
+_ASK_SERVERS_S = 1.0  # how long /self waits for what only servers know
+_MEMBER_STATUS = {"alive": 1, "leaving": 2, "left": 3, "failed": 4}
+_HEALTH_STATUS = {PASSING: 200, WARNING: 429, CRITICAL: 503, MAINTENANCE: 503}
+
+
+# -- registration -------------------------------------------------------------------------------------------------
+
+
+async def register_service(request: Request, agent: Agent) -> Response:
+    await _changed(
+        _local(agent).register_service(
+            request.json_object(),
+            replace_existing_checks=request.query.flag("replace-existing-checks"),
+            token=request.token,
+        )
+    )
+    return Response()
+
+
+async def deregister_service(request: Request, agent: Agent) -> Response:
+    service_id = request.params["id"]
+    if not service_id:
+        raise HttpError(500, "ServiceID missing")
+    try:
+        await _local(agent).deregister_service(service_id)
+    except NotFound:
+        pass
+    return Response()
+
+
+async def register_check(request: Request, agent: Agent) -> Response:
+    await _changed(_local(agent).register_check(request.json_object(), token=request.token))
+    return Response()
+
+
+async def deregister_check(request: Request, agent: Agent) -> Response:
+    check_id = request.params["id"]
+    if not check_id:
+        raise HttpError(500, "CheckID missing")
+    try:
+        await _local(agent).deregister_check(check_id)
+    except NotFound:
+        pass
+    return Response()
+
+
+async def pass_check(request: Request, agent: Agent) -> Response:
+    return await _set_ttl(agent, request.params["id"], PASSING, request.query.get("note"))
+
+
+async def warn_check(request: Request, agent: Agent) -> Response:
+    return await _set_ttl(agent, request.params["id"], WARNING, request.query.get("note"))
+
+
+async def fail_check(request: Request, agent: Agent) -> Response:
+    return await _set_ttl(agent, request.params["id"], CRITICAL, request.query.get("note"))
+
+
+async def update_check(request: Request, agent: Agent) -> Response:
+    fields = Fields(request.json_object())
+    status = fields.text("Status")
+    if status not in STATUSES:
+        raise BadRequest(f"Invalid check status: '{status}'")
+    return await _set_ttl(agent, request.params["id"], status, fields.text("Output"))
+
+
+async def _set_ttl(agent: Agent, check_id: str, status: str, output: str) -> Response:
+    try:
+        await _local(agent).set_ttl_status(check_id, status, output)
+    except NotFound as error:
+        raise HttpError(500, error.message) from None
+    return Response()
+
+
+async def service_maintenance(request: Request, agent: Agent) -> Response:
+    service_id = request.require("id", "Missing service ID")
+    enable = _enable(request)
+    await _local(agent).service_maintenance(service_id, enable, request.query.get("reason"), token=request.token)
+    return Response()
+
+
+async def node_maintenance(request: Request, agent: Agent) -> Response:
+    await _local(agent).node_maintenance(_enable(request), request.query.get("reason"), token=request.token)
+    return Response()
+
+
+def _enable(request: Request) -> bool:
+    if not request.query.has("enable"):
+        raise BadRequest("Missing value for enable")
+    value = request.query.get("enable")
+    if value not in ("1", "t", "T", "true", "True", "TRUE", "0", "f", "F", "false", "False", "FALSE"):
+        raise BadRequest(f'Invalid value for enable: "{value}"')
+    return value[0] in "1tT"
+
+
+async def _changed(change: Awaitable[None]) -> None:
+    try:
+        await change
+    except DecodeError as error:
+        raise BadRequest(f"Request decode failed: {error.message}") from None
+    except (ScriptsDisabled, NotFound) as error:
+        raise HttpError(500, error.message) from None
+
+
+# -- what is registered -------------------------------------------------------------------------------------------
+
+
+async def services(request: Request, agent: Agent) -> Response:
+    _no_filter(request)
+    local = _local(agent)
+    return json_response({i: service_json(local.services[i].row) for i in sorted(local.services)})
+
+
+async def service(request: Request, agent: Agent) -> Response:
+    """One service; with `?hash=` it waits until the service differs from what had that hash."""
+    local, service_id = _local(agent), request.params["id"]
+
+    def now() -> tuple[Json, str]:
+        found = local.services.get(service_id)
+        if found is None:
+            raise NotFound(f"unknown service ID: {service_id}")
+        return _hashed_service(found.row)
+
+    shown, digest = now()
+    known = request.query.get("hash")
+    if known and known == digest:
+        changed = asyncio.Event()
+        remove = local.on_change(changed.set)
+        try:
+            async with asyncio.timeout(_wait_s(request)):
+                while digest == known:
+                    await changed.wait()
+                    changed.clear()
+                    shown, digest = now()
+        except TimeoutError:
+            pass
+        finally:
+            remove()
+    return json_response(shown, headers={"X-Consul-ContentHash": digest})
+
+
+async def checks(request: Request, agent: Agent) -> Response:
+    _no_filter(request)
+    local = _local(agent)
+    return json_response({i: check_json(local.checks[i].row) for i in sorted(local.checks)})
+
+
+async def health_by_id(request: Request, agent: Agent) -> Response:
+    local = _local(agent)
+    service_id = request.require("id", "Missing serviceID")
+    if service_id not in local.services:
+        reason = f"ServiceId {service_id} not found"
+        if _wants_text(request):
+            return text_response(reason, status=404, headers={"X-Consul-Reason": reason})
+        empty = {"AggregatedStatus": CRITICAL, "Service": None, "Checks": None}
+        return json_response(empty, status=404, headers={"X-Consul-Reason": reason})
+    shown = _health_json(local, service_id)
+    return _health_response(request, shown["AggregatedStatus"], shown)
+
+
+async def health_by_name(request: Request, agent: Agent) -> Response:
+    local = _local(agent)
+    name = request.require("name", "Missing service Name")
+    shown = [_health_json(local, i) for i in sorted(local.services) if local.services[i].row.name == name]
+    if not shown:
+        reason = f"ServiceName {name} Not Found"
+        if _wants_text(request):
+            return text_response(reason, status=404, headers={"X-Consul-Reason": reason})
+        return json_response([], status=404, headers={"X-Consul-Reason": reason})
+    order = (PASSING, WARNING, CRITICAL, MAINTENANCE)
+    return _health_response(request, max((s["AggregatedStatus"] for s in shown), key=order.index), shown)
+
+
+def _health_json(local: LocalAgent, service_id: str) -> Json:
+    rows = [c.row for c in local.checks.values() if c.row.service_id in ("", service_id)]
+    return {
+        "AggregatedStatus": aggregate(rows),
+        "Service": service_json(local.services[service_id].row),
+        "Checks": [check_json(row) for row in rows],
+    }
+
+
+def _health_response(request: Request, status: str, shown: Any) -> Response:
+    code, headers = _HEALTH_STATUS[status], {"X-Consul-Reason": status}
+    if _wants_text(request):
+        return Response(code, status.encode(), {"Content-Type": "text/plain", **headers})
+    return json_response(shown, status=code, headers=headers)
+
+
+def _wants_text(request: Request) -> bool:
+    return request.query.get("format") == "text"
+
+
+def service_json(row: ServiceRow) -> Json:
+    """A service as the agent shows its own: no indexes, and the proxy part of proxies only."""
+    out: Json = {"Kind": row.kind} if row.kind else {}
+    out |= {
+        "ID": row.id,
+        "Service": row.name,
+        "Tags": row.tags,
+        "Meta": row.meta,
+        "Port": row.port,
+        "Address": row.address,
+    }
+    if row.tagged_addresses:
+        out["TaggedAddresses"] = tagged_json(row.tagged_addresses)
+    out |= {
+        "Weights": {"Passing": row.weight_passing, "Warning": row.weight_warning},
+        "EnableTagOverride": row.enable_tag_override,
+    }
+    if row.kind:
+        out["Proxy"] = proxy_json(row.proxy)
+        for upstream in out["Proxy"].get("Upstreams") or ():
+            if not upstream.get("Datacenter"):
+                upstream.pop("Datacenter", None)
+    if row.native:
+        out["Connect"] = {"Native": True}
+    return out
+
+
+def _hashed_service(row: ServiceRow) -> tuple[Json, str]:
+    shown = service_json(row)
+    digest = hashlib.blake2b(dump_json(shown), digest_size=8).hexdigest()
+    return {**shown, "ContentHash": digest}, digest
+
+
+# -- the agent and its cluster ------------------------------------------------------------------------------------
+
+
+async def self_(request: Request, agent: Agent) -> Response:
+    config = agent.config
+    is_server = bool(getattr(config, "server", False) or getattr(config, "dev", False))
+    row = await _own_member(agent, is_server)
+    ttl_min_ns = int(float(getattr(config, "session_ttl_min_s", 10.0)) * SECOND)
+    return json_response(
+        {
+            "Config": {
+                "Datacenter": agent.datacenter,
+                "NodeName": agent.node_name,
+                "NodeID": agent.node_id,
+                "Revision": "",
+                "Server": is_server,
+                "Version": CONSUL_API_VERSION,
+                "SessionTTLMin": ttl_min_ns,
+            },
+            "DebugConfig": _debug_config(agent, is_server, ttl_min_ns),
+            "Coord": {"Vec": [0, 0, 0, 0, 0, 0, 0, 0], "Error": 1.5, "Adjustment": 0, "Height": 1e-05},
+            "Member": member_json(row, agent.datacenter),
+            "Stats": await _stats(agent, is_server),
+            "Meta": dict(getattr(config, "node_meta", None) or {}),
+        }
+    )
+
+
+async def members(request: Request, agent: Agent) -> Response:
+    live = agent.results.live(Members())
+    if not await live.ready(5.0):
+        raise NoLeader
+    return json_response([member_json(MemberRow(*live.rows[key]), agent.datacenter) for key in live.keys])
+
+
+async def version(request: Request, agent: Agent) -> Response:
+    return json_response(
+        {"SHA": "", "BuildDate": "0001-01-01T00:00:00Z", "HumanVersion": CONSUL_API_VERSION, "Rostra": __version__}
+    )
+
+
+async def metrics(request: Request, agent: Agent) -> Response:
+    if request.query.get("format") == "prometheus":
+        text = agent.metrics.to_prometheus()
+        return Response(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+    return json_response(agent.metrics.to_json())
+
+
+async def host(request: Request, agent: Agent) -> Response:
+    data_dir = str(getattr(agent.config, "data_dir", "") or "/")
+    return json_response(await asyncio.to_thread(_host, data_dir))
+
+
+def member_json(row: MemberRow, datacenter: str) -> Json:
+    is_server = row.role == "server"
+    tags = {
+        "acls": "0",
+        "build": f"{CONSUL_API_VERSION}:",
+        "dc": datacenter,
+        "id": row.node_id,
+        "role": "consul" if is_server else "node",
+        "segment": "",
+        "vsn": "2",
+        "vsn_max": "3",
+        "vsn_min": "2",
+    }
+    if is_server:
+        tags |= {"ft_fs": "1", "port": str(row.rpc_port), "raft_vsn": "3"}
+    return {
+        "Name": row.name,
+        "Addr": row.address,
+        "Port": row.serf_port,
+        "Tags": dict(sorted(tags.items())),
+        "Status": _MEMBER_STATUS.get(row.status, 0),
+        "ProtocolMin": 1,
+        "ProtocolMax": 5,
+        "ProtocolCur": 2,
+        "DelegateMin": 2,
+        "DelegateMax": 5,
+        "DelegateCur": 4,
+    }
+
+
+async def _own_member(agent: Agent, is_server: bool) -> MemberRow:
+    """From the members if they are known already; what the agent knows of itself otherwise."""
+    live = agent.results.live(Members())
+    try:
+        if await live.ready(_ASK_SERVERS_S) and agent.node_name in live.rows:
+            return MemberRow(*live.rows[agent.node_name])
+    except RostraError:
+        pass
+    address = str(getattr(agent.config, "advertise_addr", "") or "")
+    return MemberRow(agent.node_name, agent.node_id, "server" if is_server else "client", address, "")
+
+
+async def _stats(agent: Agent, is_server: bool) -> Json:
+    local = agent.local
+    types = [c.row.type for c in local.checks.values()] if local is not None else []
+    leader = ""
+    raft: Json = {}
+    try:
+        leader = await agent.servers.act("status.leader", {}, timeout_s=_ASK_SERVERS_S) or ""
+        raft = await agent.servers.act("server.metrics", {}, timeout_s=_ASK_SERVERS_S) or {}
+    except (RostraError, TimeoutError):
+        pass
+    own = str(getattr(agent.config, "advertise_addr", "") or "")
+    stats = {
+        "agent": {
+            "check_monitors": str(types.count("script")),
+            "check_ttls": str(types.count("ttl")),
+            "checks": str(len(types)),
+            "services": str(len(local.services)) if local is not None else "0",
+        },
+        "build": {"prerelease": "", "revision": "", "version": CONSUL_API_VERSION, "rostra": __version__},
+        "consul": {
+            "server": str(is_server).lower(),
+            "known_datacenters": "1",
+            "leader_addr": leader,
+            "leader": str(is_server and bool(own) and leader.rpartition(":")[0] == own).lower(),
+        },
+        "runtime": {
+            "arch": platform.machine(),
+            "cpu_count": str(os.cpu_count() or 1),
+            "os": platform.system().lower(),
+            "version": f"python{platform.python_version()}",
+        },
+    }
+    numbers = {k: str(v) for k, v in raft.items() if isinstance(v, str | int | float)} if isinstance(raft, dict) else {}
+    if numbers:
+        stats["raft"] = numbers
+    return stats
+
+
+def _debug_config(agent: Agent, is_server: bool, ttl_min_ns: int) -> Json:
+    config = agent.config
+    return {
+        "BindAddr": str(getattr(config, "bind_addr", "")),
+        "AdvertiseAddrLAN": str(getattr(config, "advertise_addr", "")),
+        "ClientAddrs": list(getattr(config, "client_addrs", ())),
+        "Datacenter": agent.datacenter,
+        "DataDir": str(getattr(config, "data_dir", "")),
+        "DevMode": bool(getattr(config, "dev", False)),
+        "DNSDomain": f"{getattr(config, 'domain', 'consul')}.",
+        "DNSPort": getattr(config, "dns_port", 8600),
+        "HTTPPort": getattr(config, "http_port", 8500),
+        "NodeID": agent.node_id,
+        "NodeName": agent.node_name,
+        "ServerMode": is_server,
+        "ServerPort": getattr(config, "server_port", 8300),
+        "SerfPortLAN": getattr(config, "join_port", 8301),
+        "SessionTTLMin": format_duration(ttl_min_ns),
+        "EnableRemoteScriptChecks": bool(getattr(config, "enable_script_checks", False)),
+        "EnableLocalScriptChecks": bool(getattr(config, "enable_local_script_checks", False)),
+        "Version": CONSUL_API_VERSION,
+        "VersionPrerelease": "",
+        "RostraVersion": __version__,
+    }
+
+
+def _host(data_dir: str) -> Json:
+    """What an operator asks of a machine, from /proc; what cannot be read is left out."""
+    errors: list[str] = []
+    memory: dict[str, int] = {}
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            memory = {k: int(v.split()[0]) * 1024 for k, v in (line.split(":") for line in lines)}
+    except (OSError, ValueError) as error:
+        errors.append(str(error))
+    total, available = memory.get("MemTotal", 0), memory.get("MemAvailable", 0)
+    disk: Json = {}
+    try:
+        usage = shutil.disk_usage(data_dir)
+        disk = {"path": data_dir, "total": usage.total, "free": usage.free, "used": usage.used}
+    except OSError as error:
+        errors.append(str(error))
+    uptime = int(time.clock_gettime(time.CLOCK_BOOTTIME))
+    return {
+        "Memory": {"total": total, "available": available, "used": total - available},
+        "CPU": [{"cpu": i} for i in range(os.cpu_count() or 1)],
+        "Host": {
+            "hostname": platform.node(),
+            "os": platform.system().lower(),
+            "uptime": uptime,
+            "bootTime": int(time.time()) - uptime,
+            "kernelVersion": platform.release(),
+            "kernelArch": platform.machine(),
+        },
+        "Disk": disk,
+        "CollectionTime": time.time_ns(),
+        "Errors": errors or None,
+    }
+
+
+# -- the mesh -----------------------------------------------------------------------------------------------------
+
+
+async def leaf(request: Request, agent: Agent) -> Response:
+    name = request.require("service", "Missing service name")
+    index = _index(request)
+    held = await agent.leaves.wait(name, index, _wait_s(request) if index else 10.0, token=request.token)
+    shown = {
+        "SerialNumber": held.serial,
+        "CertPEM": held.cert_pem,
+        "PrivateKeyPEM": held.key_pem,
+        "Service": name,
+        "ServiceURI": held.uri,
+        "ValidAfter": rfc3339(held.valid_after_ms),
+        "ValidBefore": rfc3339(held.valid_before_ms),
+        "CreateIndex": held.index,
+        "ModifyIndex": held.index,
+    }
+    return json_response(shown, headers={"X-Consul-Index": str(held.index)})
+
+
+async def authorize(request: Request, agent: Agent) -> Response:
+    """Whether the holder of a certificate may connect to `Target`: for services that do their own TLS."""
+    try:
+        fields = Fields(request.json_object())
+        target, uri = fields.text("Target"), fields.text("ClientCertURI")
+        fields.text("ClientCertSerial")
+    except BadRequest as error:
+        raise BadRequest(f"Bad request: {error.message}") from None
+    if not target:
+        raise BadRequest("Bad request: Target service must be specified")
+    try:
+        client = parse(uri)
+    except BadIdentity:
+        raise BadRequest("Bad request: ClientCertURI not a valid Connect identifier") from None
+    if not isinstance(client, ServiceIdentity):
+        raise BadRequest("Bad request: ClientCertURI not a valid Service identifier")
+    trust = (await agent.results.fetch(Roots(), token=request.token)).rows.get("", ("", ""))
+    if trust[0] and client.trust_domain != trust[0]:
+        reason = f"Identity from an external trust domain: {client.trust_domain}"
+        return json_response({"Authorized": False, "Reason": reason})
+    rows = (await agent.results.fetch(IntentionsFor(target), token=request.token)).rows
+    intentions: list[Intention] = [IntentionRow(*row) for row in rows.values()]
+    decision = decide(client.service, target, intentions, agent.parts.get("default_allow", True))
+    if isinstance(decision.winner, IntentionRow):
+        i = decision.winner
+        reason = (
+            f"Matched intention: {i.action.upper()} default/{i.source} => default/{i.destination} "
+            f"(ID: {i.id}, Precedence: {i.precedence})"
+        )
+    else:
+        reason = f"No intention matches, access is {'allowed' if decision.allowed else 'denied'} by default"
+    return json_response({"Authorized": decision.allowed, "Reason": reason})
+
+
+async def proxy(request: Request, agent: Agent) -> Response:
+    """A proxy's snapshot; with `?hash=` it waits for another one."""
+    proxies: ProxyConfigs = agent.parts["proxies"]
+    known = request.query.get("hash")
+    proxy_id = request.require("id", "Missing proxy ID")
+    body, digest = await proxies.wait_encoded(proxy_id, known, _wait_s(request) if known else 10.0)
+    return Response(200, body, {"Content-Type": "application/json", "X-Consul-ContentHash": digest})
+
+
+# -- membership by hand -------------------------------------------------------------------------------------------
+
+
+async def join(request: Request, agent: Agent) -> Response:
+    return await _by_hand(agent, "join", request.require("address", "Missing address"))
+
+
+async def force_leave(request: Request, agent: Agent) -> Response:
+    return await _by_hand(agent, "force_leave", request.params["node"])
+
+
+async def leave(request: Request, agent: Agent) -> Response:
+    return await _by_hand(agent, "leave")
+
+
+async def reload(request: Request, agent: Agent) -> Response:
+    return await _by_hand(agent, "reload")
+
+
+async def _by_hand(agent: Agent, what: str, *args: str) -> Response:
+    action: Callable[..., Awaitable[Any]] | None = agent.parts.get(what)
+    if action is None:
+        raise HttpError(500, f"{what.replace('_', '-')} is not yet available on this agent")
+    await action(*args)
+    return Response()
+
+
+# -- parameters ---------------------------------------------------------------------------------------------------
+
+
+def _local(agent: Agent) -> LocalAgent:
+    local: LocalAgent = agent.local
+    return local
+
+
+def _no_filter(request: Request) -> None:
+    if request.query.get("filter"):
+        raise BadRequest("?filter is not supported yet by this agent: filter the answer")
+
+
+def _wait_s(request: Request) -> float:
+    wait = request.query.get("wait")
+    if not wait:
+        return HASH_WAIT_DEFAULT_S
+    try:
+        wait_s = parse_duration(wait) / SECOND
+    except ValueError:
+        raise BadRequest("Invalid wait time") from None
+    return min(wait_s, WAIT_MAX_S) if wait_s > 0 else HASH_WAIT_DEFAULT_S
+
+
+def _index(request: Request) -> int:
+    index = request.query.get("index")
+    if index and not (index.isascii() and index.isdigit() and len(index) <= 20):
+        raise BadRequest("Invalid index")
+    return int(index or 0)
+
+
+_TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]]]] = {
+    "self": ("GET", self_),
+    "members": ("GET", members),
+    "version": ("GET", version),
+    "metrics": ("GET", metrics),
+    "host": ("GET", host),
+    "services": ("GET", services),
+    "service/{id}": ("GET", service),
+    "checks": ("GET", checks),
+    "health/service/id/{id}": ("GET", health_by_id),
+    "health/service/name/{name}": ("GET", health_by_name),
+    "service/register": ("PUT", register_service),
+    "service/deregister/{id}": ("PUT", deregister_service),
+    "service/maintenance/{id}": ("PUT", service_maintenance),
+    "maintenance": ("PUT", node_maintenance),
+    "check/register": ("PUT", register_check),
+    "check/deregister/{id}": ("PUT", deregister_check),
+    "check/pass/{id}": ("PUT", pass_check),
+    "check/warn/{id}": ("PUT", warn_check),
+    "check/fail/{id}": ("PUT", fail_check),
+    "check/update/{id}": ("PUT", update_check),
+    "connect/ca/leaf/{service}": ("GET", leaf),
+    "connect/authorize": ("POST", authorize),
+    "connect/proxy/{id}": ("GET", proxy),
+    "join/{address}": ("PUT", join),
+    "force-leave/{node}": ("PUT", force_leave),
+    "leave": ("PUT", leave),
+    "reload": ("PUT", reload),
+}
+
+ROUTES = tuple(Route(method, f"/v1/agent/{path}", handler) for path, (method, handler) in _TABLE.items())

@@ -1,0 +1,460 @@
+"""The agent's HTTP server: aiohttp's connections, our router. Limits, methods and errors are the same everywhere.
+
+A request is read whole (bounded), routed, handled within a time bound and answered at once. What a handler raises
+becomes a status in `errors.py`. Blocking queries end when their client goes. Listens on TCP, TLS and unix sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import posixpath
+import ssl
+import stat
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote, unquote
+
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_server import Server
+
+from rostra.agent.context import Agent
+from rostra.agent.http import catalog, connect, health, kv, session, status
+from rostra.agent.http.errors import HttpError, error_response
+from rostra.agent.http.hot import HotConnection, HotReads, StoredAnswer, insides_fit
+from rostra.agent.http.reads import WAIT_MAX_S
+from rostra.agent.http.routing import JSON_TYPE, TEXT_TYPE, Match, Request, Response, Route, Router
+from rostra.agent.metrics import Histogram
+
+CONNECTIONS_PER_CLIENT = 200
+KEEPALIVE_S = 300.0
+REQUEST_S = 30.0
+BLOCKING_S = WAIT_MAX_S * 17 / 16 + REQUEST_S
+WRITE_S = 60.0
+WRITE_BYTES = 64 << 10
+TURN_BYTES = 256 << 10
+LINE_BYTES_MAX = 64 << 10
+#: Indenting larger bodies would hold the loop.
+PRETTY_INLINE_BYTES = 8 << 10
+
+_REASONS = {s.value: s.phrase for s in HTTPStatus} | {413: "Request Entity Too Large"}
+_TOO_MANY = (
+    b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"Your IP is issuing too many concurrent connections, please rate limit your calls\n"
+)
+_SPLIT_AT = ("X-Consul-KnownLeader", "X-Consul-LastContact")
+_BLOCKS = ("index", "hash", "wait")
+
+
+def all_routes() -> list[Route]:
+    """The routes of every resource module that exists."""
+    modules: list[Any] = [catalog, connect, health, kv, session, status]
+    for name in ("agent", "ui"):
+        if importlib.util.find_spec(f"rostra.agent.http.{name}") is not None:
+            modules.append(importlib.import_module(f"rostra.agent.http.{name}"))
+    return [route for module in modules for route in module.ROUTES]
+
+
+class HttpServer:
+    def __init__(
+        self,
+        agent: Agent,
+        *,
+        routes: Iterable[Route] | None = None,
+        connections_per_client: int = CONNECTIONS_PER_CLIENT,
+        kv_value_bytes_max: int = kv.VALUE_BYTES_MAX,
+    ) -> None:
+        self._agent = agent
+        chosen = list(routes) if routes is not None else all_routes()
+        self._router = Router(
+            replace(r, body_bytes_max=kv_value_bytes_max) if r.path == "/v1/kv/{key}" else r for r in chosen
+        )
+        self._per_client = connections_per_client
+        self._clients: dict[str, int] = {}
+        self.turns = WriteTurns()
+        self.hot = HotReads(agent.servers, agent.metrics, _date_line)
+        self._server = _Server(self)
+        self._listeners: list[asyncio.Server] = []
+        self._unix_paths: list[str] = []
+        self._histograms: dict[str, Histogram] = {}
+        metrics = agent.metrics
+        metrics.gauge("http.connections", lambda: float(len(self._server.connections)))
+        metrics.gauge("http.hot.bytes", lambda: float(self.hot.bytes_used))
+        metrics.gauge("cache.bytes", lambda: float(agent.results.bytes_used))
+        metrics.gauge("cache.hits", lambda: float(agent.results.hits))
+        metrics.gauge("cache.misses", lambda: float(agent.results.misses))
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Must be called once before listening."""
+        self.hot.enabled = await insides_fit(self._server)
+
+    async def listen_tcp(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, sock: Any = None
+    ) -> tuple[str, int]:
+        """Accept on `host:port` (0: any free one), or on a socket that is bound already; the address it got."""
+        loop = asyncio.get_running_loop()
+        if sock is not None:
+            listener = await loop.create_server(self._server, sock=sock, ssl=tls, backlog=1024)
+        else:
+            listener = await loop.create_server(self._server, host, port, ssl=tls, backlog=1024, reuse_address=True)
+        self._listeners.append(listener)
+        bound = listener.sockets[0].getsockname()
+        return bound[0], bound[1]
+
+    async def listen_unix(self, path: str, *, mode: int = 0o660) -> None:
+        """Accept on a unix socket. One that a dead agent left behind is replaced; anything else at `path` is not."""
+        try:
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+        before = os.umask(0o777 & ~mode)
+        try:
+            listener = await asyncio.get_running_loop().create_unix_server(self._server, path, backlog=1024)
+        finally:
+            os.umask(before)
+        self._listeners.append(listener)
+        self._unix_paths.append(path)
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Stop accepting, let answers in flight finish for `timeout_s`, close all connections."""
+        for listener in self._listeners:
+            listener.close()
+        await self.hot.close()
+        self._server.pre_shutdown()
+        await self._server.shutdown(timeout_s)
+        for path in self._unix_paths:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+    # -- one connection -------------------------------------------------------------------------------------------
+
+    def admit(self, connection: HotConnection, transport: asyncio.Transport) -> bool:
+        """Count a client's connections; past the limit it is told so and closed."""
+        peer = transport.get_extra_info("peername")
+        if not isinstance(peer, tuple):
+            return True  # a unix socket: its file's mode is the limit
+        host = peer[0]
+        n = self._clients.get(host, 0)
+        if n >= self._per_client:
+            self._agent.metrics.count("http.connections.refused")
+            transport.write(_TOO_MANY)
+            transport.close()
+            return False
+        self._clients[host] = n + 1
+        return True
+
+    def gone(self, transport: asyncio.Transport | None) -> None:
+        peer = transport.get_extra_info("peername") if transport is not None else None
+        if isinstance(peer, tuple):
+            left = self._clients.get(peer[0], 0) - 1
+            if left > 0:
+                self._clients[peer[0]] = left
+            else:
+                self._clients.pop(peer[0], None)
+
+    # -- one request ----------------------------------------------------------------------------------------------
+
+    async def handle(self, base: BaseRequest) -> Reply:
+        """What aiohttp calls. Never raises, but for cancellation."""
+        started = time.perf_counter()
+        connection = base.protocol
+        raw = connection.take_whole_get() if isinstance(connection, HotConnection) else None
+        name = "unknown"
+        keep_alive = base.keep_alive
+        try:
+            response, name = await self._respond(base)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception as e:
+            response = error_response(e)
+            if isinstance(e, _CloseAfter):
+                keep_alive = False
+        if keep_alive and raw is not None and response.hot is not None and base.version == (1, 1):
+            self._remember(raw, response)
+        self._histogram(name).add((time.perf_counter() - started) * 1000.0)
+        return Reply(base, response, keep_alive, self.turns)
+
+    async def _respond(self, base: BaseRequest) -> tuple[Response, str]:
+        method, target = base.method, base.raw_path
+        if not target.startswith("/"):
+            target = _origin_form(target)
+        raw_path = target.partition("?")[0]
+        path = unquote(raw_path) if "%" in raw_path else raw_path
+        if "//" in path or "/." in path:
+            clean = _clean(path)
+            if clean != path:
+                return _moved(clean, target), "redirect"
+        match = self._router.find(raw_path)
+        if match is None:
+            return (_moved("/ui/", "") if path == "/" else Response(404)), "unknown"
+        if match.redirect:
+            return _moved(match.redirect, target), "redirect"
+        route = match.routes.get(method)
+        if route is None:
+            return _other_method(method, match), "unknown"
+        if "Host" not in base.headers and base.version == (1, 1):
+            raise _CloseAfter(400, "400 Bad Request: missing required Host header")
+        async with asyncio.timeout(REQUEST_S) as limit:
+            body = await _read_body(base, route.body_bytes_max) if base.can_read_body else b""
+            request = Request(
+                method,
+                target,
+                headers=base.headers,
+                body=body,
+                remote=base.remote or "",
+                params=match.params,
+            )
+            if request.query and any(request.query.has(name) for name in _BLOCKS):
+                limit.reschedule(asyncio.get_running_loop().time() + BLOCKING_S)
+            response = await route.handler(request, self._agent)
+        if request.query.has("pretty") and response.headers.get("Content-Type") == JSON_TYPE:
+            response = await _pretty(response)
+        return response, f"{method} {route.path}"
+
+    def _remember(self, raw: bytes, response: Response) -> None:
+        headers = {k: v for k, v in response.headers.items() if k not in _SPLIT_AT}
+        before = f"HTTP/1.1 {response.status} {_REASONS[response.status]}\r\n{_lines(headers)}".encode()
+        after = b"Content-Length: %d\r\n\r\n" % len(response.body)
+        self.hot.remember(raw, StoredAnswer(response.hot, before, after, response.body, len(raw)))
+
+    def _histogram(self, name: str) -> Histogram:
+        found = self._histograms.get(name)
+        if found is None:
+            method, _, path = name.partition(" ")
+            labels = {"method": method, "path": path.removeprefix("/")} if path else {"method": "", "path": name}
+            found = self._histograms[name] = self._agent.metrics.histogram("api.http", labels)
+        return found
+
+
+class _CloseAfter(HttpError):
+    """An error after which the connection cannot be used any more: what follows on it was not read."""
+
+
+class _Server(Server):
+    """aiohttp's server, making our connections."""
+
+    def __init__(self, http: HttpServer) -> None:
+        super().__init__(
+            http.handle,  # type: ignore[arg-type]
+            handler_cancellation=True,
+            keepalive_timeout=KEEPALIVE_S,
+            access_log=None,
+            auto_decompress=False,
+            lingering_time=2.0,
+            max_line_size=LINE_BYTES_MAX,
+            max_field_size=LINE_BYTES_MAX,
+        )
+        self._http = http
+
+    def __call__(self) -> HotConnection:
+        connection = _Connection(self, hot=self._http.hot, admit=self._http.admit, loop=self._loop, **self._kwargs)
+        connection.turns = self._http.turns
+        return connection
+
+    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
+        self._http.gone(self._connections.get(handler))
+        super().connection_lost(handler, exc)
+
+
+class _Connection(HotConnection):
+    __slots__ = ("turns",)
+    turns: WriteTurns
+
+    def handle_error(
+        self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> Any:
+        """What could not be parsed, or failed outside our handler. Says little and closes."""
+        if isinstance(exc, LineTooLong):
+            status = 431
+        if status >= 500 and exc is not None and not isinstance(exc, TimeoutError):
+            return Reply(request, error_response(exc), False, self.turns)
+        text = f"{status} {_REASONS.get(status, 'Bad Request')}".encode()
+        return Reply(request, Response(status, text, {"Content-Type": TEXT_TYPE}), False, self.turns)
+
+
+class WriteTurns:
+    """Shares the loop among large bodies: so many bytes are written per turn, whoever they are for, in order."""
+
+    def __init__(self, bytes_per_turn: int = TURN_BYTES) -> None:
+        self._bytes_per_turn = bytes_per_turn
+        self._used = 0
+        self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._armed = False
+
+    async def take(self, n: int) -> None:
+        if not self._armed:
+            self._armed = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        if not self._queue and self._used < self._bytes_per_turn:
+            self._used += n
+            return
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((mine, n))
+        await mine
+
+    def _next_turn(self) -> None:
+        self._used = 0
+        while self._queue and self._used < self._bytes_per_turn:
+            waiter, n = self._queue.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                self._used += n
+        self._armed = self._used > 0
+        if self._armed:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+
+class Reply:
+    """A response on its way out: what aiohttp's connection expects of one, and nothing more."""
+
+    __slots__ = ("_base", "_response", "_turns", "keep_alive", "status")
+
+    def __init__(self, base: BaseRequest, response: Response, keep_alive: bool, turns: WriteTurns) -> None:
+        self._base = base
+        self._response = response
+        self._turns = turns
+        self.keep_alive = keep_alive
+        self.status = response.status
+
+    async def prepare(self, request: BaseRequest) -> None:
+        """Part of aiohttp's protocol; all is done in `write_eof`."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        base, response = self._base, self._response
+        transport = base.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        body = response.body
+        head = _head(response, len(body), self.keep_alive, base.version)
+        if base.method == "HEAD" or response.status in (204, 304):
+            body = b""
+        if len(body) <= WRITE_BYTES:
+            transport.write(head + body)
+            if base.protocol._paused:
+                await self._drained()
+            return
+        transport.write(head)
+        view = memoryview(body)
+        for at in range(0, len(body), WRITE_BYTES):
+            await self._turns.take(WRITE_BYTES)
+            if base.transport is None:
+                raise ConnectionResetError("the client has gone")
+            transport.write(view[at : at + WRITE_BYTES])
+            if base.protocol._paused:
+                await self._drained()
+
+    async def _drained(self) -> None:
+        try:
+            async with asyncio.timeout(WRITE_S):
+                await self._base.writer.drain()
+        except TimeoutError:
+            if self._base.transport is not None:
+                self._base.transport.abort()
+            raise ConnectionResetError("the client does not read") from None
+
+
+def _head(response: Response, length: int, keep_alive: bool, version: tuple[int, int]) -> bytes:
+    status = response.status
+    connection = "" if keep_alive and version == (1, 1) else _CONNECTION[keep_alive]
+    return (
+        f"HTTP/1.1 {status} {_REASONS.get(status, 'Unknown')}\r\n{_lines(response.headers)}"
+        f"{_date_text()}Content-Length: {length}\r\n{connection}\r\n"
+    ).encode("latin-1", "replace")
+
+
+_CONNECTION = {True: "Connection: keep-alive\r\n", False: "Connection: close\r\n"}
+
+
+def _lines(headers: dict[str, str]) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
+_date: tuple[int, str, bytes] = (0, "", b"")
+
+
+def _date_text() -> str:
+    global _date
+    now = int(time.time())
+    if now != _date[0]:
+        text = f"Date: {formatdate(now, usegmt=True)}\r\n"
+        _date = (now, text, text.encode())
+    return _date[1]
+
+
+def _date_line() -> bytes:
+    _date_text()
+    return _date[2]
+
+
+async def _read_body(base: BaseRequest, bytes_max: int) -> bytes:
+    length = base.content_length
+    if length is not None and length > bytes_max:
+        raise _too_large(length, bytes_max)
+    if base.headers.get("Expect", "").lower() == "100-continue" and base.transport is not None:
+        base.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await base.content.readany():
+        size += len(chunk)
+        if size > bytes_max:
+            raise _too_large(size, bytes_max)
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _too_large(size: int, bytes_max: int) -> HttpError:
+    return _CloseAfter(
+        413,
+        f"Request body({size} bytes) too large, max size: {bytes_max} bytes. "
+        "For values of keys see limits.kv_max_value_size.",
+    )
+
+
+def _other_method(method: str, match: Match) -> Response:
+    if method == "OPTIONS":
+        return Response(200, b"", {"Allow": match.allow})
+    headers = {"Allow": match.allow, "Content-Type": TEXT_TYPE}
+    return Response(405, f"method {method} not allowed".encode(), headers)
+
+
+def _moved(path: str, target: str) -> Response:
+    _, mark, query = target.partition("?")
+    location = quote(path, safe="/:@!$&'()*+,;=~") + mark + query
+    body = f'<a href="{location}">Moved Permanently</a>.\n\n'.replace("&", "&amp;").encode()
+    return Response(301, body, {"Content-Type": "text/html; charset=utf-8", "Location": location})
+
+
+def _clean(path: str) -> str:
+    clean = posixpath.normpath("/" + path.lstrip("/"))
+    return clean + "/" if path.endswith("/") and clean != "/" else clean
+
+
+def _origin_form(target: str) -> str:
+    """`http://host/path` (as sent to proxies) → `/path`; `*` stays unknown."""
+    _, mark, rest = target.partition("://")
+    return "/" + rest.partition("/")[2] if mark else "/*"
+
+
+async def _pretty(response: Response) -> Response:
+    if len(response.body) <= PRETTY_INLINE_BYTES:
+        response.body = _indent(response.body)
+    else:
+        response.body = await asyncio.to_thread(_indent, response.body)
+    return response
+
+
+def _indent(body: bytes) -> bytes:
+    return json.dumps(json.loads(body), indent=4, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,243 @@
+"""`/v1/catalog/`: nodes, services and who runs them, and registration from outside (without an agent)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+
+from rostra.agent.context import Agent
+from rostra.agent.http.durations import format_duration
+from rostra.agent.http.errors import HttpError, write
+from rostra.agent.http.fields import Fields, plain
+from rostra.agent.http.health import all_of, meta_filter, node_filter, tag_filter
+from rostra.agent.http.reads import answer, check_datacenter, read_options
+from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
+from rostra.agent.http.shapes import as_array, as_object, catalog_service_json, node_json, service_json
+from rostra.agent.results import View
+from rostra.agent.servers_port import Key, Row
+from rostra.server.state.catalog import Deregister, Nodes, NodeServices, Register, ServiceNames
+from rostra.server.state.health import ConnectInstances, ServiceInstances
+
+#: How many nodes `services?node-meta=` looks into at once.
+_NODES_MAX = 5000
+
+
+def _encode_node(key: Key, row: Row) -> bytes:
+    return dump_json(node_json(row))
+
+
+def _encode_name(key: Key, row: Row) -> bytes:
+    return dump_json(key) + b":" + dump_json(row[0])
+
+
+def _encode_on_node(key: Key, row: Row) -> bytes:
+    return dump_json(node_json(row)) if key == ("",) else dump_json(key[1]) + b":" + dump_json(service_json(row))
+
+
+def _join_node(parts: list[bytes]) -> bytes:
+    if not parts:
+        return b"null"
+    return b'{"Node":' + parts[0] + b',"Services":' + as_object(parts[1:]) + b"}"
+
+
+def _encode_listed(key: Key, row: Row) -> bytes:
+    return dump_json(node_json(row) if key == ("",) else service_json(row))
+
+
+def _join_node_list(parts: list[bytes]) -> bytes:
+    if not parts:
+        return b'{"Node":null,"Services":null}'
+    return b'{"Node":' + parts[0] + b',"Services":' + as_array(parts[1:]) + b"}"
+
+
+_NODES = View("node", "node", _encode_node, as_array)
+_NAMES = View("service-name", "service-name", _encode_name, as_object)
+_NODE = View("on-node", "on-node", _encode_on_node, _join_node)
+_NODE_LIST = View("on-node-list", "on-node-list", _encode_listed, _join_node_list)
+
+
+async def nodes(request: Request, agent: Agent) -> Response:
+    metas = request.query.all("node-meta")
+    view = _NODES
+    if metas:
+        matches = meta_filter(metas)
+        view = View("node", ("node", *metas), _encode_node, as_array, lambda key, row: matches(row))
+    return await answer(request, agent, Nodes(), view)
+
+
+async def services(request: Request, agent: Agent) -> Response:
+    metas = request.query.all("node-meta")
+    response = await answer(request, agent, ServiceNames(), _NAMES, cacheable=True)
+    if metas:
+        options = read_options(request, agent)
+        matches = meta_filter(metas)
+        all_nodes = await agent.results.fetch(Nodes(), mode=options.mode, token=request.token)
+        found: dict[str, set[str]] = {}
+        for name in [n for n, row in all_nodes.rows.items() if matches(row)][:_NODES_MAX]:
+            on_node = await agent.results.fetch(NodeServices(str(name)), mode=options.mode, token=request.token)
+            for key, row in on_node.rows.items():
+                if key != ("",):
+                    found.setdefault(row[2], set()).update(row[5])
+        response.body = orjson.dumps({name: sorted(tags) for name, tags in sorted(found.items())})
+        response.hot = None
+    return response
+
+
+async def service(request: Request, agent: Agent) -> Response:
+    name = request.require("service", "Missing service name")
+    return await answer(request, agent, ServiceInstances(name), _instances(request), cacheable=True)
+
+
+async def connect(request: Request, agent: Agent) -> Response:
+    name = request.require("service", "Missing service name")
+    return await answer(request, agent, ConnectInstances(name), _instances(request), cacheable=True)
+
+
+async def node(request: Request, agent: Agent) -> Response:
+    return await answer(request, agent, NodeServices(request.require("node", "Missing node name")), _NODE)
+
+
+async def node_services(request: Request, agent: Agent) -> Response:
+    return await answer(request, agent, NodeServices(request.require("node", "Missing node name")), _NODE_LIST)
+
+
+async def datacenters(request: Request, agent: Agent) -> Response:
+    return json_response([agent.datacenter])
+
+
+def _instances(request: Request) -> View:
+    tags, metas = request.query.all("tag"), request.query.all("node-meta")
+    tests = [t for t in (tag_filter(tags), node_filter(metas)) if t is not None]
+    return View("catalog", ("catalog", tuple(tags), tuple(metas)), _encode_instance, as_array, all_of(tests))
+
+
+def _encode_instance(key: Key, row: Row) -> bytes:
+    return dump_json(catalog_service_json(row[0], row[1]))
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+async def register(request: Request, agent: Agent) -> Response:
+    body = Fields(request.json_object())
+    check_datacenter(request, agent)
+    _check_dc(body, agent)
+    node_name = body.text("Node")
+    if not node_name:
+        raise HttpError(500, "Must provide node")
+    skip = body.flag("SkipNodeUpdate")
+    if not body.text("Address") and not skip:
+        raise HttpError(500, "Must provide address if SkipNodeUpdate is not set")
+    service_fields, check_fields = body.object("Service"), body.object("Check")
+    checks = [check_map(c) for c in ([check_fields] if check_fields else [])]
+    checks += [check_map(c) for c in body.objects("Checks")]
+    command = Register(
+        node=node_name,
+        address=body.text("Address"),
+        node_id=body.text("ID"),
+        datacenter=agent.datacenter,
+        tagged_addresses=body.text_map("TaggedAddresses"),
+        node_meta=body.text_map("NodeMeta"),
+        skip_node_update=skip,
+        service=service_map(service_fields) if service_fields else None,
+        checks=tuple(checks),
+    )
+    await write(agent.servers, command, request.token)
+    return Response(200, b"true", {"Content-Type": JSON_TYPE})
+
+
+async def deregister(request: Request, agent: Agent) -> Response:
+    body = Fields(request.json_object())
+    check_datacenter(request, agent)
+    _check_dc(body, agent)
+    node_name = body.text("Node")
+    if not node_name:
+        raise HttpError(500, "Must provide node")
+    command = Deregister(node_name, body.text("ServiceID") or None, body.text("CheckID") or None)
+    await write(agent.servers, command, request.token)
+    return Response(200, b"true", {"Content-Type": JSON_TYPE})
+
+
+def _check_dc(body: Fields, agent: Agent) -> None:
+    if body.text("Datacenter") not in ("", agent.datacenter):
+        raise HttpError(500, "No path to datacenter")
+
+
+def service_map(given: Fields) -> dict[str, Any]:
+    """The fields of ServiceRow, by name, that a catalog registration's Service describes."""
+    weights, connected, proxy = given.object("Weights"), given.object("Connect"), given.object("Proxy")
+    tagged = given.object("TaggedAddresses")
+    return {
+        "id": given.text("ID") or given.text("Service"),
+        "name": given.text("Service"),
+        "address": given.text("Address"),
+        "port": given.integer("Port"),
+        "tags": given.texts("Tags"),
+        "meta": given.text_map("Meta"),
+        "tagged_addresses": {} if tagged is None else _tagged(given.plain_map("TaggedAddresses")),
+        "weight_passing": weights.integer("Passing", 1) if weights else 1,
+        "weight_warning": weights.integer("Warning", 1) if weights else 1,
+        "enable_tag_override": given.flag("EnableTagOverride"),
+        "kind": given.text("Kind"),
+        "proxy": snake_names(given.plain_map("Proxy")) if proxy else None,
+        "native": connected.flag("Native") if connected else False,
+    }
+
+
+def _tagged(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    out = {}
+    for name, value in given.items():
+        fields = Fields(value, f"TaggedAddresses.{name}")
+        out[name] = {"address": fields.text("Address"), "port": fields.integer("Port")}
+    return out
+
+
+_DURATIONS = ("Interval", "Timeout", "DeregisterCriticalServiceAfter")
+
+
+def check_map(given: Fields) -> dict[str, Any]:
+    """The fields of CheckRow, by name, that a catalog registration's Check describes."""
+    definition = plain(given.plain_map("Definition"))
+    fields = Fields(definition, "Definition")
+    for key in list(definition):
+        canonical = next((d for d in _DURATIONS if d.lower() == key.lower().replace("_", "")), None)
+        if canonical:
+            del definition[key]
+            definition[canonical] = format_duration(fields.duration_ns(canonical))
+    kinds = (("http", "HTTP"), ("tcp", "TCP"), ("grpc", "GRPC"), ("alias", "AliasService"), ("alias", "AliasNode"))
+    return {
+        "id": given.text("CheckID") or given.text("ID") or given.text("Name"),
+        "name": given.text("Name"),
+        "status": given.text("Status"),
+        "notes": given.text("Notes"),
+        "output": given.text("Output"),
+        "service_id": given.text("ServiceID"),
+        "type": given.text("Type") or next((kind for kind, name in kinds if fields.has(name)), ""),
+        "definition": definition,
+    }
+
+
+def snake_names(value: Any) -> Any:
+    """API names as they are stored (`DestinationServiceName` → `destination_service_name`); users' maps untouched."""
+    if isinstance(value, dict):
+        return {_snake(k): (plain(v) if _snake(k) in ("config", "meta") else snake_names(v)) for k, v in value.items()}
+    return [snake_names(v) for v in value] if isinstance(value, list) else value
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+ROUTES = (
+    Route("GET", "/v1/catalog/nodes", nodes),
+    Route("GET", "/v1/catalog/services", services),
+    Route("GET", "/v1/catalog/service/{service}", service),
+    Route("GET", "/v1/catalog/connect/{service}", connect),
+    Route("GET", "/v1/catalog/node/{node}", node),
+    Route("GET", "/v1/catalog/node-services/{node}", node_services),
+    Route("GET", "/v1/catalog/datacenters", datacenters),
+    Route("PUT", "/v1/catalog/register", register),
+    Route("PUT", "/v1/catalog/deregister", deregister),
+)

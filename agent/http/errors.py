@@ -1,0 +1,56 @@
+"""The one table from the error taxonomy to HTTP. Bodies are plain text that starts with the reason, as clients expect.
+
+Clients of Consul match texts and statuses that differ from our taxonomy: a handler raises `HttpError` for those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from rostra.agent.http.routing import Response, text_response
+from rostra.wire.errors import BadRequest, RostraError
+
+log = logging.getLogger(__name__)
+
+STATUS = {
+    "bad_request": 400,
+    "denied": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "too_large": 413,
+    "no_leader": 500,
+    "timeout": 500,
+    "internal": 500,
+}
+
+
+class HttpError(Exception):
+    """A status and text that Consul's clients know."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers or {}
+
+
+def error_response(error: BaseException) -> Response:
+    """What the client is told. Anything unexpected is logged here, once, and never shown."""
+    if isinstance(error, HttpError):
+        return text_response(error.message, status=error.status, headers=error.headers)
+    if isinstance(error, RostraError):
+        return text_response(error.message, status=STATUS.get(error.code, 500))
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        return text_response("The request took too long", status=500)
+    log.error("a request failed", exc_info=error)
+    return text_response("Internal error, see the agent's log", status=500)
+
+
+async def write(servers: Any, command: Any, token: str) -> Any:
+    """`servers.write`, where a refusal by the state is 500 with its text, as Consul answers refusals of its servers."""
+    try:
+        return await servers.write(command, token=token)
+    except BadRequest as e:
+        raise HttpError(500, e.message) from None

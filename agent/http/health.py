@@ -1,0 +1,110 @@
+"""`/v1/health/`: instances with their checks, and checks by node, service, state. All filters work on shared rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rostra.agent.context import Agent
+from rostra.agent.http.reads import answer
+from rostra.agent.http.routing import Request, Response, Route, dump_json
+from rostra.agent.http.shapes import as_array, check_json, instance_json
+from rostra.agent.results import View
+from rostra.agent.servers_port import Key, Row
+from rostra.server.state.health import Checks, ConnectInstances, NodeChecks, ServiceInstances
+
+_STATUS, _SERVICE_ID, _SERVICE_TAGS, _NODE_META = 3, 6, 5, 5  # positions in CheckRow, CheckRow, ServiceRow, NodeRow
+
+_CHECKS = View("check", "check", lambda key, row: dump_json(check_json(row)), as_array)
+
+
+async def service(request: Request, agent: Agent) -> Response:
+    name = request.require("service", "Missing service name")
+    return await answer(request, agent, ServiceInstances(name), _instances(request), cacheable=True)
+
+
+async def connect(request: Request, agent: Agent) -> Response:
+    name = request.require("service", "Missing service name")
+    return await answer(request, agent, ConnectInstances(name), _instances(request), cacheable=True)
+
+
+async def node(request: Request, agent: Agent) -> Response:
+    return await answer(request, agent, NodeChecks(request.require("node", "Missing node name")), _CHECKS)
+
+
+async def checks(request: Request, agent: Agent) -> Response:
+    name = request.require("service", "Missing service name")
+    metas = request.query.all("node-meta")
+    view = View("service-checks", ("service-checks", *metas), _service_checks, as_array, node_filter(metas))
+    return await answer(request, agent, ServiceInstances(name), view)
+
+
+async def state(request: Request, agent: Agent) -> Response:
+    wanted = request.require("state", "Missing check state")
+    view = _CHECKS
+    if wanted != "any":
+        view = View("check", ("check", wanted), _CHECKS.encode, as_array, lambda key, row: row[_STATUS] == wanted)
+    return await answer(request, agent, Checks(), view)
+
+
+def _service_checks(key: Key, row: Row) -> bytes:
+    return b",".join(dump_json(check_json(c)) for c in row[2] if c[_SERVICE_ID])
+
+
+def _instances(request: Request) -> View:
+    passing = request.query.flag("passing")
+    tags, metas = request.query.all("tag"), request.query.all("node-meta")
+    tests: list[Callable[[Key, Row], bool]] = []
+    if passing:
+        tests.append(_is_passing)
+    for test in (tag_filter(tags), node_filter(metas)):
+        if test is not None:
+            tests.append(test)
+    return View("instance", ("instance", passing, tuple(tags), tuple(metas)), _encode_instance, as_array, all_of(tests))
+
+
+def _encode_instance(key: Key, row: Row) -> bytes:
+    return dump_json(instance_json(row))
+
+
+def _is_passing(key: Key, row: Row) -> bool:
+    return all(check[_STATUS] == "passing" for check in row[2])
+
+
+# -- filters on (node, service, checks) rows, for catalog/ too ---------------------------------------------------------
+
+
+def tag_filter(tags: list[str]) -> Callable[[Key, Row], bool] | None:
+    """Instances that have every tag, whatever its case."""
+    if not tags:
+        return None
+    wanted = {t.lower() for t in tags}
+    return lambda key, row: wanted <= {t.lower() for t in row[1][_SERVICE_TAGS]}
+
+
+def node_filter(metas: list[str]) -> Callable[[Key, Row], bool] | None:
+    """Instances on nodes that have every `name:value` in their Meta."""
+    if not metas:
+        return None
+    matches = meta_filter(metas)
+    return lambda key, row: matches(row[0])
+
+
+def meta_filter(metas: list[str]) -> Callable[[Row], bool]:
+    """As `node_filter`, on node rows."""
+    wanted = [(name, value) for name, _, value in (m.partition(":") for m in metas)]
+    return lambda node_row: all(node_row[_NODE_META].get(name) == value for name, value in wanted)
+
+
+def all_of(tests: list[Callable[[Key, Row], bool]]) -> Callable[[Key, Row], bool] | None:
+    if len(tests) <= 1:
+        return tests[0] if tests else None
+    return lambda key, row: all(test(key, row) for test in tests)
+
+
+ROUTES = (
+    Route("GET", "/v1/health/service/{service}", service),
+    Route("GET", "/v1/health/connect/{service}", connect),
+    Route("GET", "/v1/health/node/{node}", node),
+    Route("GET", "/v1/health/checks/{service}", checks),
+    Route("GET", "/v1/health/state/{state}", state),
+)

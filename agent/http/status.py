@@ -1,0 +1,23 @@
+"""`/v1/status/`: who leads and who votes. Asked of the servers each time, never cached: it is the probe of monitors."""
+
+from __future__ import annotations
+
+from rostra.agent.context import Agent
+from rostra.agent.http.reads import read_options
+from rostra.agent.http.routing import Request, Response, Route, json_response
+
+
+async def leader(request: Request, agent: Agent) -> Response:
+    read_options(request, agent)
+    return json_response(await agent.servers.act("status.leader", {}, token=request.token) or "")
+
+
+async def peers(request: Request, agent: Agent) -> Response:
+    read_options(request, agent)
+    return json_response(list(await agent.servers.act("status.peers", {}, token=request.token) or ()))
+
+
+ROUTES = (
+    Route("GET", "/v1/status/leader", leader),
+    Route("GET", "/v1/status/peers", peers),
+)

@@ -1,0 +1,687 @@
+"""What this node should have registered: its services and checks, and the running of those checks.
+
+The agent is the authority for its node: `agent/sync.py` makes the catalog agree with `services` and `checks`. Changes
+come from HTTP (`agent/http/agent.py`), from configuration files and from the checks themselves. Changes by callers are
+made one at a time, are on disk before they are visible, and are announced through `on_change`. A check keeps its status
+over re-registration and restarts; a change of output alone is announced at most once per `check_update_interval_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import random as _random
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rostra.agent.checks import http, script, tcp
+from rostra.agent.checks.alias import alias_result
+from rostra.agent.checks.check import (
+    CRITICAL,
+    NODE_MAINTENANCE,
+    SERVICE_MAINTENANCE,
+    Result,
+    Thresholds,
+    aggregate,
+    cap_reported,
+    expired_output,
+    is_maintenance,
+)
+from rostra.agent.checks.ttl import Deadline
+from rostra.agent.definition import (
+    OUTPUT_BYTES_MAX,
+    CheckSpec,
+    ServiceDefinition,
+    expand_sidecar_checks,
+    frozen,
+    join_host_port,
+    parse_check,
+    parse_service,
+)
+from rostra.agent.local_files import Files
+from rostra.runtime import log as _log
+from rostra.runtime.service import Tasks
+from rostra.server.state.rows import CheckRow, ServiceRow
+from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound
+
+if TYPE_CHECKING:
+    from rostra.agent.results import Live, Results
+
+log = _log.get("agent.local")
+
+CHECK_UPDATE_INTERVAL_S = 300.0
+REAP_EVERY_S = 30.0
+FIRST_RUN_WITHIN_S = 1.0
+
+_NO_REASON = "Maintenance mode is enabled for this {}, but no reason was provided. This is a default message."
+
+
+class ScriptsDisabled(Denied):
+    """This agent runs no scripts, or none that came over HTTP."""
+
+
+@dataclass(slots=True, eq=False)
+class LocalService:
+    row: ServiceRow
+    token: str = ""
+    sidecar_of: str = ""  # id of the service whose definition asked for this proxy
+    from_file: bool = False  # a configuration file has it, so it is not kept on disk
+
+
+@dataclass(slots=True, eq=False)
+class LocalCheck:
+    """`spec` is None for maintenance, which nothing runs."""
+
+    row: CheckRow
+    spec: CheckSpec | None = None
+    token: str = ""
+    from_file: bool = False
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    critical_since: float | None = None  # monotonic
+    ttl: Deadline | None = None
+    task: asyncio.Task[None] | None = None
+    stop: Callable[[], None] = lambda: None
+    quiet_until: float = 0.0  # an output-only change before this time waits
+    output_timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scripts:
+    """Whose script checks are run."""
+
+    remote: bool = False  # enable_script_checks: registered over HTTP, too
+    local: bool = False  # enable_local_script_checks: from configuration files
+
+
+class LocalAgent:
+    """Constructed without IO; `start` loads what an earlier run kept."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        data_dir: Path | None = None,
+        bind_address: str = "127.0.0.1",
+        scripts: Scripts | None = None,
+        results: Results | None = None,
+        sidecar_ports: tuple[int, int] = (21000, 21255),
+        check_update_interval_s: float = CHECK_UPDATE_INTERVAL_S,
+        output_bytes_max: int = OUTPUT_BYTES_MAX,
+        discard_output: bool = False,
+        random: Callable[[], float] = _random.random,
+        port_is_busy: Callable[[str, int], bool] | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.node = node
+        self.services: dict[str, LocalService] = {}
+        self.checks: dict[str, LocalCheck] = {}
+        self._bind_address = bind_address
+        self._scripts = scripts or Scripts()
+        self._results = results
+        self._sidecar_ports = sidecar_ports
+        self._check_update_interval_s = check_update_interval_s
+        self._output_bytes_max = output_bytes_max
+        self._discard_output = discard_output
+        self._random = random
+        self._port_is_busy = port_is_busy or port_is_busy_here
+        self._wall = wall
+        self._files = Files(data_dir)
+        self._tasks = Tasks("agent.checks")
+        self._changing = asyncio.Lock()
+        self._listeners: list[Callable[[], None]] = []
+        self._states: dict[str, dict[str, Any]] = {}  # check id -> what was kept of it
+        self._remembered_ports: dict[str, int] = {}  # sidecar id -> port
+
+    async def start(self) -> None:
+        """Restore what was registered before; services of configuration files are registered after this."""
+        for kept in await self._files.load("checks/state"):
+            self._states[kept.get("id", "")] = kept
+        for kept in await self._files.load("sidecar-ports"):
+            self._remembered_ports.update(kept.get("ports", {}))
+        for kept in await self._files.load("services"):
+            self._restore("service", kept, self._restore_service)
+        for kept in await self._files.load("checks"):
+            self._restore("check", kept, self._restore_check)
+        self._tasks.start("reap critical services", self._reap())
+        self._refresh_aliases(None)
+
+    async def stop(self) -> None:
+        for check in self.checks.values():
+            self._stop_check(check)
+        await self._tasks.stop()
+        await self._files.close()
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """`callback()` after each change that the catalog or a listener should hear of. Returns the remover."""
+        self._listeners.append(callback)
+
+        def remove() -> None:
+            if callback in self._listeners:
+                self._listeners.remove(callback)
+
+        return remove
+
+    # -- services -------------------------------------------------------------------------------------------------
+
+    async def register_service(
+        self,
+        definition: Mapping[str, Any],
+        *,
+        replace_existing_checks: bool = False,
+        token: str = "",
+        from_file: bool = False,
+    ) -> None:
+        """Add or replace a service with its checks and its sidecar. Raises BadRequest, ScriptsDisabled, Conflict."""
+        wanted = parse_service(definition, node=self.node)
+        for part in (wanted, wanted.sidecar):
+            for spec in part.checks if part is not None else ():
+                self._allow_script(spec, from_file)
+        async with self._changing:
+            sidecar = self._complete_sidecar(wanted.sidecar) if wanted.sidecar is not None else None
+            if sidecar is not None:
+                await self._remember_port(sidecar.row.id, sidecar.row.port)
+            await self._put(wanted, token, from_file, replace_existing_checks)
+            if sidecar is not None:
+                await self._put(sidecar, token, from_file, replace_existing_checks, sidecar_of=wanted.row.id)
+            self._refresh_aliases(None)
+            self._changed()
+
+    async def deregister_service(self, service_id: str) -> None:
+        """Remove a service, its checks, and the sidecar that came with it. Raises NotFound."""
+        async with self._changing:
+            if service_id not in self.services:
+                raise NotFound(
+                    f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the name.'
+                )
+            sidecars = [i for i, s in self.services.items() if s.sidecar_of == service_id]
+            for each in (service_id, *sidecars):
+                await self._drop_service(each)
+            self._refresh_aliases(None)
+            self._changed()
+
+    async def service_maintenance(self, service_id: str, enable: bool, reason: str = "", *, token: str = "") -> None:
+        """Put a service into maintenance, or take it out. Raises NotFound."""
+        service = self.services.get(service_id)
+        if service is None:
+            raise NotFound(f'No service registered with ID "{service_id}"')
+        row = CheckRow(
+            node=self.node,
+            id=SERVICE_MAINTENANCE + service_id,
+            name="Service Maintenance Mode",
+            status=CRITICAL,
+            notes=reason or _NO_REASON.format("service"),
+            service_id=service_id,
+            service_name=service.row.name,
+            service_tags=service.row.tags,
+            type="maintenance",
+        )
+        await self._maintenance(row, enable, service.token or token)
+
+    async def node_maintenance(self, enable: bool, reason: str = "", *, token: str = "") -> None:
+        row = CheckRow(
+            node=self.node,
+            id=NODE_MAINTENANCE,
+            name="Node Maintenance Mode",
+            status=CRITICAL,
+            notes=reason or _NO_REASON.format("node"),
+            type="maintenance",
+        )
+        await self._maintenance(row, enable, token)
+
+    def adopt_tags(self, service_id: str, tags: tuple[str, ...]) -> None:
+        """Take over tags that somebody else wrote into the catalog, where the service allows it. No announcement."""
+        service = self.services.get(service_id)
+        if service is None or service.row.tags == tags:
+            return
+        service.row = service.row._replace(tags=tags)
+        for check in self.checks_of(service_id):
+            check.row = check.row._replace(service_tags=tags)
+
+    def checks_of(self, service_id: str) -> Iterator[LocalCheck]:
+        return (c for c in list(self.checks.values()) if c.row.service_id == service_id)
+
+    def status_of(self, service_id: str) -> str:
+        """passing, warning, critical or maintenance, from the service's checks and the node's."""
+        return aggregate(c.row for c in self.checks.values() if c.row.service_id in ("", service_id))
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    async def register_check(self, definition: Mapping[str, Any], *, token: str = "", from_file: bool = False) -> None:
+        """Add or replace one check of the node or of a service. Raises BadRequest, NotFound, ScriptsDisabled."""
+        spec = parse_check(definition)
+        self._allow_script(spec, from_file)
+        async with self._changing:
+            if spec.service_id and spec.service_id not in self.services:
+                raise NotFound(f'ServiceID "{spec.service_id}" does not exist')
+            spec = replace(spec, token=spec.token or token)
+            if not from_file:
+                await self._files.save("checks", spec.id, {"spec": asdict(spec)})
+            self._put_check(spec, from_file)
+            self._refresh_aliases(None)
+            self._changed()
+
+    async def deregister_check(self, check_id: str) -> None:
+        """Raises NotFound."""
+        async with self._changing:
+            check = self.checks.get(check_id)
+            if check is None:
+                raise NotFound(
+                    f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.'
+                )
+            await self._drop_check(check)
+            owner = self.services.get(check.row.service_id)
+            if owner is not None and not owner.from_file:
+                await self._save_service(owner, self._specs_of(check.row.service_id))
+            self._refresh_aliases(None)
+            self._changed()
+
+    async def set_ttl_status(self, check_id: str, status: str, output: str = "") -> None:
+        """What the service says about itself; its time starts anew. Raises NotFound when it is no TTL check."""
+        check = self.checks.get(check_id)
+        if check is None or check.spec is None or check.ttl is None:
+            raise NotFound(f'CheckID "{check_id}" does not have associated TTL')
+        check.ttl.renew()
+        self._observe(check, Result(status, cap_reported(output, check.spec.output_bytes_max)))
+        self._keep_state(check)
+
+    def deferred_outputs(self) -> frozenset[str]:
+        """Checks whose output changed, but too soon after the last time to tell the catalog."""
+        return frozenset(i for i, c in self.checks.items() if c.output_timer is not None)
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    async def _put(
+        self,
+        wanted: ServiceDefinition,
+        token: str,
+        from_file: bool,
+        replace_existing_checks: bool,
+        *,
+        sidecar_of: str = "",
+    ) -> None:
+        service_id = wanted.row.id
+        before = self.services.get(service_id)
+        if not sidecar_of and before is not None:
+            sidecar_of = before.sidecar_of
+        service = LocalService(wanted.row, wanted.token or token, sidecar_of, from_file)
+        given = {spec.id for spec in wanted.checks}
+        if replace_existing_checks:
+            for check in list(self.checks_of(service_id)):
+                if check.row.id not in given and not is_maintenance(check.row.id):
+                    await self._drop_check(check)
+        kept = [spec for spec in self._specs_of(service_id) if spec.id not in given]
+        if from_file:
+            await self._files.remove("services", service_id)
+        else:
+            await self._save_service(service, [*wanted.checks, *kept])
+        self._put_service(service, wanted.checks)
+
+    def _put_service(self, service: LocalService, specs: Iterable[CheckSpec]) -> None:
+        row = service.row
+        self.services[row.id] = service
+        for spec in specs:
+            self._put_check(replace(spec, token=spec.token or service.token), service.from_file)
+        for check in self.checks_of(row.id):
+            check.row = check.row._replace(service_name=row.name, service_tags=row.tags)
+
+    def _put_check(self, spec: CheckSpec, from_file: bool) -> None:
+        """Run `spec` from now on. A check that was there keeps its status; one that did not change keeps running."""
+        before = self.checks.get(spec.id)
+        if before is not None and before.spec == spec and before.row.service_id == spec.service_id:
+            before.from_file = from_file
+            return
+        owner = self.services.get(spec.service_id)
+        row = CheckRow(
+            node=self.node,
+            id=spec.id,
+            name=spec.name,
+            status=spec.status,
+            notes=spec.notes,
+            service_id=spec.service_id,
+            service_name=owner.row.name if owner else "",
+            service_tags=owner.row.tags if owner else (),
+            type=spec.type,
+        )
+        kept = self._states.pop(spec.id, None)
+        if before is not None and before.spec is not None:
+            self._stop_check(before)
+            row = row._replace(status=before.row.status, output=before.row.output)
+            kept = None
+        elif kept is not None and kept.get("type") == spec.type and kept.get("service_id") == spec.service_id:
+            row = row._replace(status=kept["status"], output=kept["output"])
+        else:
+            kept = None
+        check = LocalCheck(row, spec, spec.token, from_file, Thresholds.of(spec))
+        if row.status == CRITICAL:
+            check.critical_since = time.monotonic()
+        self.checks[spec.id] = check
+        self._start_check(check, spec, kept)
+
+    def _start_check(self, check: LocalCheck, spec: CheckSpec, kept: Mapping[str, Any] | None) -> None:
+        if spec.type == "ttl":
+            left_s = None
+            if kept is not None and kept.get("expires_at"):
+                left_s = min(spec.ttl_s, max(0.0, kept["expires_at"] - self._wall()))
+            check.ttl = Deadline(spec.ttl_s, lambda: self._expire(check), first_s=left_s)
+            check.stop = check.ttl.stop
+        elif spec.type == "alias":
+            if spec.alias_node and spec.alias_node != self.node:
+                check.stop = self._follow_remote(check, spec)
+        else:
+            task = self._tasks.start(f"check {spec.id}", self._run_periodically(check, spec))
+            check.task = task
+
+    def _stop_check(self, check: LocalCheck) -> None:
+        check.stop()
+        check.stop = lambda: None
+        if check.task is not None:
+            check.task.cancel()
+        if check.output_timer is not None:
+            check.output_timer.cancel()
+            check.output_timer = None
+
+    async def _drop_service(self, service_id: str) -> None:
+        service = self.services.pop(service_id)
+        for check in list(self.checks_of(service_id)):
+            await self._drop_check(check)
+        if not service.from_file:
+            await self._files.remove("services", service_id)
+
+    async def _drop_check(self, check: LocalCheck) -> None:
+        self._stop_check(check)
+        self.checks.pop(check.row.id, None)
+        await self._files.remove("checks", check.row.id)
+        await self._files.remove("checks/state", check.row.id)
+
+    async def _maintenance(self, row: CheckRow, enable: bool, token: str) -> None:
+        async with self._changing:
+            before = self.checks.get(row.id)
+            if not enable:
+                if before is None:
+                    return
+                await self._drop_check(before)
+            else:
+                if before is not None:
+                    return
+                await self._files.save("checks", row.id, {"maintenance": row._asdict(), "token": token})
+                self.checks[row.id] = LocalCheck(row, token=token)
+            self._refresh_aliases(row.service_id or None)
+            self._changed()
+
+    def _allow_script(self, spec: CheckSpec, from_file: bool) -> None:
+        if spec.type != "script" or self._scripts.remote or (from_file and self._scripts.local):
+            return
+        if from_file:
+            raise ScriptsDisabled(
+                "Scripts are disabled on this agent; to enable, configure 'enable_script_checks' or "
+                "'enable_local_script_checks' to true"
+            )
+        raise ScriptsDisabled(
+            "Scripts are disabled on this agent from remote calls; to enable, configure 'enable_script_checks' to true"
+        )
+
+    # -- sidecars -------------------------------------------------------------------------------------------------
+
+    def _complete_sidecar(self, sidecar: ServiceDefinition) -> ServiceDefinition:
+        """The sidecar with a port, and with the default checks where it brought none."""
+        row = sidecar.row
+        port = row.port or self._free_port(row.id, row.address or self._bind_address)
+        sidecar = replace(sidecar, row=row._replace(port=port))
+        if not sidecar.default_sidecar_checks:
+            return sidecar
+        bound = listener_address(sidecar.row, self._bind_address)
+        parent_id = (row.proxy or {}).get("destination_service_id", "")
+        listener = join_host_port({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound), port)
+        return expand_sidecar_checks(sidecar, listener=listener, parent_id=parent_id)
+
+    def _free_port(self, sidecar_id: str, address: str) -> int:
+        """The port that this sidecar had before, or the first one of the range that nobody has."""
+        before = self.services.get(sidecar_id)
+        if before is not None and before.row.port:
+            return before.row.port
+        low, high = self._sidecar_ports
+        taken = {s.row.port for s in self.services.values()}
+        known = self._remembered_ports.get(sidecar_id, 0)
+        if low <= known <= high and known not in taken:
+            return known
+        others = {p for i, p in self._remembered_ports.items() if i != sidecar_id}
+        for avoided in (taken | others, taken):
+            for port in range(low, high + 1):
+                if port not in avoided and not self._port_is_busy(address, port):
+                    return port
+        raise Conflict(
+            f"no free port for a sidecar between {low} and {high} (ports.sidecar_min_port, sidecar_max_port)"
+        )
+
+    async def _remember_port(self, sidecar_id: str, port: int) -> None:
+        if self._remembered_ports.get(sidecar_id) == port:
+            return
+        low, high = self._sidecar_ports
+        ports = {i: p for i, p in self._remembered_ports.items() if p != port}
+        if len(ports) > high - low:
+            ports = {i: p for i, p in ports.items() if i in self.services}
+        self._remembered_ports = {**ports, sidecar_id: port}
+        await self._files.save("sidecar-ports", "all", {"ports": self._remembered_ports})
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    async def _run_periodically(self, check: LocalCheck, spec: CheckSpec) -> None:
+        """From start to start the interval; a run that takes longer delays the next, never overlaps it."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._random() * min(spec.interval_s, FIRST_RUN_WITHIN_S) * 0.5)
+        due = loop.time()
+        while True:
+            self._observe(check, await _probe(spec))
+            due = max(due + spec.interval_s, loop.time())
+            await asyncio.sleep(max(0.0, due - loop.time()))
+
+    def _observe(self, check: LocalCheck, result: Result) -> None:
+        status = check.thresholds.observe(result.status)
+        if status is not None:
+            self._set(check, status, result.output)
+
+    def _expire(self, check: LocalCheck) -> None:
+        self._set(check, CRITICAL, expired_output(check.row.output))
+        self._keep_state(check)
+
+    def _set(self, check: LocalCheck, status: str, output: str) -> None:
+        """The only place where a check changes. A new status is announced now, a new output alone perhaps later."""
+        if self.checks.get(check.row.id) is not check:
+            return  # a probe that was under way when its check went
+        output = "" if self._discard_output else cap_reported(output, self._output_bytes_max)
+        row, loop = check.row, asyncio.get_running_loop()
+        if status == row.status and output == row.output:
+            return
+        check.row = row._replace(status=status, output=output)
+        if status != row.status:
+            check.critical_since = time.monotonic() if status == CRITICAL else None
+            if check.output_timer is not None:
+                check.output_timer.cancel()
+                check.output_timer = None
+            check.quiet_until = loop.time() + self._check_update_interval_s
+            self._keep_state(check)
+            self._refresh_aliases(row.service_id or None)
+            self._changed()
+        elif loop.time() >= check.quiet_until:
+            check.quiet_until = loop.time() + self._check_update_interval_s
+            self._changed()
+        elif check.output_timer is None:
+            check.output_timer = loop.call_at(check.quiet_until, self._announce_output, check)
+
+    def _announce_output(self, check: LocalCheck) -> None:
+        check.output_timer = None
+        check.quiet_until = asyncio.get_running_loop().time() + self._check_update_interval_s
+        self._changed()
+
+    def _refresh_aliases(self, service_id: str | None) -> None:
+        """Recompute the aliases of a service, or all when something of the node's own changed."""
+        for check in list(self.checks.values()):
+            spec = check.spec
+            if spec is None or spec.type != "alias" or (spec.alias_node and spec.alias_node != self.node):
+                continue
+            target = spec.alias_service
+            if service_id is not None and target != service_id:
+                continue
+            rows = [c.row for c in self.checks.values() if c is not check and c.row.service_id in ("", target)]
+            self._observe(
+                check, _capped(alias_result(self.node, target, rows, service_exists=target in self.services), spec)
+            )
+
+    def _follow_remote(self, check: LocalCheck, spec: CheckSpec) -> Callable[[], None]:
+        """Mirror a service of another node, from watches of that node. Returns what ends it."""
+        from rostra.server.state.catalog import NodeServices
+        from rostra.server.state.health import NodeChecks
+
+        if self._results is None:
+            return lambda: None
+        services: Live = self._results.live(NodeServices(spec.alias_node), token=spec.token)
+        checks: Live = self._results.live(NodeChecks(spec.alias_node), token=spec.token)
+
+        def refresh() -> None:
+            if not (services.is_ready and checks.is_ready):
+                return
+            rows = [CheckRow(*checks.rows[key]) for key in checks.keys]
+            exists = ("s", spec.alias_service) in services.rows
+            self._observe(
+                check, _capped(alias_result(spec.alias_node, spec.alias_service, rows, service_exists=exists), spec)
+            )
+
+        removers = (services.on_change(refresh), checks.on_change(refresh))
+        asyncio.get_running_loop().call_soon(refresh)
+
+        def stop() -> None:
+            for remove in removers:
+                remove()
+
+        return stop
+
+    async def _reap(self) -> None:
+        """Deregister services that have been critical for as long as their definition allows."""
+        while True:
+            await asyncio.sleep(REAP_EVERY_S)
+            await self.reap_critical()
+
+    async def reap_critical(self) -> None:
+        """One round of it."""
+        now = time.monotonic()
+        for check in list(self.checks.values()):
+            spec, since = check.spec, check.critical_since
+            if spec is None or not spec.deregister_after_s or since is None or not spec.service_id:
+                continue
+            if now - since >= spec.deregister_after_s and spec.service_id in self.services:
+                log.info(
+                    "deregistering a service that was critical for too long", service=spec.service_id, check=spec.id
+                )
+                await self.deregister_service(spec.service_id)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def _specs_of(self, service_id: str) -> list[CheckSpec]:
+        return [c.spec for c in self.checks_of(service_id) if c.spec is not None and not c.from_file]
+
+    async def _save_service(self, service: LocalService, specs: Iterable[CheckSpec]) -> None:
+        await self._files.save(
+            "services",
+            service.row.id,
+            {
+                "service": service.row._asdict(),
+                "token": service.token,
+                "sidecar_of": service.sidecar_of,
+                "checks": [asdict(spec) for spec in specs],
+            },
+        )
+
+    def _keep_state(self, check: LocalCheck) -> None:
+        spec = check.spec
+        if spec is None or self.checks.get(check.row.id) is not check:
+            return
+        row = check.row
+        kept: dict[str, Any] = {
+            "id": row.id,
+            "service_id": row.service_id,
+            "type": row.type,
+            "status": row.status,
+            "output": row.output,
+        }
+        if check.ttl is not None and row.status != CRITICAL:
+            kept["expires_at"] = self._wall() + check.ttl.ttl_s
+        self._files.save_soon("checks/state", row.id, kept)
+
+    def _restore(self, what: str, kept: dict[str, Any], restore: Callable[[dict[str, Any]], None]) -> None:
+        try:
+            restore(kept)
+        except (KeyError, TypeError, ValueError, BadRequest, ScriptsDisabled) as error:
+            log.err(f"cannot restore a {what}, its file is left as it is", error=f"{type(error).__name__}: {error}")
+
+    def _restore_service(self, kept: dict[str, Any]) -> None:
+        row = _known(ServiceRow, ServiceRow._fields, kept["service"])._replace(node=self.node)
+        service = LocalService(row, kept.get("token", ""), kept.get("sidecar_of", ""))
+        self._put_service(service, [s for s in map(_read_spec, kept.get("checks", ())) if self._may_restore(s)])
+
+    def _restore_check(self, kept: dict[str, Any]) -> None:
+        if "maintenance" in kept:
+            row = _known(CheckRow, CheckRow._fields, kept["maintenance"])._replace(node=self.node)
+            if not row.service_id or row.service_id in self.services:
+                self.checks[row.id] = LocalCheck(row, token=kept.get("token", ""))
+            return
+        spec = _read_spec(kept["spec"])
+        if self._may_restore(spec) and (not spec.service_id or spec.service_id in self.services):
+            self._put_check(spec, from_file=False)
+
+    def _may_restore(self, spec: CheckSpec) -> bool:
+        if spec.type != "script" or self._scripts.remote:
+            return True
+        log.warn("a script check of an earlier run is not started: scripts are disabled now", check=spec.id)
+        return False
+
+    def _changed(self) -> None:
+        for callback in list(self._listeners):
+            callback()
+
+
+def listener_address(proxy: ServiceRow, bind_address: str) -> str:
+    """Where the public listener of a proxy binds: its config says so, else its own address, else the agent's."""
+    config = (proxy.proxy or {}).get("config") or {}
+    return str(config.get("bind_address") or proxy.address or bind_address)
+
+
+def port_is_busy_here(address: str, port: int) -> bool:
+    """Whether something on this host listens there already. An address of another host is judged by all of ours."""
+    try:
+        is_v6 = ipaddress.ip_address(address).version == 6
+    except ValueError:
+        is_v6, address = False, "0.0.0.0"
+    with socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+async def _probe(spec: CheckSpec) -> Result:
+    if spec.type == "http":
+        return await http.run(spec)
+    if spec.type == "tcp":
+        return await tcp.run(spec.tcp, spec.timeout_s)
+    return await script.run(spec)
+
+
+def _capped(result: Result, spec: CheckSpec) -> Result:
+    return Result(result.status, cap_reported(result.output, spec.output_bytes_max))
+
+
+def _read_spec(kept: Mapping[str, Any]) -> CheckSpec:
+    spec: CheckSpec = _known(CheckSpec, tuple(f.name for f in fields(CheckSpec)), kept)
+    return spec
+
+
+def _known(kind: Any, names: tuple[str, ...], kept: Mapping[str, Any]) -> Any:
+    """A value from a file that a newer or older version may have written: unknown fields are passed over."""
+    return kind(**{name: frozen(value) for name, value in kept.items() if name in names})

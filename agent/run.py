@@ -1,0 +1,539 @@
+"""The agent process: reads its configuration, builds every part, owns their start and their end.
+
+    core (spawned before the rest is imported)  →  HTTP  →  session with a server  →  local state, sync, DNS, join port
+    →  sidecars
+
+Parts stop in the reverse order; a stop takes less than two seconds. Nothing here decides anything about the catalog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rostra import __version__
+from rostra.agent.config import Config, ConfigErrors, load
+from rostra.agent.core_process import CoreProcess
+from rostra.runtime import log as logging
+from rostra.wire.errors import Conflict, RostraError
+
+if TYPE_CHECKING:
+    from rostra.agent.servers import ServerAddress
+    from rostra.runtime.identity import DataDirectory, NodeIdentity
+
+log = logging.get("agent")
+
+STOP_S = 1.6
+FDS_NEEDED = 4096
+
+
+def main(argv: Sequence[str]) -> int:
+    """`rostra agent`. The exit status: 0 after SIGINT or SIGTERM, 1 where it could not start."""
+    try:
+        config = load(argv)
+    except ConfigErrors as e:
+        for problem in e.problems:
+            print(f"rostra agent: {problem}", file=sys.stderr)
+        return 1
+    logging.configure(config.log_level, as_json=config.log_json)
+    for warning in config.warnings:
+        log.warn(warning)
+    try:
+        return _run(config)
+    except RostraError as e:
+        print(f"rostra agent: {e.message}", file=sys.stderr)
+        return 1
+
+
+def main_server(argv: Sequence[str]) -> int:
+    """`rostra server`: the core alone, for a unit of its own; an agent on this host attaches to it."""
+    try:
+        config = load(["-server", *argv])
+    except ConfigErrors as e:
+        for problem in e.problems:
+            print(f"rostra server: {problem}", file=sys.stderr)
+        return 1
+    from rostra.server.run import run
+    from rostra.server.settings import CoreSettings
+
+    failed: list[str] = []
+
+    def ready(message: dict[str, Any]) -> None:
+        if "error" in message:
+            failed.append(message["error"][1])
+            print(f"rostra server: {message['error'][1]}", file=sys.stderr)
+
+    try:
+        return run(CoreSettings.from_map(core_settings(config)), ready, None)
+    except RostraError as e:
+        print(f"rostra server: {e.message}", file=sys.stderr)
+        return 1
+
+
+def core_settings(config: Config) -> dict[str, Any]:
+    """What the core of this node is told; see `server/settings.py`."""
+    from rostra.runtime.identity import resolve_secrets
+
+    advertise = config.advertise_addr or config.bind_addr
+    joins = (*config.retry_join, *config.start_join)
+    secrets = resolve_secrets(config.encrypt.reveal() or None, [config.bind_addr, advertise, *joins])
+    import base64
+
+    # A development server waits for nobody, so its clockwork may run as fast as the library allows.
+    scale = config.raft_multiplier
+    return {
+        "node_name": config.node_name,
+        "node_id": config.node_id,
+        "data_dir": "" if config.dev and not config.data_dir else config.data_dir,
+        "bind": config.bind_addr,
+        "advertise": advertise,
+        "datacenter": config.datacenter,
+        "rpc_port": config.server_port,
+        "serf_port": config.join_port,
+        "bootstrap_expect": 1 if config.dev or config.bootstrap else config.bootstrap_expect,
+        "candidates": [_with_port(host, config.server_port) for host in joins],
+        "secrets": [base64.b64encode(s.value).decode() for s in secrets],
+        "dev": config.dev and not config.data_dir,
+        "retry_interval_s": config.retry_interval_s,
+        "heartbeat_s": 0.05 * scale,
+        "election_min_s": 0.3 * scale,
+        "election_max_s": 0.6 * scale,
+        "log_level": config.log_level,
+        "log_json": config.log_json,
+        "version": __version__,
+    }
+
+
+def _with_port(host: str, port: int) -> str:
+    """The RPC address on a join address's host. A port in it is the join port's, which the agent asks, not the core."""
+    bare = host.rpartition(":")[0] if host.count(":") == 1 else host
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+
+
+def _run(config: Config) -> int:
+    lock = _lock(config)
+    pid_file = Path(config.pid_file) if config.pid_file else None
+    if pid_file is not None:
+        pid_file.write_text(f"{os.getpid()}\n")
+    _raise_fd_limit()
+    core: CoreProcess | None = None
+    if config.server or config.dev:
+        core = CoreProcess(core_settings(config))
+        core.begin()  # it starts while the imports below go on
+    import uvloop
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(config, core))
+    finally:
+        if pid_file is not None:
+            pid_file.unlink(missing_ok=True)
+        if lock is not None:
+            lock.release()
+
+
+def _lock(config: Config) -> DataDirectory | None:
+    if not config.data_dir:
+        return None
+    from rostra.runtime.identity import DataDirectory
+
+    directory = DataDirectory.lock(config.data_dir, "agent.lock")
+    if config.node_id:
+        path = Path(config.data_dir) / "node-id"
+        if not path.exists():
+            path.write_text(config.node_id + "\n")
+    return directory
+
+
+def _raise_fd_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft < FDS_NEEDED:
+        log.warn(
+            "few file descriptors: watches and proxies will be refused when they run out",
+            limit=soft,
+            wanted=FDS_NEEDED,
+            change="ulimit -n, or LimitNOFILE= in the unit",
+        )
+
+
+async def _serve(config: Config, core: CoreProcess | None) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: log.warn("reload is not available yet: restart the agent; a core of its own goes on")
+    )
+    running = RunningAgent(config, core)
+    try:
+        await running.start()
+        waiting = asyncio.ensure_future(stop.wait())
+        await waiting
+        log.info("stopping")
+        return 0
+    finally:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                await running.stop()
+
+
+class RunningAgent:
+    """All parts of one agent. `start` raises RostraError for what an operator has to mend."""
+
+    def __init__(self, config: Config, core: CoreProcess | None) -> None:
+        from rostra.runtime.service import Tasks
+
+        self.config, self._core = config, core
+        self._tasks = Tasks("agent")
+        self._ends: list[tuple[str, Callable[[], Awaitable[Any]]]] = []
+        self._identity: NodeIdentity | None = None
+        self._servers_known: list[ServerAddress] = []
+        self._tls: Any = None
+
+    async def start(self) -> None:
+        from rostra.agent.context import Agent
+        from rostra.agent.dns_source import CatalogSource
+        from rostra.agent.http.app import HttpServer
+        from rostra.agent.leaf import Leaves
+        from rostra.agent.local import LocalAgent, Scripts
+        from rostra.agent.metrics import Metrics
+        from rostra.agent.proxycfg import ProxyConfigs
+        from rostra.agent.results import Results
+        from rostra.agent.servers import ServerSession
+        from rostra.agent.sidecars import Sidecars
+        from rostra.agent.sync import NodeIdentity as AboutNode
+        from rostra.agent.sync import Sync
+        from rostra.dns.answer import DnsConfig
+        from rostra.dns.serve import DnsServer
+        from rostra.runtime.steps import LoopSteps
+        from rostra.runtime.tls import peer_key_hash
+
+        config = self.config
+        metrics = Metrics()
+        steps = LoopSteps(lambda ms: metrics.observe("loop.step", ms))
+        steps.start()
+        node_id = await self._open_identity()
+        advertise = config.advertise_addr or config.bind_addr
+        session = self._session = ServerSession(
+            addresses=self._addresses,
+            context=self._context,
+            about=lambda: {
+                "name": config.node_name,
+                "node_id": node_id,
+                "role": "server" if self._core is not None else "client",
+                "address": advertise,
+                "serf_port": config.join_port,
+                "datacenter": config.datacenter,
+                "version": __version__,
+            },
+            key_of=peer_key_hash,
+            spawn=self._spawn,
+        )
+        results = Results(session)
+        local = LocalAgent(
+            node=config.node_name,
+            data_dir=Path(config.data_dir) if config.data_dir else None,
+            bind_address=config.bind_addr,
+            scripts=Scripts(
+                remote=config.enable_script_checks,
+                local=config.enable_script_checks or config.enable_local_script_checks,
+            ),
+            results=results,
+            sidecar_ports=(config.sidecar_min_port, config.sidecar_max_port),
+            check_update_interval_s=config.check_update_interval_s,
+        )
+        leaves = Leaves(session, results, datacenter=config.datacenter)
+        proxies = ProxyConfigs(
+            local,
+            leaves,
+            results,
+            datacenter=config.datacenter,
+            bind_address=config.bind_addr,
+            default_allow=config.intentions_default_allow,
+        )
+        agent = Agent(
+            servers=session,
+            results=results,
+            metrics=metrics,
+            node_name=config.node_name,
+            node_id=node_id,
+            datacenter=config.datacenter,
+            config=config,
+            local=local,
+            leaves=leaves,
+        )
+        agent.parts.update(
+            proxies=proxies,
+            steps=steps,
+            session=session,
+            started=time.time(),
+            default_allow=config.intentions_default_allow,
+        )
+        self._gauges(metrics, session, results)
+
+        http = HttpServer(
+            agent,
+            connections_per_client=config.http_max_conns_per_client,
+            kv_value_bytes_max=config.kv_max_value_bytes,
+        )
+        await http.start()
+        self._ends.append(("http", lambda: http.close(0.3)))
+        own_address = await self._listen_http(http)
+        if self._core is not None:
+            self._tasks.start("core", self._core.keep(lambda: None))
+        self._tasks.start("session with a server", session.run())
+        session.on_connected.append(self._connected)
+
+        await local.start()
+        self._ends.append(("local state", local.stop))
+        await self._register_from_files(local)
+        about = AboutNode(
+            name=config.node_name,
+            id=node_id,
+            address=advertise,
+            datacenter=config.datacenter,
+            tagged_addresses={k: advertise for k in ("lan", "lan_ipv4", "wan", "wan_ipv4")},
+            meta={"consul-network-segment": "", **config.node_meta},
+        )
+        sync = Sync(local, session, results, about, is_server=self._core is not None)
+        session.on_connected.append(sync.trigger)
+        agent.parts["sync"] = sync
+        await sync.start()
+        self._ends.append(("sync", sync.stop))
+        if config.dns_port >= 0:
+            source = CatalogSource(results, datacenter=config.datacenter)
+            source.start()
+            dns = DnsServer(
+                DnsConfig(
+                    domain=config.domain,
+                    alt_domain=config.alt_domain,
+                    datacenter=config.datacenter,
+                    only_passing=config.dns_only_passing,
+                    node_ttl_s=int(config.dns_node_ttl_s),
+                    service_ttl_s={k: int(v) for k, v in config.dns_service_ttl_s.items()},
+                    soa_refresh_s=config.dns_soa_refresh_s,
+                    soa_retry_s=config.dns_soa_retry_s,
+                    soa_expire_s=config.dns_soa_expire_s,
+                    soa_min_ttl_s=config.dns_soa_min_ttl_s,
+                    a_record_limit=config.dns_a_record_limit,
+                    udp_answer_limit=config.dns_udp_answer_limit,
+                    recursors=config.recursors,
+                ),
+                source,
+                hosts=config.dns_addrs or config.client_addrs,
+                port=config.dns_port,
+                count=metrics.count,
+            )
+            await dns.start()
+            self._ends.append(("dns", dns.stop))
+        await proxies.start()
+        self._ends.append(("proxy snapshots", proxies.stop))
+        self._ends.append(("leaves", leaves.stop))
+        sidecars = Sidecars(local, http_addr=own_address, log_level=config.log_level)
+        agent.parts["sidecars"] = sidecars
+        await sidecars.start()
+        self._ends.append(("sidecars", sidecars.stop))
+        if not config.dev:
+            self._tasks.start("join port", self._join_port())
+        gc.collect()
+        gc.freeze()
+        # Rows and cached answers make young objects by the thousand; a collection of the old ones is a pause.
+        gc.set_threshold(20_000, 50, 1000)
+        log.info(
+            "agent is running",
+            node=config.node_name,
+            http=own_address,
+            dns=config.dns_port,
+            server=self._core is not None,
+        )
+
+    async def stop(self) -> None:
+        for name, end in reversed(self._ends):
+            try:
+                await end()
+            except Exception as e:  # one part's failure must not keep the others alive
+                log.err("part did not stop cleanly", part=name, error=repr(e))
+        await self._tasks.stop(0.5)
+
+    def _spawn(self, coro: Any) -> asyncio.Task[Any]:
+        return self._tasks.start(getattr(coro, "__qualname__", "task"), coro)
+
+    # -- who and where ----------------------------------------------------------------------------------------
+
+    async def _open_identity(self) -> str:
+        """The node's id. Clients open their key now; server agents talk over the local socket and need it later."""
+        if self._core is not None:
+            await self._core.ready()
+            self._ends.append(("core", self._core.stop))
+            return self._core.node_id
+        self._identity = await asyncio.to_thread(self._identity_in, Path(self.config.data_dir))
+        return self._identity.node_id
+
+    def _identity_in(self, directory: Path) -> NodeIdentity:
+        from rostra.runtime.identity import NodeIdentity, resolve_secrets
+
+        config = self.config
+        secrets = resolve_secrets(
+            config.encrypt.reveal() or None,
+            [config.bind_addr, config.advertise_addr or config.bind_addr, *config.retry_join, *config.start_join],
+        )
+        return NodeIdentity.open(directory, config.node_name, secrets)
+
+    def _context(self) -> Any:
+        if self._tls is None:
+            from rostra.runtime.tls import client_context
+
+            assert self._identity is not None
+            self._tls = client_context(self._identity)
+        return self._tls
+
+    async def _addresses(self) -> list[ServerAddress]:
+        from rostra.agent.servers import ServerAddress
+
+        if self._core is not None:
+            return [ServerAddress(path=self._core.socket_path)] if self._core.socket_path else []
+        known = list(self._servers_known or self._remembered())
+        random.shuffle(known)
+        if known and not self._session.last_error:
+            return known
+        from rostra.agent.join import discover
+
+        assert self._identity is not None
+        joins = [*self.config.retry_join, *self.config.start_join]
+        found = await discover(joins, self._identity, default_port=self.config.join_port)
+        addresses = [ServerAddress(host=s.host, port=s.port, key_hash=s.key_hash) for s in found]
+        seen = {(a.host, a.port) for a in addresses}
+        return addresses + [k for k in known if (k.host, k.port) not in seen]
+
+    def _remembered(self) -> list[ServerAddress]:
+        """The servers of the last run: their keys are known, so no stranger can take their place."""
+        from rostra.agent.servers import ServerAddress
+
+        if not self.config.data_dir:
+            return []
+        try:
+            rows = json.loads((Path(self.config.data_dir) / "servers.json").read_text())
+            return [ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def _connected(self) -> None:
+        self._tasks.start("learn the servers", self._learn_servers())
+
+    async def _learn_servers(self) -> None:
+        from rostra.agent.servers import ServerAddress
+        from rostra.runtime.identity import write_if_changed
+
+        with contextlib.suppress(RostraError):
+            rows = await self._session.act("servers", {})
+            self._servers_known = [
+                ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows
+            ]
+            self.servers_rows = rows
+            if self.config.data_dir and self._core is None and rows:
+                text = json.dumps([{k: r[k] for k in ("host", "port", "key_hash")} for r in rows])
+                await asyncio.to_thread(write_if_changed, Path(self.config.data_dir) / "servers.json", text.encode())
+
+    async def _join_port(self) -> None:
+        """Answer probes and joins on 8301; on servers, tell the core whom our own join addresses name."""
+        from rostra.agent.join import JoinListener
+
+        if self._identity is None:
+            self._identity = await asyncio.to_thread(self._identity_in, Path(self.config.data_dir))
+        listener = JoinListener(
+            self._identity,
+            about=self._about_me,
+            servers=lambda: list(self._servers_known),
+            host=self.config.bind_addr,
+            port=self.config.join_port,
+        )
+        await listener.start()
+        self._ends.append(("join port", listener.stop))
+        if self._core is not None and (self.config.retry_join or self.config.start_join):
+            await self._tell_core_where()
+
+    def _about_me(self) -> dict[str, Any]:
+        config = self.config
+        assert self._identity is not None
+        return {
+            "node_id": self._identity.node_id,
+            "name": config.node_name,
+            "role": "server" if self._core is not None else "client",
+            "datacenter": config.datacenter,
+            "address": config.advertise_addr or config.bind_addr,
+            "rpc_port": config.server_port if self._core is not None else 0,
+        }
+
+    async def _tell_core_where(self) -> None:
+        from rostra.agent.join import discover
+
+        joins = [*self.config.retry_join, *self.config.start_join]
+        assert self._identity is not None
+        while not self._servers_known:
+            found = await discover(joins, self._identity, default_port=self.config.join_port)
+            if found:
+                with contextlib.suppress(RostraError):
+                    await self._session.act("join.found", {"addresses": [f"{s.host}:{s.port}" for s in found]})
+            await asyncio.sleep(min(1.0, self.config.retry_interval_s))
+            with contextlib.suppress(RostraError):
+                await self._learn_servers()
+
+    async def _listen_http(self, http: Any) -> str:
+        """Open every HTTP address; the URL under which this host's own proxies reach the API."""
+        config, own = self.config, ""
+        for host in config.http_addrs or config.client_addrs:
+            try:
+                if host.startswith("unix://"):
+                    await http.listen_unix(host.removeprefix("unix://"))
+                    own = own or host
+                elif config.http_port >= 0:
+                    bound, port = await http.listen_tcp(host, config.http_port)
+                    reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
+                    own = own or f"http://[{reach}]:{port}" if ":" in reach else own or f"http://{reach}:{port}"
+            except OSError as e:
+                raise Conflict(
+                    f"cannot listen for HTTP on {host}:{config.http_port}: {e.strerror or e}; "
+                    "change it with -http-port or ports.http"
+                ) from None
+        return own
+
+    # -- what configuration files register -----------------------------------------------------------------------
+
+    async def _register_from_files(self, local: Any) -> None:
+        from rostra.wire.errors import BadRequest
+
+        for definition in self.config.services:
+            try:
+                await local.register_service(definition.value, from_file=True)
+            except RostraError as e:
+                raise BadRequest(f"{definition.where}: service: {e.message}") from None
+        for definition in self.config.checks:
+            try:
+                await local.register_check(definition.value, from_file=True)
+            except RostraError as e:
+                raise BadRequest(f"{definition.where}: check: {e.message}") from None
+
+    def _gauges(self, metrics: Any, session: Any, results: Any) -> None:
+        metrics.gauge("session.connected", lambda: int(session.connected))
+        metrics.gauge("session.reconnects", lambda: session.reconnects)
+        metrics.gauge("runtime.rss_bytes", _rss_bytes)
+
+
+def _rss_bytes() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+

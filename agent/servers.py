@@ -1,0 +1,348 @@
+"""The agent's one session with a server: writes, reads, barriers, watches, acts; and the next server when it is lost.
+
+Exactly once is decided here and in the state machine: each write keeps its (client id, sequence) however often it is
+sent, to whichever server. Barriers are shared: a request joins only one that starts after it arrived. See
+`servers_port.py` for what callers may rely on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import ssl
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
+from rostra.runtime.log import get
+from rostra.wire.codec import encode_value
+from rostra.wire.connection import FrameConnection
+from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError, Timeout
+from rostra.wire.rpc import DONE, END, FULL, Caller, Lost, check_hello, hello
+
+log = get("servers")
+
+#: Consul's rpc_hold_timeout: how long a request waits for a server that can answer it.
+HOLD_S = 7.0
+DIAL_S = 3.0
+PING_EVERY_S = 0.5
+PING_TIMEOUT_S = 1.2
+RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a server answers: the path of its local socket, or host, port and the hash of its key ("" if unknown)."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    key_hash: str = ""
+
+    def __str__(self) -> str:
+        return self.path or f"{self.host}:{self.port}"
+
+
+class ServerSession:
+    """Implements `Servers` over whichever server can be reached."""
+
+    def __init__(
+        self,
+        *,
+        addresses: Callable[[], Awaitable[list[ServerAddress]]],
+        context: Callable[[], ssl.SSLContext],
+        about: Callable[[], dict[str, Any]],
+        key_of: Callable[[ssl.SSLObject], str],
+        spawn: Callable[..., asyncio.Task[Any]],
+        jitter: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._addresses, self._context, self._about, self._key_of = addresses, context, about, key_of
+        self._spawn, self._jitter = spawn, jitter
+        self._loop = asyncio.get_running_loop()
+        self._caller: Caller | None = None
+        self._connection: FrameConnection | None = None
+        self._changed = asyncio.Event()
+        self._client_id = str(uuid.uuid4())
+        self._sequence = 0
+        self._outstanding: dict[int, None] = {}
+        self._since = 0
+        self._barriers = {m: _SharedBarrier(self, m) for m in ("default", "consistent", "stale")}
+        self._touched: list[Callable[[int, frozenset[int] | None], None]] = []
+        self.on_connected: list[Callable[[], None]] = []
+        self.server_hello: dict[str, Any] = {}
+        self.last_error = ""
+        self.reconnects = 0
+
+    # -- the port ---------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        return self._caller is not None and self._caller.open
+
+    def on_touched(self, callback: Callable[[int, frozenset[int] | None], None]) -> None:
+        self._touched.append(callback)
+
+    async def write(self, command: Any, *, token: str = "", timeout_s: float = 10.0) -> Any:
+        kind, args = encode_value(command)
+        self._sequence += 1
+        sequence = self._sequence
+        self._outstanding[sequence] = None
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                caller = self._caller
+                if caller is None or not caller.open:
+                    caller = await self._connected_by(deadline)
+                first = next(iter(self._outstanding))
+                try:
+                    return await _by(
+                        caller.call("write", (self._client_id, sequence, first), kind, args, token), deadline
+                    )
+                except Lost:
+                    if time.monotonic() >= deadline:
+                        raise Timeout(
+                            "the server was lost before it answered; the write may or may not have been done"
+                        ) from None
+        finally:
+            del self._outstanding[sequence]
+
+    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
+        kind, args = encode_value(query)
+        deadline = time.monotonic() + HOLD_S
+        while True:
+            caller = await self._connected_by(deadline)
+            try:
+                return await _by(self._read(caller, kind, args, min_index, token), deadline)
+            except Lost:
+                if time.monotonic() >= deadline:
+                    raise
+
+    async def _read(self, caller: Caller, kind: str, args: Any, min_index: int, token: str) -> Answer:
+        stream = caller.stream("read", kind, args, min_index, token)
+        try:
+            rows: list[Any] = []
+            while (chunk := await stream.next()) is not None:
+                rows += chunk.rows
+                if chunk.flags & END:
+                    return Answer(chunk.index, chunk.granules, rows)
+            raise Lost
+        finally:
+            stream.close()
+
+    async def barrier(self, mode: Mode) -> Barrier:
+        return await self._barriers[mode].join()
+
+    async def watch(self, query: Any, *, token: str = "") -> AsyncIterator[Delta]:
+        kind, args = encode_value(query)
+        while True:
+            try:
+                caller = await self._connected_by(time.monotonic() + 60.0)
+            except NoLeader:
+                continue
+            stream = caller.stream("watch", kind, args, token)
+            full = True
+            try:
+                while (chunk := await stream.next()) is not None:
+                    yield Delta(
+                        chunk.index,
+                        bool(chunk.flags & FULL),
+                        bool(chunk.flags & DONE),
+                        chunk.granules,
+                        list(chunk.rows),
+                        list(chunk.removed),
+                    )
+                    full = False
+            except NoLeader:
+                await asyncio.sleep(self._jitter(0.0, 0.05) if full else 0)
+            finally:
+                stream.close()
+
+    async def act(self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            caller = await self._connected_by(deadline)
+            try:
+                return await _by(caller.call("act", kind, args, token), deadline)
+            except Lost:
+                if time.monotonic() >= deadline:
+                    raise
+
+    # -- the session ------------------------------------------------------------------------------------------
+
+    async def _connected_by(self, deadline: float) -> Caller:
+        while True:
+            caller = self._caller
+            if caller is not None and caller.open:
+                return caller
+            left = min(deadline, time.monotonic() + HOLD_S) - time.monotonic()
+            if left <= 0:
+                raise NoLeader
+            try:
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                raise NoLeader from None
+
+    async def run(self) -> None:
+        """Keep a session. Ends only by cancellation."""
+        delay = RECONNECT_MIN_S
+        told = 0.0
+        while True:
+            tried: list[str] = []
+            for address in await self._addresses():
+                try:
+                    connection, server = await self._dial(address)
+                except (Conflict, Denied) as e:
+                    # Not a passing thing: an operator has to act.
+                    tried.append(f"{address}: {e.message}")
+                    continue
+                except RostraError as e:
+                    tried.append(f"{address}: {e.message}")
+                    continue
+                delay, tried, told, self.last_error = RECONNECT_MIN_S, [], 0.0, ""
+                await self._hold(connection, server, address)
+                break
+            if tried:
+                self.last_error = "; ".join(tried)
+                now = time.monotonic()
+                if now - told > 10.0:
+                    told = now
+                    log.warn("no server can be reached, trying again", tried=self.last_error)
+            await asyncio.sleep(self._jitter(delay / 2, delay))
+            delay = min(delay * 1.6, RECONNECT_MAX_S) if tried else RECONNECT_MIN_S
+
+    async def _hold(self, connection: FrameConnection, server: dict[str, Any], address: ServerAddress) -> None:
+        caller = Caller(connection)
+        lost = asyncio.Event()
+
+        def on_lost(reason: str) -> None:
+            lost.set()
+            caller.on_lost(reason)
+
+        connection.on_frame, connection.on_lost = caller.on_frame, on_lost
+        if not connection.open:
+            return
+        self.server_hello = server
+        self._caller, self._connection = caller, connection
+        self._since = 0
+        self.reconnects += 1
+        self._forget()
+        self._changed.set()
+        log.info("connected to a server", server=str(address), name=server.get("name", ""))
+        for callback in self.on_connected:
+            callback()
+        try:
+            while not lost.is_set():
+                await asyncio.wait_for(caller.call("ping"), PING_TIMEOUT_S)
+                try:
+                    await asyncio.wait_for(lost.wait(), PING_EVERY_S)
+                except TimeoutError:
+                    pass
+        except TimeoutError:
+            log.warn("the server does not answer, trying another", server=str(address))
+        except RostraError:
+            pass
+        finally:
+            self._changed.clear()
+            self._caller = self._connection = None
+            connection.abort("session over")
+
+    async def _dial(self, address: ServerAddress) -> tuple[FrameConnection, dict[str, Any]]:
+        connection = FrameConnection()
+        first: asyncio.Future[bytes] = self._loop.create_future()
+        connection.on_frame = lambda payload: None if first.done() else first.set_result(payload)
+        connection.on_lost = lambda reason: None if first.done() else first.set_exception(ConnectionError(reason))
+        try:
+            async with asyncio.timeout(DIAL_S if not address.path else HOLD_S + 1):
+                if address.path:
+                    await self._loop.create_unix_connection(lambda: connection, address.path)
+                else:
+                    await self._loop.create_connection(
+                        lambda: connection, address.host, address.port, ssl=self._context(), server_hostname=""
+                    )
+                    raw = connection.info("socket")
+                    if raw is not None:
+                        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    assert connection.ssl_object is not None
+                    if address.key_hash and self._key_of(connection.ssl_object) != address.key_hash:
+                        raise Denied("it showed another key than the servers' list names")
+                connection.send(hello("rpc", **self._about()))
+                return connection, check_hello(await first)
+        except (OSError, ssl.SSLError, TimeoutError) as e:
+            connection.abort("dial failed")
+            if first.done() and not first.cancelled():
+                first.exception()
+            raise NoLeader(str(e) or "timed out") from None
+        except RostraError:
+            connection.abort("refused")
+            raise
+
+    def _forget(self) -> None:
+        for callback in self._touched:
+            callback(0, None)
+
+    async def ask_barrier(self, mode: str) -> Barrier:
+        """One barrier of its own; `_SharedBarrier` shares it."""
+        deadline = time.monotonic() + HOLD_S
+        while True:
+            caller = await self._connected_by(deadline)
+            since = self._since
+            try:
+                index, packed, known, contact_ms = await _by(caller.call("barrier", mode, since), deadline)
+            except Lost:
+                if time.monotonic() >= deadline:
+                    raise
+                continue
+            if caller is not self._caller:
+                continue  # its session is over: what it says was touched is not ours to count from
+            if packed is None or index < since:
+                touched = None
+            else:
+                touched = frozenset(int.from_bytes(packed[i : i + 8], "big") for i in range(0, len(packed), 8))
+            self._since = max(index, self._since)
+            for callback in self._touched:
+                callback(index, touched)
+            return Barrier(index, known, contact_ms)
+
+
+class _SharedBarrier:
+    """Barriers of one mode: at most one asked and one waiting to be asked."""
+
+    def __init__(self, session: ServerSession, mode: str) -> None:
+        self._session, self._mode = session, mode
+        self._next: asyncio.Future[Barrier] | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def join(self) -> asyncio.Future[Barrier]:
+        future = self._next
+        if future is None:
+            future = self._next = asyncio.get_running_loop().create_future()
+            future.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
+            if self._task is None or self._task.done():
+                self._task = self._session._spawn(self._work())
+        return asyncio.shield(future)
+
+    async def _work(self) -> None:
+        while self._next is not None:
+            future, self._next = self._next, None
+            try:
+                barrier = await self._session.ask_barrier(self._mode)
+            except RostraError as e:
+                future.set_exception(e)
+            except BaseException:
+                future.set_exception(NoLeader())
+                raise
+            else:
+                future.set_result(barrier)
+
+
+async def _by(work: Awaitable[Any], deadline: float) -> Any:
+    """`work`, or Timeout at `deadline` (monotonic seconds)."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await work
+    except TimeoutError:
+        raise Timeout("the servers did not answer in time; a write may or may not have been done") from None

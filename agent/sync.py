@@ -1,0 +1,334 @@
+"""Anti-entropy: makes the catalog's picture of this node agree with the agent's.
+
+`plan` is pure: what is here, what the catalog says, and out come commands. `Sync` runs it at once after a change here,
+within a moment of a change of this node's rows in the catalog (a watch tells it: whoever deregisters a service there
+sees it come back), when the servers come back, and fully every minute. The node itself is registered along with its
+services. `serfHealth` belongs to the leader and the service `consul` to the servers: neither is ever touched here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random as _random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rostra.agent.definition import frozen
+from rostra.agent.servers_port import Key, Row, Servers
+from rostra.runtime import log as _log
+from rostra.runtime.service import Tasks
+from rostra.server.state.catalog import Deregister, NodeServices, Register
+from rostra.server.state.health import NodeChecks
+from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
+from rostra.wire.errors import Denied, RostraError
+
+if TYPE_CHECKING:
+    from rostra.agent.local import LocalAgent
+    from rostra.agent.results import Results
+
+FULL_EVERY_S = 60.0
+RETRY_S = 15.0
+SERF_HEALTH = "serfHealth"
+SERVERS_SERVICE = "consul"
+_AT_ONCE = 16  # writes on their way at the same time
+
+log = _log.get("agent.sync")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """What the agent says about its node."""
+
+    name: str
+    id: str
+    address: str
+    datacenter: str
+    tagged_addresses: Mapping[str, str] = field(default_factory=dict)
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The services and checks of one node, as somebody sees them. `node` is None where it is not registered."""
+
+    node: NodeRow | None
+    services: Mapping[str, ServiceRow]
+    checks: Mapping[str, CheckRow]
+
+    @classmethod
+    def of(cls, node_rows: Mapping[Key, Row], check_rows: Mapping[Key, Row]) -> Picture:
+        """From the answers of `catalog.node` and `health.node`."""
+        node = node_rows.get(("",))
+        services = (ServiceRow(*row) for key, row in node_rows.items() if key[0] == "s")
+        checks = (CheckRow(*row) for row in check_rows.values())
+        return cls(NodeRow(*node) if node is not None else None, {s.id: s for s in services}, {c.id: c for c in checks})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command, and whose token it needs: that of a service or check, or with "" the agent's own."""
+
+    command: Register | Deregister
+    token_of: str = ""
+    what: str = ""
+
+
+def plan(
+    identity: NodeIdentity,
+    services: Mapping[str, ServiceRow],
+    checks: Mapping[str, CheckRow],
+    catalog: Picture,
+    *,
+    is_server: bool = False,
+    deferred: frozenset[str] = frozenset(),
+) -> list[Step]:
+    """The commands that make `catalog` agree. A check in `deferred` is not sent for its output alone."""
+    node_is_known = catalog.node is not None and _same_node(identity, catalog.node)
+    due_checks = {
+        check_id: row
+        for check_id, row in checks.items()
+        if not _same_check(row, catalog.checks.get(check_id), ignore_output=check_id in deferred)
+    }
+    steps: list[Step] = []
+    if not node_is_known:
+        steps.append(Step(_register(identity, False), what="node"))
+    for service_id, service in services.items():
+        of_service = tuple(due_checks.pop(i) for i in list(due_checks) if due_checks[i].service_id == service_id)
+        if not _same_service(service, catalog.services.get(service_id)):
+            steps.append(Step(_register(identity, True, service, of_service), service_id, f"service {service_id}"))
+        elif of_service:
+            steps.append(Step(_register(identity, True, None, of_service), service_id, f"checks of {service_id}"))
+    if due_checks:
+        steps.append(Step(_register(identity, True, None, tuple(due_checks.values())), "", "checks of the node"))
+    return [*steps, *_removals(identity, services, checks, catalog, is_server)]
+
+
+def tags_to_adopt(services: Mapping[str, ServiceRow], catalog: Picture) -> dict[str, tuple[str, ...]]:
+    """Tags that others gave to services which allow it (EnableTagOverride): the catalog's are the truth for those."""
+    return {
+        service_id: catalog.services[service_id].tags
+        for service_id, service in services.items()
+        if service.enable_tag_override
+        and service_id in catalog.services
+        and tuple(catalog.services[service_id].tags) != service.tags
+    }
+
+
+def _removals(
+    identity: NodeIdentity,
+    services: Mapping[str, ServiceRow],
+    checks: Mapping[str, CheckRow],
+    catalog: Picture,
+    is_server: bool,
+) -> Iterable[Step]:
+    gone = [i for i in catalog.services if i not in services and not (is_server and i == SERVERS_SERVICE)]
+    for service_id in gone:
+        yield Step(Deregister(identity.name, service_id=service_id), service_id, f"service {service_id}")
+    for check_id, check in catalog.checks.items():
+        is_ours = check_id != SERF_HEALTH and not (is_server and check.service_id == SERVERS_SERVICE)
+        if is_ours and check_id not in checks and check.service_id not in gone:
+            yield Step(Deregister(identity.name, check_id=check_id), check.service_id, f"check {check_id}")
+
+
+def _register(
+    identity: NodeIdentity, node_is_known: bool, service: ServiceRow | None = None, checks: tuple[CheckRow, ...] = ()
+) -> Register:
+    return Register(
+        node=identity.name,
+        address=identity.address,
+        node_id=identity.id,
+        datacenter=identity.datacenter,
+        tagged_addresses=dict(identity.tagged_addresses),
+        node_meta=dict(identity.meta),
+        skip_node_update=node_is_known,
+        service=_fields(service, "node") if service is not None else None,
+        checks=tuple(_fields(check) for check in checks),
+    )
+
+
+def _fields(row: ServiceRow | CheckRow, *left_out: str) -> dict[str, Any]:
+    omitted = {*left_out, "create_index", "modify_index"}
+    return {name: value for name, value in row._asdict().items() if name not in omitted}
+
+
+def _same_node(identity: NodeIdentity, row: NodeRow) -> bool:
+    return (
+        row.id == identity.id
+        and row.address == identity.address
+        and dict(row.tagged_addresses) == dict(identity.tagged_addresses)
+        and dict(row.meta) == dict(identity.meta)
+    )
+
+
+def _same_service(ours: ServiceRow, theirs: ServiceRow | None) -> bool:
+    if theirs is None:
+        return False
+    plain = ours._replace(create_index=0, modify_index=0)
+    other = theirs._replace(create_index=0, modify_index=0)
+    return plain == other or bool(frozen(plain) == frozen(other))
+
+
+def _same_check(ours: CheckRow, theirs: CheckRow | None, *, ignore_output: bool) -> bool:
+    if theirs is None:
+        return False
+    theirs = theirs._replace(create_index=0, modify_index=0)
+    if ignore_output:
+        theirs = theirs._replace(output=ours.output)
+    return bool(frozen(ours._replace(create_index=0, modify_index=0)) == frozen(theirs))
+
+
+class Sync:
+    """Runs `plan` whenever it may have something to say, and writes what it says."""
+
+    def __init__(
+        self,
+        local: LocalAgent,
+        servers: Servers,
+        results: Results,
+        identity: NodeIdentity,
+        *,
+        is_server: bool = False,
+        token: str = "",
+        full_every_s: float = FULL_EVERY_S,
+        retry_s: float = RETRY_S,
+        random: Callable[[], float] = _random.random,
+    ) -> None:
+        self._local = local
+        self._servers = servers
+        self._results = results
+        self._identity = identity
+        self._is_server = is_server
+        self._token = token
+        self._full_every_s = full_every_s
+        self._retry_s = retry_s
+        self._random = random
+        self._wake = asyncio.Event()
+        self._full_due = True
+        self._synced = asyncio.Event()
+        self._tasks = Tasks("agent.sync")
+        self._removers: list[Callable[[], None]] = []
+        self._refused: dict[str, str] = {}  # step -> the refusal that was logged
+
+    async def start(self) -> None:
+        self._removers.append(self._local.on_change(self.trigger))
+        self._tasks.start("sync", self._run())
+        self._tasks.start("full sync", self._full_timer())
+
+    async def stop(self) -> None:
+        for remove in self._removers:
+            remove()
+        self._removers.clear()
+        await self._tasks.stop()
+
+    def trigger(self) -> None:
+        """Compare soon. Many calls in one turn of the loop are one comparison."""
+        self._synced.clear()
+        self._wake.set()
+
+    async def synced(self, timeout_s: float) -> bool:
+        """Wait until the catalog had everything that was here at the last change."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._synced.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _run(self) -> None:
+        # Watches hold rows of this one node only; they also tell when a reconnection brought another picture.
+        services = self._results.live(NodeServices(self._identity.name), token=self._token)
+        checks = self._results.live(NodeChecks(self._identity.name), token=self._token)
+        self._removers += [services.on_change(self._wake.set), checks.on_change(self._wake.set)]
+        while True:
+            try:
+                if await services.ready(60.0) and await checks.ready(60.0):
+                    self._wake.clear()
+                    whole = await self._read() if self._full_due else Picture.of(services.rows, checks.rows)
+                    is_done = await self._compare(whole)
+                    self._full_due = False
+                    if is_done and not self._wake.is_set():
+                        self._synced.set()
+                    pause_s = None if is_done else self._retry_pause_s()
+                    await self._sleep(pause_s)
+            except RostraError as error:
+                log.warn("the catalog could not be brought up to date, trying again", error=error.message)
+                self._full_due = True
+                await self._sleep(min(1.0, self._retry_pause_s()))
+            except Exception as error:  # a defect here must not leave the catalog stale for ever
+                log.err("anti-entropy failed, trying again", exc_info=error)
+                self._full_due = True
+                await asyncio.sleep(min(1.0, self._retry_pause_s()))
+
+    async def _read(self) -> Picture:
+        services = await self._results.fetch(NodeServices(self._identity.name), token=self._token)
+        checks = await self._results.fetch(NodeChecks(self._identity.name), token=self._token)
+        return Picture.of(services.rows, checks.rows)
+
+    async def _compare(self, catalog: Picture) -> bool:
+        """Write the differences. False when something was refused: others must not wait for that one."""
+        local = self._local
+        for service_id, tags in tags_to_adopt(_rows(local.services), catalog).items():
+            local.adopt_tags(service_id, tags)
+        steps = plan(
+            self._identity,
+            _rows(local.services),
+            _rows(local.checks),
+            catalog,
+            is_server=self._is_server,
+            deferred=local.deferred_outputs(),
+        )
+        refused = 0
+        if steps and steps[0].what == "node":  # the others build on it
+            refused += await self._write(steps.pop(0))
+        for start in range(0, len(steps), _AT_ONCE):
+            refused += sum(await asyncio.gather(*map(self._write, steps[start : start + _AT_ONCE])))
+        return refused == 0
+
+    async def _write(self, step: Step) -> bool:
+        """True when the servers refused it. A lost leader is raised: then nothing else would pass either."""
+        try:
+            await self._servers.write(step.command, token=self._token_for(step.token_of))
+        except RostraError as error:
+            if error.code in ("no_leader", "timeout"):
+                raise
+            if self._refused.get(step.what) != error.message:
+                self._refused[step.what] = error.message
+                write = log.warn if isinstance(error, Denied) else log.err
+                write("the servers refuse a registration", what=step.what, error=error.message)
+            return True
+        if self._refused.pop(step.what, None) is not None:
+            log.info("the servers accept a registration that they refused before", what=step.what)
+        return False
+
+    def _token_for(self, service_id: str) -> str:
+        service = self._local.services.get(service_id)
+        return (service.token if service is not None else "") or self._token
+
+    def _retry_pause_s(self) -> float:
+        return self._retry_s * (1.0 + self._random())
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """Until somebody triggers, or `seconds` are over."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            self._full_due = True
+
+    async def _full_timer(self) -> None:
+        """Every minute; and whenever the session with the servers was lost and is back."""
+        loop = asyncio.get_running_loop()
+        due, was_connected = loop.time() + self._full_every_s * (1.0 + self._random()), self._servers.connected
+        while True:
+            await asyncio.sleep(min(1.0, self._full_every_s))
+            is_connected = self._servers.connected
+            if loop.time() >= due or (is_connected and not was_connected):
+                due = loop.time() + self._full_every_s * (1.0 + self._random())
+                self._full_due = True
+                self._wake.set()
+            was_connected = is_connected
+
+
+def _rows(local: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.row for key, value in local.items()}

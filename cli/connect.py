@@ -1,0 +1,85 @@
+"""`rostra connect ca get-config|set-config`, and the door to the proxy's program (`rostra connect proxy`)."""
+
+from __future__ import annotations
+
+import json
+
+from rostra.cli.api import path
+from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.output import tabbed_json
+
+_CONFIGURATION = path("connect", "ca", "configuration")
+NOT_YET = ("envoy", "expose", "redirect-traffic")
+
+
+def _get_config(call: Call) -> None:
+    try:
+        say(tabbed_json(call.client.get(_CONFIGURATION)))
+    except Failed as e:
+        raise Failed(f"Error querying CA configuration: {e}") from e
+
+
+def _set_config(call: Call) -> None:
+    file = call["config-file"]
+    if not file:
+        raise Failed("The -config-file flag is required")
+    try:
+        with open(file, "rb") as f:
+            data = f.read()
+        json.loads(data)
+    except OSError as e:
+        raise Failed(f"Error loading CA config file: {file}: {e.strerror}") from e
+    except json.JSONDecodeError as e:
+        raise Failed(f"Error parsing CA config file: {file}:{e.lineno}:{e.colno}: {e.msg}") from None
+    except UnicodeDecodeError:
+        raise Failed(f"Error parsing CA config file: {file}: not UTF-8 text") from None
+    try:
+        call.client.put(_CONFIGURATION, data)
+    except Failed as e:
+        raise Failed(f"Error setting CA configuration: {e}") from e
+    say("Configuration updated!")
+
+
+def _proxy(argv: list[str]) -> int:
+    from rostra.connect_proxy import run
+
+    return int(run.main(argv) or 0)
+
+
+def _proxy_help() -> str:
+    return """Usage: rostra connect proxy -sidecar-for ID [options]
+
+  Runs the built-in proxy of a service instance until it is interrupted.
+
+  -sidecar-for=<string>
+     ID of the service on the local agent whose sidecar this is.
+
+  -http-addr=<string>
+     Address of the agent: host:port, http://… or unix://PATH. Also CONSUL_HTTP_ADDR.
+
+  -token=<string>
+     ACL token. Also CONSUL_HTTP_TOKEN.
+
+  -log-level=<string>
+     trace, debug, info, warn or error.
+"""
+
+
+COMMANDS = {
+    "ca get-config": Command(
+        "connect ca get-config [options]", "Display the configuration of the CA", _get_config, reach="agent"
+    ),
+    "ca set-config": Command(
+        "connect ca set-config [options]",
+        "Modify the configuration of the CA",
+        _set_config,
+        (Flag("config-file", "JSON file with the new configuration."),),
+        reach="agent",
+    ),
+    "proxy": Command(
+        "connect proxy -sidecar-for ID [options]",
+        "Runs the built-in proxy",
+        program=_proxy,
+        program_help=_proxy_help,
+    ),
+}

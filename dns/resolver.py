@@ -1,0 +1,444 @@
+"""Packet in, packet out, no sockets: finds the plan for a question and keeps what was encoded for it.
+
+Three layers, each forgotten the moment its service changes. `hot`: whole replies by the packet's bytes without the
+id, all that the busiest queries touch. Rotations: 16 encoded orders per (name, type, room), whatever the spelling, the
+flags or the EDNS options; drawn anew every second, so that no order outlives its fairness. Watched: the live views.
+A name that nobody registered is refused from memory and remembered nowhere: a flood of them costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import NamedTuple, cast
+
+from rostra.dns.answer import (
+    DnsConfig,
+    Plan,
+    encode_soa,
+    plan_address,
+    plan_apex,
+    plan_empty,
+    plan_node,
+    plan_reverse,
+    plan_service,
+)
+from rostra.dns.message import (
+    BADVERS,
+    CLASS_ANY,
+    CLASS_IN,
+    FLAG_AA,
+    FLAG_RA,
+    FLAG_RD,
+    FLAG_TC,
+    NOTHING,
+    NXDOMAIN,
+    OPT_BYTES,
+    REFUSED,
+    SERVFAIL,
+    TCP_BYTES_MAX,
+    TYPE_A,
+    TYPE_AAAA,
+    TYPE_ANY,
+    TYPE_AXFR,
+    TYPE_IXFR,
+    UDP_PLAIN_BYTES_MAX,
+    Query,
+    Record,
+    Sections,
+    assemble,
+    encode_reply,
+    parse_query,
+)
+from rostra.dns.name import Kind, Lookup, parse_name
+from rostra.dns.source import Instance, ServiceView, Source, View
+
+ROTATIONS = 16
+#: Sizes that replies are encoded for; a client's own size is rounded down to one of them.
+SIZE_CLASSES = (4096, 2048, 1452, 1400, 1232, 1024, 512)
+SERVERS_SERVICE = "consul"
+#: Answers from knowledge older than this are counted as stale.
+STALE_AFTER_S = 5.0
+
+Draw = Callable[[], bytes]
+Count = Callable[[str, int], None]
+
+
+class Wait(NamedTuple):
+    """The answer depends on a view that is still arriving: resolve again when `view.ready()`."""
+
+    view: View
+
+
+class Forward(NamedTuple):
+    """Not our name: ask a recursor."""
+
+    query: Query
+
+
+class _Watched:
+    """A live view and what was encoded from it."""
+
+    __slots__ = ("keys", "remove", "used", "view")
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.keys: set[_Key] = set()
+        self.used = 0
+        self.remove: Callable[[], None] = lambda: None
+
+
+class _Planned(NamedTuple):
+    plan: Plan
+    watched: _Watched | None = None
+
+
+class _Key(NamedTuple):
+    name: bytes
+    qtype: int
+    room: int
+
+
+class _Rotation:
+    """The encoded orders of one plan. `take` bounds how many records each has."""
+
+    __slots__ = (
+        "_made",
+        "_next",
+        "_rest",
+        "_weighted",
+        "hot_keys",
+        "offset",
+        "plan",
+        "size",
+        "take",
+        "wanted",
+        "watched",
+    )
+
+    def __init__(self, plan: Plan, key: _Key, take: int, watched: _Watched | None) -> None:
+        self.plan = plan
+        self.take = min(take, 1) if plan.one_only else take
+        self.offset = 12 + len(key.name) + 4
+        self.size = 0
+        self.wanted = ROTATIONS if len(plan.records) > 1 else 1
+        self.hot_keys: list[bytes] = []
+        self.watched = watched
+        self._made: list[tuple[Sections, bool]] = []
+        self._next = 0
+        self._rest: Sequence[Record] = ()
+        self._weighted = len({r.weight for r in plan.records}) > 1
+
+    def draw(self, room: int, chance: Callable[[], float]) -> tuple[Sections, bool]:
+        """One encoded order, and whether the number of records was cut to `take`. Encodes at most one more."""
+        made = self._made
+        if len(made) < self.wanted:
+            made.append(self._encode(room, chance))
+            return made[-1]
+        self._next = (self._next + 1) % len(made)
+        return made[self._next]
+
+    @property
+    def all(self) -> list[tuple[Sections, bool]]:
+        return self._made
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._made) == self.wanted
+
+    def renew(self) -> int:
+        """Encode again, in other orders, from the next query on. Gives the number of bytes let go."""
+        self.hot_keys.clear()
+        if self.wanted == 1:
+            return 0
+        freed, self.size = self.size, 0
+        self._made.clear()
+        return freed
+
+    def _encode(self, room: int, chance: Callable[[], float]) -> tuple[Sections, bool]:
+        plan = self.plan
+        order = self._order(chance)
+        chosen = order[: self.take]
+        sections = assemble(chosen, plan.authority, plan.additional, self.offset, room)
+        used, rest = sections.counts[0], len(self._rest)
+        # Where a reply holds a part of the instances, the next one goes on where it ended: all get their turn.
+        self._rest = () if self._weighted or used == len(order) else order[used : rest if used < rest else None]
+        self.size += len(sections.tail)
+        return sections, len(chosen) < len(order) and not plan.one_only
+
+    def _order(self, chance: Callable[[], float]) -> Sequence[Record]:
+        records = self.plan.records
+        if len(records) < 2:
+            return records
+        if self._weighted:
+            # Weighted sampling without replacement (Efraimidis, Spirakis): the earlier, the likelier by weight.
+            return sorted(records, key=lambda r: -math.log(1 - chance()) / (r.weight or 1e-9))
+        fresh = sorted(records, key=lambda _: chance())
+        if not self._rest:
+            return fresh
+        first = {id(r) for r in self._rest}
+        return [*self._rest, *(r for r in fresh if id(r) not in first)]
+
+
+class Resolver:
+    """`resolve` answers; `tick` wants to be called once a second; `close` lets go of the views."""
+
+    def __init__(
+        self,
+        config: DnsConfig,
+        source: Source,
+        *,
+        count: Count | None = None,
+        clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] | None = None,
+        kept_max: int = 4096,
+        kept_bytes_max: int = 16 << 20,
+        hot_bytes_max: int = 32 << 20,
+        watched_max: int = 4096,
+        idle_ticks: int = 600,
+    ) -> None:
+        self.hot: dict[bytes, Draw] = {}
+        self.hot_hits = 0
+        self._config = config
+        self._zones = config.zones
+        if not self._zones:
+            raise ValueError("the DNS domain is empty")
+        self._source = source
+        self._count = count or (lambda _name, _n: None)
+        self._counts: dict[str, int] = {}
+        self._clock = clock
+        self._chance = chance or random.Random().random  # noqa: S311 - spreads load, guards nothing
+        self._kept: dict[_Key, _Rotation] = {}
+        self._kept_bytes = 0
+        self._hot_bytes = 0
+        self._watched: dict[str, _Watched] = {}
+        self._nodes: _Watched | None = None
+        self._now = 0
+        self._kept_max, self._kept_bytes_max, self._hot_bytes_max = kept_max, kept_bytes_max, hot_bytes_max
+        self._watched_max, self._idle_ticks = watched_max, idle_ticks
+        self._ra = FLAG_RA if config.recursors else 0
+
+    # -- what the shell calls -----------------------------------------------------------------------------------
+
+    def resolve(self, packet: bytes, *, tcp: bool = False) -> bytes | Wait | Forward | None:
+        """The reply; or what it waits for; or None where no reply is due."""
+        query = parse_query(packet)
+        if not isinstance(query, Query):
+            self._add("malformed")
+            return query
+        self._add("queries")
+        if query.edns_version:
+            return self._refuse(packet, query, BADVERS)
+        if query.qclass not in (CLASS_IN, CLASS_ANY) or query.qtype in (TYPE_AXFR, TYPE_IXFR):
+            return self._refuse(packet, query, REFUSED)
+        room, take = self._limits(query, tcp)
+        key = _Key(query.name, query.qtype, room)
+        rotation = self._kept.get(key)
+        if rotation is None:
+            planned = self._plan(query)
+            if isinstance(planned, int):
+                return self._refuse(packet, query, planned)
+            if not isinstance(planned, _Planned):
+                return planned
+            rotation = self._keep(key, take, planned)
+        elif rotation.watched is not None:
+            rotation.watched.used = self._now
+        size = rotation.size
+        sections, is_cut = rotation.draw(room, self._chance)
+        if rotation.plan.is_lasting:
+            self._kept_bytes += rotation.size - size
+        reply = self._encode(query, rotation.plan.rcode, sections, is_cut, tcp)
+        if query.is_plain and not tcp and rotation.is_complete and rotation.plan.is_lasting:
+            self._keep_hot(packet[2:], query, rotation)
+        return packet[:2] + reply
+
+    def fail(self, packet: bytes) -> bytes | None:
+        """SERVFAIL for a query whose wait was in vain."""
+        query = parse_query(packet)
+        return self._refuse(packet, query, SERVFAIL) if isinstance(query, Query) else query
+
+    def tick(self) -> None:
+        """Renew the orders, report the counts, let go of what nobody asks for any more."""
+        self._now += 1
+        self.hot.clear()
+        self._hot_bytes = 0
+        for key, rotation in list(self._kept.items()):
+            if rotation.plan.authority:
+                self._forget(key)  # its SOA carries the time
+            else:
+                self._kept_bytes -= rotation.renew()
+        if self._now % 60 == 0:
+            for name, watched in list(self._watched.items()):
+                if self._now - watched.used > self._idle_ticks:
+                    self._unwatch(name, watched)
+        if self.hot_hits:
+            self._add("queries", self.hot_hits)
+            self._add("hot_queries", self.hot_hits)
+            self.hot_hits = 0
+        if self._source.age_s > STALE_AFTER_S and "queries" in self._counts:
+            self._add("stale_queries", self._counts["queries"])
+        for name, n in self._counts.items():
+            self._count(f"dns.{name}", n)
+        self._counts.clear()
+
+    def close(self) -> None:
+        for name, watched in list(self._watched.items()):
+            self._unwatch(name, watched)
+        if self._nodes is not None:
+            self._nodes.remove()
+            self._nodes = None
+        self.hot.clear()
+        self._kept.clear()
+
+    # -- from a question to a rotation --------------------------------------------------------------------------
+
+    def _limits(self, query: Query, tcp: bool) -> tuple[int, int]:
+        """(bytes for all records, number of answers)."""
+        config = self._config
+        size, take = TCP_BYTES_MAX, 0
+        if not tcp:
+            size = UDP_PLAIN_BYTES_MAX
+            if query.edns_bytes is not None and query.edns_bytes > size:
+                wanted = min(query.edns_bytes, config.edns_bytes_max)
+                size = next((c for c in SIZE_CLASSES if c <= wanted), UDP_PLAIN_BYTES_MAX)
+            if size <= UDP_PLAIN_BYTES_MAX:
+                take = config.udp_answer_limit
+        if config.a_record_limit and query.qtype in (TYPE_A, TYPE_AAAA, TYPE_ANY):
+            take = min(take, config.a_record_limit) if take else config.a_record_limit
+        opt = OPT_BYTES if query.edns_bytes is not None else 0
+        return size - 12 - len(query.question) - opt, take or 1 << 30
+
+    def _keep(self, key: _Key, take: int, planned: _Planned) -> _Rotation:
+        plan, watched = planned
+        rotation = _Rotation(plan, key, take, watched)
+        if plan.rcode == NXDOMAIN:
+            self._add("nxdomain")
+        if plan.is_lasting and watched is not None:
+            while self._kept and (len(self._kept) >= self._kept_max or self._kept_bytes > self._kept_bytes_max):
+                self._forget(next(iter(self._kept)))
+            self._kept[key] = rotation
+            watched.keys.add(key)
+        return rotation
+
+    def _plan(self, query: Query) -> _Planned | Wait | Forward | int:
+        """The plan for a question that nothing is kept for; or a wait; or the rcode of a refusal."""
+        config, source = self._config, self._source
+        lookup = parse_name(query.labels, query.qtype, self._zones, config.datacenter)
+        kind = lookup.kind
+        if kind is Kind.OUTSIDE:
+            return self._outside(query)
+        if kind is Kind.REVERSE:
+            return self._plan_reverse(lookup, query)
+        soa = encode_soa(config, lookup.zone, len(query.name), int(self._clock()))
+        if kind is Kind.ADDRESS:
+            return _Planned(plan_address(lookup, query.qtype, config, soa))
+        if kind is Kind.EMPTY or kind is Kind.UNKNOWN:
+            return _Planned(plan_empty(kind, soa))
+        if kind is Kind.NODE:
+            nodes = self._watch_nodes()
+            if not isinstance(nodes, _Watched):
+                return nodes
+            return _Planned(plan_node(source.nodes.get(lookup.name), query.qtype, config, soa), nodes)
+        name = lookup.name if kind is Kind.SERVICE else SERVERS_SERVICE
+        watched = self._watch_service(name)
+        if isinstance(watched, Wait):
+            return watched
+        instances = self._instances(name, watched)
+        if kind is Kind.APEX:
+            return _Planned(plan_apex(lookup, query.qtype, instances, config, soa))
+        if watched is None and not source.is_ready:
+            return SERVFAIL
+        return _Planned(plan_service(lookup, query.qtype, instances, config, soa), watched)
+
+    def _plan_reverse(self, lookup: Lookup, query: Query) -> _Planned | Wait | Forward | int:
+        nodes = self._watch_nodes()
+        if isinstance(nodes, Wait):
+            return nodes
+        node = self._source.nodes.by_address(bytes.fromhex(lookup.name)) if isinstance(nodes, _Watched) else None
+        plan = plan_reverse(node, query.qtype, self._config, self._zones[-1])
+        return self._outside(query) if plan is None else _Planned(plan)
+
+    def _outside(self, query: Query) -> Forward | int:
+        if self._config.recursors and query.flags & FLAG_RD:
+            return Forward(query)
+        return REFUSED
+
+    # -- live views ---------------------------------------------------------------------------------------------
+
+    def _watch_service(self, name: str) -> _Watched | Wait | None:
+        """None where the service is not registered, or nothing is known yet."""
+        watched = self._watched.get(name)
+        if watched is None:
+            view = self._source.service(name)
+            if view is None:
+                return None
+            if len(self._watched) >= self._watched_max:
+                oldest = min(self._watched, key=lambda n: self._watched[n].used)
+                self._unwatch(oldest, self._watched[oldest])
+            watched = self._watched[name] = _Watched(view)
+            watched.remove = view.on_change(lambda: self._changed(watched))
+        watched.used = self._now
+        return watched if watched.view.is_ready else Wait(watched.view)
+
+    def _watch_nodes(self) -> _Watched | Wait | int:
+        if self._nodes is None:
+            if not self._source.is_ready:
+                return SERVFAIL
+            watched = self._nodes = _Watched(self._source.nodes)
+            watched.remove = watched.view.on_change(lambda: self._changed(watched))
+        return self._nodes if self._nodes.view.is_ready else Wait(self._nodes.view)
+
+    def _instances(self, name: str, watched: _Watched | None) -> Sequence[Instance]:
+        if watched is None:
+            return ()
+        instances = cast(ServiceView, watched.view).instances()
+        if not instances and self._source.service(name) is None:
+            self._unwatch(name, watched)  # deregistered: the names' watch alone will tell when it is back
+        return instances
+
+    def _changed(self, watched: _Watched) -> None:
+        for key in list(watched.keys):
+            self._forget(key)
+
+    def _unwatch(self, name: str, watched: _Watched) -> None:
+        watched.remove()
+        self._changed(watched)
+        del self._watched[name]
+
+    def _forget(self, key: _Key) -> None:
+        rotation = self._kept.pop(key)
+        self._kept_bytes -= rotation.size
+        if rotation.watched is not None:
+            rotation.watched.keys.discard(key)
+        for hot_key in rotation.hot_keys:
+            self.hot.pop(hot_key, None)
+
+    # -- encoding -----------------------------------------------------------------------------------------------
+
+    def _encode(self, query: Query, rcode: int, sections: Sections, is_cut: bool, tcp: bool) -> bytes:
+        flags = FLAG_AA | self._ra
+        wants_tc = self._config.truncation_flag
+        if not tcp and ((sections.truncated and wants_tc != "never") or (is_cut and wants_tc == "always")):
+            flags |= FLAG_TC
+            self._add("truncated")
+        return encode_reply(query, rcode, flags, sections)
+
+    def _keep_hot(self, hot_key: bytes, query: Query, rotation: _Rotation) -> None:
+        replies = [self._encode(query, rotation.plan.rcode, s, is_cut, False) for s, is_cut in rotation.all]
+        self._hot_bytes += sum(map(len, replies)) + len(hot_key) + 200
+        if self._hot_bytes > self._hot_bytes_max:
+            self.hot.clear()
+            self._hot_bytes = 0
+            return
+        self.hot[hot_key] = cycle(replies).__next__
+        rotation.hot_keys.append(hot_key)
+
+    def _refuse(self, packet: bytes, query: Query, rcode: int) -> bytes:
+        self._add({SERVFAIL: "servfail", REFUSED: "refused"}.get(rcode, "badvers"))
+        return packet[:2] + encode_reply(query, rcode, self._ra, NOTHING)
+
+    def _add(self, name: str, n: int = 1) -> None:
+        self._counts[name] = self._counts.get(name, 0) + n

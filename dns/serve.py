@@ -1,0 +1,377 @@
+"""The sockets: UDP and TCP on one port, for as many addresses as configured.
+
+A query that `Resolver.hot` knows is answered in three lines; everything else goes through `Resolver.resolve`. Queries
+that wait for a view are parked together, one task per view. All is bounded: parked queries, connections, what one
+connection may send and leave unread. No packet can raise past this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import structlog
+
+from rostra.dns.answer import DnsConfig
+from rostra.dns.recurse import Recursor
+from rostra.dns.resolver import Count, Draw, Forward, Resolver, Wait
+from rostra.dns.source import Source, View
+from rostra.wire.errors import Conflict
+
+log = structlog.get_logger(__name__)
+
+PARKED_MAX = 4096
+READY_TIMEOUT_S = 2.0
+TCP_CONNECTIONS_MAX = 512
+TCP_IDLE_S = 10.0
+TCP_QUERY_BYTES_MAX = 4096
+TCP_WAITING_MAX = 32
+TCP_UNREAD_BYTES_MAX = 256 << 10
+UDP_BUFFER_BYTES = 4 << 20
+_SLICE = 100  # parked queries answered per turn of the loop
+
+Reply = Callable[[bytes], None]
+
+
+class DnsServer:
+    """`await start()`, `await stop()`. `port` is the bound one where 0 was asked for."""
+
+    def __init__(
+        self,
+        config: DnsConfig,
+        source: Source,
+        *,
+        hosts: Sequence[str] = ("127.0.0.1",),
+        port: int = 8600,
+        count: Count | None = None,
+        tcp_idle_s: float = TCP_IDLE_S,
+    ) -> None:
+        self.resolver = Resolver(config, source, count=count)
+        self.port = port
+        self.tcp_idle_s = tcp_idle_s
+        self.connections: set[_TcpConnection] = set()
+        self._hosts = tuple(hosts)
+        self._recursor = Recursor(config.recursors) if config.recursors else None
+        self._parked: dict[int, list[tuple[bytes, Reply, bool]]] = {}
+        self._parked_count = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._udp: list[asyncio.BaseTransport] = []
+        self._tcp: list[asyncio.Server] = []
+        self._ticker: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Bind and serve. Raises Conflict with a line for the operator where an address cannot be had."""
+        loop = asyncio.get_running_loop()
+        pairs = bind_pairs(self._hosts, self.port)
+        self.port = pairs[0][0].getsockname()[1]
+        try:
+            while pairs:
+                udp, tcp = pairs[0]
+                transport, _ = await loop.create_datagram_endpoint(lambda: _UdpProtocol(self), sock=udp)
+                self._udp.append(transport)
+                self._tcp.append(await loop.create_server(lambda: _TcpConnection(self), sock=tcp, backlog=256))
+                pairs.pop(0)
+        finally:
+            _close_all(pairs)
+        self._ticker = loop.call_later(1.0, self._tick)
+
+    async def stop(self) -> None:
+        """Close everything. Parked queries get no answer."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for transport in self._udp:
+            transport.close()
+        for server in self._tcp:
+            server.close()
+        for connection in list(self.connections):
+            connection.abort()
+        if self._recursor is not None:
+            self._recursor.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.resolver.close()
+
+    def answer(self, packet: bytes, reply: Reply, *, tcp: bool) -> None:
+        """Reply now, later or never; never raise. `reply` is called at most once."""
+        try:
+            found = self.resolver.resolve(packet, tcp=tcp)
+            if found is None:
+                return
+            if isinstance(found, bytes):
+                reply(found)
+            elif isinstance(found, Wait):
+                self._park(found.view, packet, reply, tcp)
+            else:
+                self._forward(found, packet, reply, tcp)
+        except Exception:
+            log.exception("DNS query failed", query=packet[:300].hex())
+
+    def _park(self, view: View, packet: bytes, reply: Reply, tcp: bool) -> None:
+        if self._parked_count >= PARKED_MAX:
+            self._fail(packet, reply)
+            return
+        self._parked_count += 1
+        waiting = self._parked.get(id(view))
+        if waiting is not None:
+            waiting.append((packet, reply, tcp))
+            return
+        self._parked[id(view)] = [(packet, reply, tcp)]
+        self._spawn(self._answer_when_ready(view), "dns: wait for a view")
+
+    async def _answer_when_ready(self, view: View) -> None:
+        waiting: list[tuple[bytes, Reply, bool]] = []
+        try:
+            is_ready = await view.ready(READY_TIMEOUT_S)
+        except Exception:
+            log.exception("DNS view failed")
+            is_ready = False
+        finally:
+            waiting = self._parked.pop(id(view))
+            self._parked_count -= len(waiting)
+        for at in range(0, len(waiting), _SLICE):
+            for packet, reply, tcp in waiting[at : at + _SLICE]:
+                if is_ready and view.is_ready:
+                    self.answer(packet, reply, tcp=tcp)
+                else:
+                    self._fail(packet, reply)
+            await asyncio.sleep(0)
+
+    def _forward(self, found: Forward, packet: bytes, reply: Reply, tcp: bool) -> None:
+        if self._recursor is None or not self._recursor.has_room:
+            self._fail(packet, reply)
+            return
+        self._spawn(self._recurse(self._recursor, packet, reply, tcp), "dns: recurse")
+
+    async def _recurse(self, recursor: Recursor, packet: bytes, reply: Reply, tcp: bool) -> None:
+        answer = await recursor.ask(packet, tcp=tcp)
+        if answer is None:
+            self._fail(packet, reply)
+        else:
+            reply(answer)
+
+    def _fail(self, packet: bytes, reply: Reply) -> None:
+        answer = self.resolver.fail(packet)
+        if answer is not None:
+            reply(answer)
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._ticker = loop.call_later(1.0, self._tick)
+        try:
+            self.resolver.tick()
+        except Exception:
+            log.exception("DNS housekeeping failed")
+        now = loop.time()
+        for connection in list(self.connections):
+            connection.close_if_idle(now, self.tcp_idle_s)
+
+
+class _UdpProtocol(asyncio.DatagramProtocol):
+    def __init__(self, server: DnsServer) -> None:
+        self._server = server
+        self._resolver = server.resolver
+        self._hot: dict[bytes, Draw] = server.resolver.hot
+        self._blocked = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        self._sendto: Callable[[bytes, Any], None] = transport.sendto  # type: ignore[attr-defined]
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        draw = self._hot.get(data[2:])
+        if draw is not None and not self._blocked:
+            self._resolver.hot_hits += 1
+            try:
+                self._sendto(data[:2] + draw(), addr)
+            except OSError:
+                pass  # an address that nothing can be sent to
+        else:
+            self._server.answer(data, lambda reply: self._reply(reply, addr), tcp=False)
+
+    def _reply(self, reply: bytes, addr: Any) -> None:
+        if self._blocked or self._transport.is_closing():
+            return  # UDP may drop; a queue of answers that nobody takes must not grow
+        try:
+            self._sendto(reply, addr)
+        except OSError:
+            pass
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+
+    def error_received(self, exc: Exception) -> None:
+        pass  # an ICMP error about somebody's closed port
+
+
+class _TcpConnection(asyncio.Protocol):
+    """Frames of two length bytes; queries may be pipelined, and answers come in any order (RFC 7766)."""
+
+    def __init__(self, server: DnsServer) -> None:
+        self._server = server
+        self._buffer = bytearray()
+        self._waiting = 0
+        self._paused = False
+        self._ended = False
+        self._last = asyncio.get_running_loop().time()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        transport.set_write_buffer_limits(high=TCP_UNREAD_BYTES_MAX)  # type: ignore[attr-defined]
+        connections = self._server.connections
+        if len(connections) >= TCP_CONNECTIONS_MAX:
+            min(connections, key=lambda c: c._last).abort()
+        connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._ended = True
+        self._buffer.clear()
+
+    def abort(self) -> None:
+        self._server.connections.discard(self)
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._pump()
+
+    def eof_received(self) -> bool:
+        self._ended = True
+        self._pump()
+        return True  # stay until what was asked is answered
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._pump()
+
+    def close_if_idle(self, now: float, idle_s: float) -> None:
+        """Counted from the last whole query, so that a client cannot stay by sending a byte now and then."""
+        if now - self._last > idle_s:
+            if self._paused or self._waiting:
+                self.abort()
+            else:
+                self._transport.close()
+
+    def _pump(self) -> None:
+        buffer, at = self._buffer, 0
+        while not self._paused and self._waiting < TCP_WAITING_MAX and len(buffer) - at >= 2:
+            size = buffer[at] << 8 | buffer[at + 1]
+            if not 12 <= size <= TCP_QUERY_BYTES_MAX:
+                buffer.clear()
+                self._transport.close()
+                return
+            if len(buffer) - at < 2 + size:
+                break
+            packet = bytes(buffer[at + 2 : at + 2 + size])
+            at += 2 + size
+            self._last = asyncio.get_running_loop().time()
+            self._ask(packet)
+        del buffer[:at]
+        if self._ended and not self._waiting and not self._paused:
+            self._transport.close()
+        elif len(buffer) > TCP_QUERY_BYTES_MAX + 2:
+            self._transport.pause_reading()
+        elif not self._ended and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _ask(self, packet: bytes) -> None:
+        is_now = True
+
+        def reply(answer: bytes) -> None:
+            if not self._transport.is_closing():
+                self._transport.write(len(answer).to_bytes(2, "big") + answer)
+            if not is_now:
+                self._waiting -= 1
+                self._pump()
+
+        answered = False
+
+        def reply_once(answer: bytes) -> None:
+            nonlocal answered
+            if not answered:
+                answered = True
+                reply(answer)
+
+        self._server.answer(packet, reply_once, tcp=True)
+        is_now = False
+        if not answered:
+            self._waiting += 1
+
+
+# -- sockets ------------------------------------------------------------------------------------------------------
+
+
+def bind_pairs(hosts: Sequence[str], port: int) -> list[tuple[socket.socket, socket.socket]]:
+    """A UDP and a TCP socket per host, all on one port (any free one for 0). Raises Conflict."""
+    for attempt in range(20):
+        pairs: list[tuple[socket.socket, socket.socket]] = []
+        try:
+            chosen = port
+            for host in hosts:
+                pairs.append(_bind_pair(host, chosen))
+                chosen = pairs[0][0].getsockname()[1]
+            return pairs
+        except _BindError as e:
+            _close_all(pairs)
+            if port == 0 and e.error.errno == errno.EADDRINUSE and attempt < 19:
+                continue
+            raise Conflict(e.line) from e.error
+    raise AssertionError("unreachable")
+
+
+class _BindError(Exception):
+    def __init__(self, error: OSError, host: str, port: int, transport: str) -> None:
+        super().__init__(str(error))
+        self.error = error
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.line = f"DNS cannot listen on {where}/{transport}: {error.strerror}; " + (
+            "a port below 1024 needs CAP_NET_BIND_SERVICE"
+            if error.errno == errno.EACCES
+            else "choose another port with -dns-port or ports.dns (-1 turns DNS off)"
+        )
+
+
+def _bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    tcp = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    transport = "udp"
+    try:
+        # No SO_REUSEADDR on UDP: Linux would let two programs share the port and each see a part of the queries.
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UDP_BUFFER_BYTES)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            for s in (udp, tcp):
+                s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        udp.bind((host, port))
+        transport = "tcp"
+        tcp.bind((host, udp.getsockname()[1]))
+        tcp.listen(256)
+    except OSError as e:
+        bound = port or (udp.getsockname()[1] if transport == "tcp" else 0)
+        udp.close()
+        tcp.close()
+        raise _BindError(e, host, bound, transport) from e
+    return udp, tcp
+
+
+def _close_all(pairs: Sequence[tuple[socket.socket, socket.socket]]) -> None:
+    for pair in pairs:
+        for s in pair:
+            s.close()

@@ -1,0 +1,66 @@
+"""How long the loop is held: a timer every few milliseconds that sees how late it is called.
+
+No step on an agent's or a core's loop may exceed 2 ms; this measures it, `/v1/agent/metrics` shows it, a test fails on
+it. Lateness alone would also count what other processes took from us, so a step is the smaller of the lateness and the
+processor time that this thread used since the last tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+
+TICK_S = 0.005
+LIMIT_MS = 2.0
+BUCKETS_MS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 1000.0)
+
+
+class LoopSteps:
+    """Counts steps by length while started. `on_step(ms)` also sees each one, for a metrics registry."""
+
+    def __init__(self, on_step: Callable[[float], None] | None = None, *, tick_s: float = TICK_S) -> None:
+        self.buckets = [0] * (len(BUCKETS_MS) + 1)
+        self.count = 0
+        self.longest_ms = 0.0
+        self._on_step = on_step
+        self._tick_s = tick_s
+        self._handle: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._used = 0.0
+
+    def start(self) -> None:
+        """Begin on the running loop. Must be called on the thread that runs it."""
+        self._loop = asyncio.get_running_loop()
+        self._arm()
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def over(self, ms: float = LIMIT_MS) -> int:
+        """How many steps were longer than `ms`, which must be one of BUCKETS_MS."""
+        return sum(self.buckets[BUCKETS_MS.index(ms) + 1 :])
+
+    def reset(self) -> None:
+        self.buckets = [0] * (len(BUCKETS_MS) + 1)
+        self.count = 0
+        self.longest_ms = 0.0
+
+    def _arm(self) -> None:
+        self._due = time.perf_counter() + self._tick_s
+        self._used = time.thread_time()
+        self._handle = self._loop.call_later(self._tick_s, self._tick)
+
+    def _tick(self) -> None:
+        late_s = time.perf_counter() - self._due
+        used_s = time.thread_time() - self._used
+        step_ms = max(0.0, min(late_s, used_s)) * 1000.0
+        self.buckets[bisect_left(BUCKETS_MS, step_ms)] += 1
+        self.count += 1
+        self.longest_ms = max(self.longest_ms, step_ms)
+        if self._on_step is not None:
+            self._on_step(step_ms)
+        self._arm()

@@ -1,0 +1,268 @@
+"""What the leader does besides leading: the first root, serfHealth, the death of nodes, the expiry of sessions.
+
+Each duty is a small pure plan over the state and what was heard, and a loop that proposes what the plan says. A
+follower runs the same loop and only reports to the leader which agents it hears.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rostra.runtime.log import get
+from rostra.server.node import ServerNode
+from rostra.server.state.catalog import Register
+from rostra.server.state.cluster import SetMemberStatus, StateHash
+from rostra.server.state.rows import MemberRow, SessionRow
+from rostra.server.state.session import ExpireSession, RenewSessions
+from rostra.wire.errors import NoLeader, RostraError, Timeout
+
+log = get("leader")
+
+TICK_S = 0.25
+REPORT_EVERY_S = 0.5
+#: A node that no server hears for this long is probed.
+SILENT_S = 3.0
+#: After an election every agent gets this long to be heard again: its server may be the one that died.
+GRACE_S = 15.0
+#: With more suspects than this share of the fleet, the network is suspected first and all are probed once more.
+SUSPECTS_MAX_SHARE = 0.05
+PROBES_AT_ONCE = 16
+#: A session is never expired before its TTL; Consul's servers wait twice as long, and clients divide by two.
+TTL_FACTOR = 2.0
+SERF_CHECK = "serfHealth"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHealth:
+    """What the catalog should say of a node."""
+
+    name: str
+    node_id: str
+    address: str
+    alive: bool
+    server: bool
+    rpc_port: int
+
+
+def plan_silent(
+    members: Iterable[MemberRow], heard: Mapping[str, float], leading_since: float, now: float
+) -> list[MemberRow]:
+    """Members that count as alive but that nobody has heard for SILENT_S (and, after an election, for GRACE_S)."""
+    silent = []
+    for member in members:
+        if member.status != "alive":
+            continue
+        last = heard.get(member.name)
+        if last is None:
+            if now - leading_since > GRACE_S:
+                silent.append(member)
+        elif now - last > SILENT_S:
+            silent.append(member)
+    return silent
+
+
+def plan_expired(sessions: Iterable[SessionRow], seen: Mapping[str, float], now: float) -> list[SessionRow]:
+    """Sessions whose time is up, by the clock of this server alone."""
+    return [s for s in sessions if s.ttl_ms and now - seen.get(s.id, now) > s.ttl_ms / 1000 * TTL_FACTOR]
+
+
+class Leader:
+    """The duties of one server."""
+
+    def __init__(
+        self,
+        node: ServerNode,
+        *,
+        sessions: Callable[[], Iterable[str]],
+        peer: Callable[[str], Any],
+        probe: Callable[[MemberRow], Awaitable[bool]],
+        ensure_roots: Callable[[], Awaitable[None]],
+        spawn: Callable[..., asyncio.Task[Any]],
+    ) -> None:
+        self._node, self._sessions, self._peer, self._probe = node, sessions, peer, probe
+        self._ensure_roots, self._spawn = ensure_roots, spawn
+        self._heard: dict[str, float] = {}
+        self._leading_since = 0.0
+        self._leading = False
+        self._prepared = False
+        self._logged_checkpoint: tuple[int, int] | None = None
+        self._last_report = 0.0
+        self._renewed: dict[str, None] = {}
+        self._kick = asyncio.Event()
+
+    def kick(self) -> None:
+        """Something happened that a duty may care about."""
+        self._kick.set()
+
+    def heard(self, names: Iterable[str]) -> None:
+        """A server (this one or a follower) hears these agents now."""
+        now = time.monotonic()
+        for name in names:
+            self._heard[name] = now
+
+    def renew(self, session_id: str) -> SessionRow | None:
+        """Under the lease: the session's clock starts again at once, the other servers learn of it with the next tick."""
+        if not self._node.is_leader:
+            raise NoLeader
+        row = self._node.store.tables.sessions.get(session_id)
+        if row is None:
+            return None
+        self._node.session_seen[session_id] = time.monotonic()
+        self._renewed[session_id] = None
+        return row
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._tick()
+            except (NoLeader, Timeout):
+                pass  # lost it meanwhile
+            except RostraError as e:
+                log.err("a duty of the leader was refused", error=e.message)
+            try:
+                await asyncio.wait_for(self._kick.wait(), TICK_S)
+            except TimeoutError:
+                pass
+            self._kick.clear()
+
+    async def _tick(self) -> None:
+        node = self._node
+        now = time.monotonic()
+        if not node.is_leader:
+            self._leading = self._prepared = False
+            await self._report(now)
+            return
+        if not self._leading:
+            self._leading, self._leading_since = True, now
+            self._heard.clear()
+        raft = node.raft
+        assert raft is not None
+        if not raft.lease_valid():
+            return
+        if not self._prepared:
+            await self._ensure_roots()
+            self._prepared = True
+        self.heard(self._sessions())
+        await self._keep_health(now)
+        await self._expire(now)
+        checkpoint = node.store.checkpoint()
+        if checkpoint is not None and checkpoint != self._logged_checkpoint:
+            self._logged_checkpoint = checkpoint
+            await node.own_write(StateHash(index=checkpoint[0], hash=checkpoint[1]), hold_s=2)
+        if self._renewed:
+            ids, self._renewed = tuple(self._renewed), {}
+            await node.own_write(RenewSessions(ids=ids), hold_s=2)
+
+    async def _report(self, now: float) -> None:
+        if now - self._last_report < REPORT_EVERY_S:
+            return
+        self._last_report = now
+        leader_id = self._node.leader_id
+        peer = self._peer(leader_id) if leader_id else None
+        if peer is not None and peer.open:
+            names = tuple(self._sessions())
+            try:
+                await asyncio.wait_for(peer.call("act", "heard", {"names": names}), 1.0)
+            except (TimeoutError, RostraError):
+                pass
+
+    # -- health of nodes --------------------------------------------------------------------------------------
+
+    async def _keep_health(self, now: float) -> None:
+        members = list(self._node.store.tables.members.rows.values())
+        me = self._node.name
+        for member in members:
+            if member.role == "server":
+                peer = self._peer(member.node_id)
+                if member.name == me or (peer is not None and peer.open):
+                    self._heard[member.name] = now
+            if member.status == "failed" and now - self._heard.get(member.name, 0.0) < 1.0:
+                await self._mark(member, "alive")
+            if member.status == "alive" and not self._is_registered(member):
+                await self._register(member, alive=True)
+        silent = plan_silent(members, self._heard, self._leading_since, now)
+        if silent:
+            await self._judge(silent, len(members))
+
+    def _is_registered(self, member: MemberRow) -> bool:
+        tables = self._node.store.tables
+        row, check = tables.nodes.get(member.name), tables.checks.get((member.name, SERF_CHECK))
+        return (
+            row is not None
+            and row.address == member.address
+            and check is not None
+            and check.status == "passing"
+            and (member.role != "server" or tables.services.get((member.name, "consul")) is not None)
+        )
+
+    async def _judge(self, silent: list[MemberRow], fleet: int) -> None:
+        """Probe the silent; declare failed those that do not answer (twice, where suspiciously many are silent)."""
+        rounds = 2 if len(silent) > max(1, fleet * SUSPECTS_MAX_SHARE) else 1
+        suspects = silent
+        for _ in range(rounds):
+            gate = asyncio.Semaphore(PROBES_AT_ONCE)
+
+            async def ask(member: MemberRow, gate: asyncio.Semaphore = gate) -> bool:
+                async with gate:
+                    return await self._probe(member)
+
+            answers = await asyncio.gather(*(ask(m) for m in suspects))
+            now = time.monotonic()
+            for member, answered in zip(suspects, answers, strict=True):
+                if answered:
+                    self._heard[member.name] = now
+            suspects = [m for m, answered in zip(suspects, answers, strict=True) if not answered]
+        for member in suspects:
+            log.warn("node failed: no server hears it and it does not answer a probe", node=member.name)
+            await self._mark(member, "failed")
+
+    async def _mark(self, member: MemberRow, status: str) -> None:
+        await self._node.own_write(SetMemberStatus(name=member.name, status=status, key_hash=member.key_hash), hold_s=2)
+        await self._register(member, alive=status == "alive")
+
+    async def _register(self, member: MemberRow, *, alive: bool) -> None:
+        check = {
+            "id": SERF_CHECK,
+            "name": "Serf Health Status",
+            "status": "passing" if alive else "critical",
+            "output": "Agent alive and reachable" if alive else "Agent not live or unreachable",
+        }
+        service = None
+        if member.role == "server":
+            service = {
+                "id": "consul",
+                "name": "consul",
+                "port": member.rpc_port,
+                "meta": {"raft_version": "3", "serf_protocol_current": "2", "version": member.version},
+            }
+        await self._node.own_write(
+            Register(
+                node=member.name,
+                address=member.address,
+                node_id=member.node_id,
+                datacenter=self._node.datacenter,
+                tagged_addresses={k: member.address for k in ("lan", "lan_ipv4", "wan", "wan_ipv4")},
+                node_meta={"consul-network-segment": ""},
+                skip_node_update=self._node.store.tables.nodes.get(member.name) is not None and not alive,
+                service=service,
+                checks=(check,),
+            ),
+            hold_s=2,
+        )
+
+    # -- sessions ---------------------------------------------------------------------------------------------
+
+    async def _expire(self, now: float) -> None:
+        seen = self._node.session_seen
+        rows = list(self._node.store.tables.sessions.rows.values())
+        for row in rows:
+            seen.setdefault(row.id, now)
+        for row in plan_expired(rows, seen, now):
+            log.info("session expired", session=row.id, node=row.node)
+            index = self._node.store.session_seen(row.id)
+            if index is not None:
+                await self._node.own_write(ExpireSession(id=row.id, seen_index=index), hold_s=2)

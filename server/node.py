@@ -1,0 +1,366 @@
+"""One server: the log, the state, and the three things that are asked of them: write, read, how new is new enough.
+
+Leader forwarding, exactly-once writes, barriers and lock-delay are decided here, once, for every command and query;
+`endpoint.py` brings requests in, `raft/` makes entries durable, `state/` says what they mean. Runs on one loop; no
+step of it may take longer than 2 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from rostra.acl.authorizer import Everything
+from rostra.runtime.log import get
+from rostra.server.raft.log import RaftLog
+from rostra.server.state.commands import COMMAND_VOCABULARY
+from rostra.server.state.entry import encode_args
+from rostra.server.state.kv import SetKey
+from rostra.server.state.store import Store
+from rostra.server.watches import Watches
+from rostra.wire.codec import encode_value
+from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout, from_wire
+
+log = get("server")
+
+#: How long a request waits for a leader before it is refused (Consul's rpc_hold_timeout).
+HOLD_S = 7.0
+
+
+class ServerNode:
+    """The state machine of one server behind its log."""
+
+    def __init__(self, *, node_id: str, name: str, datacenter: str, spawn: Callable[..., asyncio.Task[Any]]) -> None:
+        self.node_id, self.name, self.datacenter = node_id, name, datacenter
+        self.store = Store()
+        #: What entries are proposed under: from the bootstrap on disk, before the state knows it.
+        self.cluster_id = ""
+        self.watches = Watches(self.store, spawn)
+        self.raft: RaftLog | None = None
+        #: (server id) -> caller on the connection to that server, or None while it is down. Set by the composition root.
+        self.peer: Callable[[str], Any] = lambda server_id: None
+        self.on_effects: Callable[[Sequence[tuple[Any, ...]]], None] = lambda effects: None
+        self._loop = asyncio.get_running_loop()
+        self._client_id = str(uuid.uuid4())
+        self._sequence = 0
+        self._outstanding: dict[int, None] = {}
+        self._leader_changed = asyncio.Event()
+        self._default_round: _Rounds = _Rounds(lambda: self._round("default"), spawn)
+        self._consistent_round: _Rounds = _Rounds(lambda: self._round("consistent"), spawn)
+        #: key -> monotonic time until which it may not be acquired again; outside the state, see architecture 'Time'
+        self.lock_delays: dict[str, float] = {}
+        #: session id -> monotonic time of its creation or last renewal as this server saw it applied
+        self.session_seen: dict[str, float] = {}
+        self.counts = {
+            "writes": 0,
+            "writes_forwarded": 0,
+            "reads": 0,
+            "barriers": 0,
+            "barrier_rounds": 0,
+            "watches_opened": 0,
+        }
+        self._can = Everything()
+
+    # -- the log calls ----------------------------------------------------------------------------------------
+
+    def apply(self, entries: Sequence[bytes]) -> list[Any]:
+        """Apply one Raft entry's commands in order; called by the log, also for what it replays at the start."""
+        results = []
+        for entry in entries:
+            applied = self.store.apply(entry)
+            results.append(applied.result)
+            if applied.touched:
+                self.watches.applied(applied.touched, applied.index)
+            if applied.effects:
+                self._note(applied.effects)
+        return results
+
+    def _note(self, effects: Sequence[tuple[Any, ...]]) -> None:
+        now = time.monotonic()
+        for effect in effects:
+            what = effect[0]
+            if what in ("session-renewed", "session-created"):
+                self.session_seen[effect[1]] = now
+            elif what == "session-gone":
+                self.session_seen.pop(effect[1], None)
+            elif what == "lock-released" and effect[2]:
+                self.lock_delays[effect[1]] = now + effect[2] / 1000
+        self.on_effects(effects)
+
+    def role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
+        self._leader_changed.set()
+        self._leader_changed = asyncio.Event()
+        if is_leader:
+            # Never expire early: a session's clock starts again when leadership does.
+            now = time.monotonic()
+            for session_id in self.session_seen:
+                self.session_seen[session_id] = now
+
+    # -- who leads --------------------------------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        return self.raft is not None and self.raft.is_leader
+
+    @property
+    def leader_id(self) -> str | None:
+        return self.raft.leader_id if self.raft is not None else None
+
+    def _running(self) -> RaftLog:
+        if self.raft is None:
+            raise NoLeader("No cluster leader: this server has not joined a cluster yet")
+        return self.raft
+
+    async def _leader_settled(self, deadline: float) -> None:
+        """Wait until the picture of who leads may have changed; NoLeader at the deadline."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise NoLeader
+        try:
+            await asyncio.wait_for(self._leader_changed.wait(), min(left, 0.1))
+        except TimeoutError:
+            pass
+
+    # -- writes -----------------------------------------------------------------------------------------------
+
+    async def write(
+        self,
+        origin: tuple[str, int, int],
+        kind: str,
+        args: dict[str, Any],
+        *,
+        actor: str = "",
+        source: str = "",
+        hold_s: float = HOLD_S,
+    ) -> Any:
+        """The result of applying the command, once for each `origin` (client id, sequence, first outstanding).
+
+        Raises the refusal of the state machine, NoLeader, or Timeout where the outcome is unknown to the end.
+        """
+        self.counts["writes"] += 1
+        deadline = time.monotonic() + hold_s
+        while True:
+            raft = self.raft
+            if raft is not None and raft.is_leader:
+                try:
+                    return unwrap(await self.propose(origin, kind, args, actor, source))
+                except (NoLeader, Timeout):
+                    # Not done, or unknown because leadership was lost: the same origin makes a repeat harmless.
+                    if time.monotonic() >= deadline:
+                        raise
+            else:
+                peer = self.peer(self.leader_id) if self.leader_id else None
+                if peer is not None and peer.open:
+                    self.counts["writes_forwarded"] += 1
+                    try:
+                        return await self._forward(peer, self.leader_id, origin, kind, args, actor, source, deadline)
+                    except (NoLeader, Timeout):
+                        if time.monotonic() >= deadline:
+                            raise
+            await self._leader_settled(deadline)
+
+    async def _forward(
+        self,
+        peer: Any,
+        leader_id: str | None,
+        origin: tuple[str, int, int],
+        kind: str,
+        args: dict[str, Any],
+        actor: str,
+        source: str,
+        deadline: float,
+    ) -> Any:
+        """Ask the leader; give up as soon as another leads, because the old one may never answer."""
+        call = peer.call("propose", origin, kind, args, actor, source)
+        try:
+            while True:
+                changed = asyncio.ensure_future(self._leader_changed.wait())
+                try:
+                    left = max(0.0, deadline - time.monotonic())
+                    await asyncio.wait((call, changed), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+                if call.done():
+                    return unwrap(call.result())
+                if time.monotonic() >= deadline:
+                    raise Timeout("the leader did not answer in time; the write may or may not have been done")
+                if self.leader_id != leader_id:
+                    raise NoLeader
+        finally:
+            call.cancel()
+
+    def propose(
+        self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str
+    ) -> Awaitable[Any]:
+        """On the leader: validate, decide what must be decided before the log, append. Resolves to a result tuple."""
+        raft = self._running()
+        if not raft.is_leader:
+            raise NoLeader
+        command = COMMAND_VOCABULARY.decode(kind, args)
+        if not command.allowed(self._can):
+            raise Denied(f"Permission denied: {kind}")
+        if kind == "kv.set" and command.acquire and self._lock_delayed(command):
+            return _ready(("ok", False))
+        return raft.propose(
+            encode_args(
+                kind,
+                args,
+                cluster_id=self.cluster_id,
+                client=origin,
+                at_ms=int(time.time() * 1000),
+                actor=actor,
+                source=source,
+            )
+        )
+
+    def _lock_delayed(self, command: SetKey) -> bool:
+        until = self.lock_delays.get(command.key)
+        if until is None:
+            return False
+        if time.monotonic() >= until:
+            del self.lock_delays[command.key]
+            return False
+        return True
+
+    async def own_write(self, command: Any, *, hold_s: float = HOLD_S) -> Any:
+        """A write of this server itself (leader duties, enrolment)."""
+        self._sequence += 1
+        sequence = self._sequence
+        self._outstanding[sequence] = None
+        kind, args = encode_value(command)
+        try:
+            first = next(iter(self._outstanding))
+            return await self.write(
+                (self._client_id, sequence, first), kind, args, actor="server", source=self.name, hold_s=hold_s
+            )
+        finally:
+            del self._outstanding[sequence]
+
+    # -- reads ------------------------------------------------------------------------------------------------
+
+    async def at_least(self, min_index: int, timeout_s: float = HOLD_S) -> None:
+        """Wait until the state's index is at least `min_index`. Raises Timeout."""
+        deadline = time.monotonic() + timeout_s
+        while self.store.index < min_index:
+            raft = self._running()
+            if time.monotonic() >= deadline:
+                raise Timeout(f"this server is at index {self.store.index}, {min_index} was asked for")
+            try:
+                await raft.wait_applied(raft.applied_index + 1, 0.05)
+            except RostraError:
+                pass
+
+    async def barrier(self, mode: str) -> int:
+        """The index that an answer must have now to be as new as `mode` promises. See architecture, 'tracked reads'."""
+        self.counts["barriers"] += 1
+        raft = self._running()
+        if mode == "stale":
+            return self.store.index
+        if mode == "default":
+            if raft.is_leader and raft.lease_valid():
+                return self.store.index
+            await self._default_round.join()
+        elif mode == "consistent":
+            await self._consistent_round.join()
+        else:
+            raise BadRequest(f"unknown consistency mode {mode!r}")
+        return self.store.index
+
+    async def _round(self, mode: str) -> None:
+        """One question to the leader (or to the followers, if this is it), then wait until it is applied here."""
+        self.counts["barrier_rounds"] += 1
+        deadline = time.monotonic() + HOLD_S
+        while True:
+            raft = self._running()
+            try:
+                if raft.is_leader:
+                    await self.leader_index(mode)
+                    return
+                leader_id = self.leader_id
+                peer = self.peer(leader_id) if leader_id else None
+                if peer is not None and peer.open:
+                    index = await self._while_leader(peer.call("index", mode), leader_id, deadline)
+                    await raft.wait_applied(index, max(0.05, deadline - time.monotonic()))
+                    return
+            except (NoLeader, Timeout):
+                pass
+            await self._leader_settled(deadline)
+
+    async def _while_leader(self, call: asyncio.Future[Any], leader_id: str | None, deadline: float) -> Any:
+        try:
+            while not call.done():
+                if self.leader_id != leader_id or time.monotonic() >= deadline:
+                    raise NoLeader
+                await asyncio.wait((call,), timeout=0.1)
+            return call.result()
+        finally:
+            call.cancel()
+
+    async def leader_index(self, mode: str) -> int:
+        """On the leader: the Raft index that a read of `mode` must have seen."""
+        raft = self._running()
+        if not raft.is_leader:
+            raise NoLeader
+        if mode == "default" and raft.lease_valid():
+            return raft.applied_index
+        return await raft.read_index()
+
+    # -- about itself -----------------------------------------------------------------------------------------
+
+    def contact(self) -> tuple[bool, int]:
+        """(a leader is known, milliseconds since this server heard from it)."""
+        raft = self.raft
+        if raft is None:
+            return False, 0
+        if raft.is_leader:
+            return True, 0
+        return raft.leader_id is not None, int(raft.last_heard_age_s() * 1000)
+
+
+class _Rounds:
+    """Requests share a round, but a request only joins one that starts after it arrived."""
+
+    def __init__(self, run: Callable[[], Awaitable[None]], spawn: Callable[..., asyncio.Task[Any]]) -> None:
+        self._run, self._spawn = run, spawn
+        self._next: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    async def join(self) -> None:
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_future()
+            self._next.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
+        joined = self._next
+        if self._task is None or self._task.done():
+            self._task = self._spawn(self._work())
+        await asyncio.shield(joined)
+
+    async def _work(self) -> None:
+        while self._next is not None:
+            # Requests of one turn of the loop share a round.
+            await asyncio.sleep(0)
+            future, self._next = self._next, None
+            try:
+                await self._run()
+            except RostraError as e:
+                future.set_exception(e)
+            except BaseException:
+                future.set_exception(NoLeader())
+                raise
+            else:
+                future.set_result(None)
+
+
+def unwrap(result: Any) -> Any:
+    """The value of a result tuple of the state machine; raises its refusal."""
+    if result[0] == "ok":
+        return result[1]
+    raise from_wire(result[1], result[2])
+
+
+def _ready(value: Any) -> asyncio.Future[Any]:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.set_result(value)
+    return future

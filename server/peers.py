@@ -1,0 +1,122 @@
+"""Connections from this server to the others: one for Raft (dialled by the higher id), one for questions.
+
+Every connection is mTLS and the other end must show the key that the replicated member list names. A peer that is
+down is tried again with a short back-off; a peer that does not answer a ping in time is dropped, because a cut network
+closes no connection by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+from rostra.runtime.log import get
+from rostra.runtime.tls import peer_key_hash
+from rostra.server.raft.log import Member
+from rostra.wire.connection import FrameConnection
+from rostra.wire.errors import Denied, NoLeader, RostraError
+from rostra.wire.rpc import Caller, check_hello, hello
+
+log = get("peers")
+
+DIAL_S = 2.0
+RETRY_S = 0.2
+PING_EVERY_S = 0.5
+PING_TIMEOUT_S = 1.5
+
+
+async def dial(
+    host: str, port: int, context: ssl.SSLContext, greeting: bytes, *, key_hash: str | None, timeout_s: float = DIAL_S
+) -> tuple[FrameConnection, dict[str, Any], str]:
+    """An open connection after both hellos, the peer's hello and its key hash.
+
+    `key_hash` None accepts any key that the trust anchors vouch for. Raises RostraError; NoLeader where nobody answers.
+    """
+    loop = asyncio.get_running_loop()
+    connection = FrameConnection()
+    first: asyncio.Future[bytes] = loop.create_future()
+    connection.on_frame = lambda payload: None if first.done() else first.set_result(payload)
+    connection.on_lost = lambda reason: None if first.done() else first.set_exception(ConnectionError(reason))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await loop.create_connection(lambda: connection, host, port, ssl=context, server_hostname="")
+            raw = connection.info("socket")
+            if raw is not None:
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            assert connection.ssl_object is not None
+            shown = peer_key_hash(connection.ssl_object)
+            if key_hash is not None and shown != key_hash:
+                raise Denied(f"{host}:{port} showed another key than the member list names")
+            connection.send(greeting)
+            return connection, check_hello(await first), shown
+    except (OSError, ssl.SSLError, TimeoutError) as e:
+        connection.abort("dial failed")
+        if first.done() and not first.cancelled():
+            first.exception()
+        raise NoLeader(f"cannot reach {host}:{port}: {str(e) or 'timed out'}") from None
+    except RostraError:
+        connection.abort("refused")
+        raise
+
+
+class Peers:
+    """The callers to all other servers."""
+
+    def __init__(
+        self,
+        *,
+        me: str,
+        context: Callable[[], ssl.SSLContext],
+        about: Callable[[], dict[str, Any]],
+        spawn: Callable[..., asyncio.Task[Any]],
+    ) -> None:
+        self._me, self._context, self._about, self._spawn = me, context, about, spawn
+        self._callers: dict[str, Caller] = {}
+
+    def follow(self, members: list[Member]) -> None:
+        """Keep a caller to each of `members` but ourselves. Called once; membership changes are a later matter."""
+        for member in members:
+            if member.id != self._me:
+                self._spawn(self._keep(member))
+
+    def caller(self, server_id: str) -> Caller | None:
+        return self._callers.get(server_id)
+
+    async def dial_raft(self, member: Member) -> FrameConnection:
+        """For the Raft layer: a connection that has exchanged hellos. Raises RostraError."""
+        connection, _, _ = await dial(
+            member.host, member.port, self._context(), hello("raft", **self._about()), key_hash=member.key_hash
+        )
+        return connection
+
+    async def _keep(self, member: Member) -> None:
+        told = False
+        while True:
+            try:
+                await self._session(member)
+                told = False
+            except RostraError as e:
+                if not told:
+                    log.warn("server is not reachable, trying again", server=member.name, error=e.message)
+                    told = True
+            self._callers.pop(member.id, None)
+            await asyncio.sleep(RETRY_S)
+
+    async def _session(self, member: Member) -> None:
+        connection, _, _ = await dial(
+            member.host, member.port, self._context(), hello("peer", **self._about()), key_hash=member.key_hash
+        )
+        caller = Caller(connection)
+        connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
+        self._callers[member.id] = caller
+        try:
+            while caller.open:
+                await asyncio.wait_for(caller.call("act", "ping", {}), PING_TIMEOUT_S)
+                await asyncio.sleep(PING_EVERY_S)
+        except TimeoutError:
+            log.warn("server does not answer, dropping the connection", server=member.name)
+        finally:
+            connection.abort("done")

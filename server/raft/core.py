@@ -1,0 +1,194 @@
+"""pysyncobj's consensus core, and the only module that knows its private names.
+
+The core (0.3.17) decides elections and commits; it is given our journal and transport, loses its own snapshots, pickle,
+thread and sockets, and asks its `Owner` whether it may campaign, how to replicate and how to apply. Because this stands
+on private names, `check_library` compares the library's source with the one that was tested.
+
+Facts of the library that the callers rely on: the log is never empty (entry 1 of term 0 is a no-op on every server);
+a leader counts itself at append, not at durability; `_onTick` does elections, commit, apply and heartbeats in that order;
+its clock is CLOCK_MONOTONIC_RAW.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pysyncobj.syncobj as library
+from pysyncobj.config import SyncObjConf
+from pysyncobj.journal import Journal as CoreJournal
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from rostra.wire.errors import Internal
+
+LIBRARY_SHA256 = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4"
+
+# First byte of a log entry's command, as the core writes them. MEMBERSHIP (2) comes with the change of members;
+# VERSION (3) is applied twice by the core and never written by us.
+BATCH, NO_OP = b"\x00", b"\x01"
+
+FOLLOWER, CANDIDATE, LEADER = 0, 1, 2
+
+
+def check_library() -> None:
+    """Raises Internal unless the installed pysyncobj is the one that this code was tested with."""
+    found = hashlib.sha256(Path(str(library.__file__)).read_bytes()).hexdigest()
+    if found != LIBRARY_SHA256:
+        raise Internal(
+            f"the installed pysyncobj is not the tested one: sha256 of {library.__file__} is {found}, expected "
+            f"{LIBRARY_SHA256}. Install pysyncobj==0.3.17 as in constraints.txt"
+        )
+
+
+def _create_journal(journal: Any = None, _original: Any = library.createJournal) -> Any:
+    """The library makes a journal from a file name; ours is made already."""
+    return journal if isinstance(journal, CoreJournal) else _original(journal)
+
+
+library.createJournal = _create_journal
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The raft clockwork. The core demands election_min_s > 3 heartbeat_s."""
+
+    heartbeat_s: float = 0.05
+    election_min_s: float = 0.3
+    election_max_s: float = 0.6
+
+
+class Owner(Protocol):
+    """What the core asks of the code around it."""
+
+    def may_campaign(self) -> bool:
+        """The election deadline has passed: is it right to disturb the others?"""
+
+    def send_appends(self) -> None:
+        """A heartbeat is due, or this server has just become leader."""
+
+    def apply_committed(self) -> None:
+        """The commit index may have grown."""
+
+    def state_changed(self, old: int, new: int) -> None: ...
+
+
+class Core(library.SyncObj):  # type: ignore[misc]
+    """One server's consensus state."""
+
+    def __init__(
+        self,
+        node_id: str,
+        peer_ids: Iterable[str],
+        *,
+        journal: CoreJournal,
+        transport: Transport,
+        timing: Timing,
+        owner: Owner,
+    ) -> None:
+        self._owner = owner
+        conf = SyncObjConf(
+            autoTick=False,
+            appendEntriesUseBatch=True,  # so the core makes no pipe and sends nothing by itself but heartbeats
+            commandsWaitLeader=False,
+            dynamicMembershipChange=False,
+            raftMinTimeout=timing.election_min_s,
+            raftMaxTimeout=timing.election_max_s,
+            appendEntriesPeriod=timing.heartbeat_s,
+            connectionTimeout=timing.election_max_s + 1,
+            leaderFallbackTimeout=timing.election_min_s,
+            journalFile=journal,
+            fullDumpFile=None,
+            pollerType="poll",
+            onStateChanged=owner.state_changed,
+        )
+        super().__init__(Node(node_id), [Node(peer) for peer in peer_ids], conf, transport=transport)
+
+    # -- what the core would do, and we do instead (the names are the library's, mangled)
+
+    def _SyncObj__connectedToAnyone(self) -> bool:  # noqa: N802
+        return self._owner.may_campaign()
+
+    def _SyncObj__sendAppendEntries(self) -> None:  # noqa: N802
+        self._SyncObj__newAppendEntriesTime = library.monotonicTime() + self.conf.appendEntriesPeriod
+        self._owner.send_appends()
+
+    def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
+        self._owner.apply_committed()
+        return False
+
+    def _SyncObj__tryLogCompaction(self) -> None:  # noqa: N802
+        """The core's snapshots lose data (research/raft.md H1, H3, H9, H22). Ours are taken elsewhere."""
+
+    def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:  # noqa: N802, N803
+        raise Internal("the core tried to load a snapshot of its own")
+
+    def _SyncObj__doApplyCommand(self, command: bytes) -> None:  # noqa: N802
+        raise Internal("the core tried to apply an entry by itself")
+
+    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> None:  # noqa: N802
+        """Would unpickle; members do not change yet."""
+
+    # -- its state, under names that can be spoken
+
+    def term(self) -> int:
+        return self._SyncObj__raftCurrentTerm  # type: ignore[no-any-return]
+
+    def state(self) -> int:
+        return self._SyncObj__raftState  # type: ignore[no-any-return]
+
+    def is_leader(self) -> bool:
+        return self._SyncObj__raftState == LEADER  # type: ignore[no-any-return]
+
+    def leader_id(self) -> str | None:
+        leader = self._SyncObj__raftLeader
+        return leader.id if leader is not None else None
+
+    def forget_leader(self) -> None:
+        """The leader is believed lost: name none until another one speaks."""
+        self._SyncObj__raftLeader = None
+
+    def adopt_term(self, term: int) -> None:
+        """Someone knows a higher term: follow it, without a vote and without a leader."""
+        self._SyncObj__setCurrentTerm(term, None)
+        self._SyncObj__setState(FOLLOWER)
+        self._SyncObj__raftLeader = None
+
+    def commit_index(self) -> int:
+        return self._SyncObj__raftCommitIndex  # type: ignore[no-any-return]
+
+    def applied_index(self) -> int:
+        return self._SyncObj__raftLastApplied  # type: ignore[no-any-return]
+
+    def set_applied_index(self, index: int) -> None:
+        self._SyncObj__raftLastApplied = index
+
+    def noop_index(self) -> int | None:
+        """The entry with which this server's last leadership began."""
+        return self._SyncObj__noopIDx  # type: ignore[no-any-return]
+
+    def next_index(self, node: Node) -> int:
+        return self._SyncObj__raftNextIndex[node]  # type: ignore[no-any-return]
+
+    def set_next_index(self, node: Node, index: int) -> None:
+        self._SyncObj__raftNextIndex[node] = index
+
+    def match_index(self, node: Node) -> int:
+        return self._SyncObj__raftMatchIndex.get(node, 0)  # type: ignore[no-any-return]
+
+    def campaign_in(self, seconds: float) -> None:
+        """Move the election deadline."""
+        self._SyncObj__raftElectionDeadline = library.monotonicTime() + seconds
+
+    def campaigns_in(self) -> float:
+        """Seconds to the election deadline."""
+        return self._SyncObj__raftElectionDeadline - library.monotonicTime()  # type: ignore[no-any-return]
+
+    def send_heartbeat(self) -> None:
+        self._SyncObj__sendAppendEntries()
+
+    def peers(self) -> list[Node]:
+        return sorted(self._SyncObj__otherNodes, key=lambda node: node.id)

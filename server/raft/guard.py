@@ -1,0 +1,160 @@
+"""Between the wire and pysyncobj's core: every rule that keeps the core from losing acknowledged writes.
+
+The core trusts messages to be fresh, in order, unique and of this term. The guard makes it so: it drops what is stale,
+rewrites an append so that only a real conflict truncates the log, clamps commit indexes to what was proved equal, and adds
+term and round to answers. The numbers H1… are those of research/raft.md, where each hazard was reproduced.
+Sans-IO: messages are dicts, sending and the core's door are callables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pysyncobj.node import Node
+
+from rostra.server.raft.core import Core
+from rostra.server.raft.elections import Elections
+from rostra.server.raft.journal import Journal
+from rostra.server.raft.messages import BadMessage, Message
+from rostra.server.raft.replication import Replication
+
+
+class BrokenInvariant(Exception):
+    """Something that Raft rules out has happened: the process must stop before it spreads."""
+
+
+class Guard:
+    def __init__(
+        self,
+        core: Core,
+        journal: Journal,
+        elections: Elections,
+        replication: Replication,
+        *,
+        send: Callable[[str, Message], None],
+        deliver: Callable[[Node, Message], None],
+    ) -> None:
+        self._core, self._journal = core, journal
+        self._elections, self._replication = elections, replication
+        self._send, self._deliver = send, deliver
+        # About the append that is being handled: its round, and what the answer must say instead of the core's opinion.
+        self._round = 0
+        self._answer_next: int | None = None
+        self._is_news = False
+        self.dropped = 0
+
+    # -- in
+
+    def inbound(self, peer_id: str, message: Message) -> None:
+        """One checked message of a member. Raises BadMessage (close the link) or BrokenInvariant (stop)."""
+        handle = {
+            "append_entries": self._on_append,
+            "next_node_idx": self._on_answer,
+            "request_vote": self._on_request_vote,
+            "response_vote": self._on_vote,
+            "pre_vote": self._elections.on_pre_vote,
+            "pre_vote_reply": self._elections.on_pre_vote_reply,
+            "stale": self._on_stale,
+        }.get(message["type"])
+        if handle is None:  # apply_command, timeout_now, utility lists: not in this house (H17, H20)
+            self.dropped += 1
+            return
+        handle(peer_id, message)
+
+    def _on_append(self, peer_id: str, message: Message) -> None:
+        core = self._core
+        if message["term"] < core.term():
+            self._reply_stale(peer_id)
+            return
+        if message["term"] == core.term() and (core.is_leader() or core.leader_id() not in (None, peer_id)):
+            raise BrokenInvariant(
+                f"two leaders in term {core.term()}: {peer_id} and {core.leader_id()}. "
+                "Is the data directory of a server in use twice?"
+            )
+        self._elections.heard_leader()
+        self._round, self._answer_next = message["r"], None
+        if "prevLogIdx" in message:
+            message = self._only_conflicts(message)
+        else:  # nothing in it says that our log is the leader's (H1)
+            message = {**message, "commit_index": min(message["commit_index"], core.commit_index())}
+        self._is_news = bool(message.get("entries"))
+        self._deliver(Node(peer_id), message)
+        self._answer_next = None
+
+    def _only_conflicts(self, message: Message) -> Message:
+        """The same append without the entries that we have; the core truncates after `prevLogIdx` whatever comes (H2)."""
+        journal = self._journal
+        first, last = journal.first_index, journal.last_index
+        prev, entries = message["prevLogIdx"], message["entries"]
+        if journal.term_at(prev) != message["prevLogTerm"]:
+            if first <= prev <= self._core.commit_index():
+                raise BrokenInvariant(f"committed entry {prev} differs from the leader's")
+            return message  # the core asks for an earlier one
+        known = 0
+        while known < len(entries) and journal.term_at(entries[known][1]) == entries[known][2]:
+            known += 1
+        if known == len(entries):
+            end = prev + known
+            self._answer_next = end + 1
+            return {
+                **message,
+                "entries": (),
+                "prevLogIdx": last,
+                "prevLogTerm": journal.term_at(last),
+                "commit_index": min(message["commit_index"], end),
+            }
+        start = entries[known][1]
+        if start <= self._core.commit_index():
+            raise BrokenInvariant(f"committed entry {start} differs from the leader's")
+        return {
+            **message,
+            "entries": entries[known:],
+            "prevLogIdx": start - 1,
+            "prevLogTerm": journal.term_at(start - 1),
+        }
+
+    def _on_answer(self, peer_id: str, message: Message) -> None:
+        if message["term"] != self._core.term() or not self._core.is_leader():  # H10
+            self.dropped += 1
+            return
+        if not 1 <= message["next_node_idx"] <= self._journal.last_index + 1 or message["r"] > self._replication.round:
+            raise BadMessage("an answer to something that was never sent")
+        self._replication.on_answer(peer_id, message)
+
+    def _on_request_vote(self, peer_id: str, message: Message) -> None:
+        if message["term"] < self._core.term():
+            self._reply_stale(peer_id)
+        elif self._elections.takes_request_vote(message):
+            self._deliver(Node(peer_id), message)
+        else:
+            self.dropped += 1
+
+    def _on_vote(self, peer_id: str, message: Message) -> None:
+        if self._elections.takes_vote(peer_id, message):  # H18
+            self._deliver(Node(peer_id), message)
+
+    def _on_stale(self, peer_id: str, message: Message) -> None:
+        if message["term"] > self._core.term():
+            self._core.adopt_term(message["term"])
+
+    def _reply_stale(self, peer_id: str) -> None:  # H13
+        self._send(peer_id, {"type": "stale", "term": self._core.term()})
+
+    # -- out
+
+    def outbound(self, message: Message) -> Message:
+        """What the core wants to say, made fit for the wire."""
+        if message["type"] != "next_node_idx":
+            return message
+        next_index = message["next_node_idx"]
+        if message["success"]:
+            next_index = self._answer_next or next_index
+        elif message["reset"]:
+            # What is committed here is the leader's for certain: one round trip instead of a search (H11).
+            next_index = min(next_index, self._core.commit_index() + 1)
+        return {**message, "next_node_idx": next_index, "term": self._core.term(), "r": self._round}
+
+    @property
+    def answers_news(self) -> bool:
+        """Whether the append being handled had entries that were new to this server."""
+        return self._is_news

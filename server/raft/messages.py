@@ -1,0 +1,95 @@
+"""The messages between servers: which kinds there are, what is in them, and nothing else gets through. Sans-IO.
+
+    message := [kind: int, cluster id: str, field...]            msgpack; kinds and the order of fields are for ever
+
+A message is a dict in pysyncobj's shape inside the process and an array outside. A newer release may append fields (they
+are ignored) and kinds (they are dropped). Anything malformed raises BadMessage: the connection is closed, never guessed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rostra.wire.frames import pack, unpack
+
+Message = dict[str, Any]
+
+#: Bound on every number: indexes, terms and rounds stay far below.
+_INT_MAX = 1 << 62
+
+_FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
+    # The dialling side is ready to receive; nothing is sent to it before.
+    "ready": (1, ()),
+    # So that a link with nothing to say is not taken for dead.
+    "ping": (2, ()),
+    # Leader → follower. `r`: the round, echoed in the answer; `entries`: [command, index, term] each.
+    "append_entries": (
+        3,
+        (
+            ("term", int),
+            ("commit_index", int),
+            ("prevLogIdx", int),
+            ("prevLogTerm", int),
+            ("r", int),
+            ("entries", tuple),
+        ),
+    ),
+    # Follower → leader. Neither success nor reset: "heard you", while the disk is still working.
+    "next_node_idx": (4, (("term", int), ("r", int), ("next_node_idx", int), ("reset", bool), ("success", bool))),
+    "request_vote": (5, (("term", int), ("last_log_index", int), ("last_log_term", int))),
+    "response_vote": (6, (("term", int),)),
+    # "Would you vote for me in `term`?" Changes nothing at the other side.
+    "pre_vote": (7, (("term", int), ("last_log_index", int), ("last_log_term", int))),
+    "pre_vote_reply": (8, (("term", int), ("current", int), ("granted", bool))),
+    # "You are behind: the term is at least `term`." The answer to a leader or candidate of the past.
+    "stale": (9, (("term", int),)),
+}
+_BY_NUMBER = {number: (kind, fields) for kind, (number, fields) in _FIELDS.items()}
+
+
+class BadMessage(ValueError):
+    """Not a message of this cluster."""
+
+
+def encode(cluster_id: str, message: Message) -> bytes:
+    number, fields = _FIELDS[message["type"]]
+    return pack([number, cluster_id, *(message[name] for name, _ in fields)])
+
+
+def decode(cluster_id: str, payload: bytes) -> Message | None:
+    """The message in `payload`; None for a kind of a later release. Raises BadMessage."""
+    try:
+        parts = unpack(payload)
+    except ValueError as e:
+        raise BadMessage(str(e)) from None
+    if not isinstance(parts, tuple) or len(parts) < 2 or type(parts[0]) is not int:
+        raise BadMessage("not a raft message")
+    if parts[1] != cluster_id:
+        raise BadMessage(f"a message of cluster {parts[1]!r}")
+    known = _BY_NUMBER.get(parts[0])
+    if known is None:
+        return None
+    kind, fields = known
+    if len(parts) < 2 + len(fields):
+        raise BadMessage(f"{kind} with {len(parts) - 2} fields")
+    message: Message = {"type": kind}
+    value: Any
+    for (name, wanted), value in zip(fields, parts[2:]):
+        if type(value) is not wanted or (wanted is int and not 0 <= value < _INT_MAX):
+            raise BadMessage(f"{kind} with a bad {name}")
+        message[name] = value
+    if kind == "append_entries":
+        _check_entries(message)
+    return message
+
+
+def _check_entries(message: Message) -> None:
+    """The entries follow one another and `prevLogIdx`; terms never fall and are not of the future."""
+    index, term = message["prevLogIdx"], message["prevLogTerm"]
+    for entry in message["entries"]:
+        if type(entry) is not tuple or len(entry) != 3 or type(entry[0]) is not bytes or not entry[0]:
+            raise BadMessage("append_entries with a bad entry")
+        index += 1
+        if entry[1] != index or type(entry[2]) is not int or not term <= entry[2] <= message["term"]:
+            raise BadMessage("append_entries with entries out of order")
+        term = entry[2]

@@ -1,0 +1,441 @@
+"""The core process: builds one server from its settings, in the order in which the parts need each other.
+
+    data directory, identity, listeners  →  bootstrap (once in a cluster's life)  →  log and state  →  duties
+
+It stops in the reverse order. Exit status 70: a promise could not be kept (disk, log, apply), start again; 78: the
+data is damaged or of a newer version, do not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rostra.server.bootstrap import Bootstrap, Membership, ServerInfo
+
+from rostra.runtime import log as logging
+from rostra.runtime.identity import DataDirectory, NodeIdentity, parse_secrets
+from rostra.runtime.service import Tasks
+from rostra.runtime.steps import LoopSteps
+from rostra.runtime.tls import client_context, server_context
+from rostra.server.acts import Acts
+from rostra.server.endpoint import Endpoint, Peer
+from rostra.server.leader import Leader
+from rostra.server.node import ServerNode
+from rostra.server.peers import Peers, dial
+from rostra.server.raft.journal import DamagedJournal
+from rostra.server.raft.log import Member, RaftLog, Timing
+from rostra.server.settings import CoreSettings
+from rostra.server.state import cluster as cluster_commands
+from rostra.server.state.rows import MemberRow
+from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
+from rostra.wire.rpc import Caller, hello
+
+log = logging.get("server")
+
+EXIT_FAIL_STOP = 70
+EXIT_DAMAGED = 78
+
+
+class Core:
+    """One running server."""
+
+    def __init__(self, settings: CoreSettings, stop: Callable[[], None]) -> None:
+        self.settings = settings
+        self._stop = stop
+        self._tasks = Tasks("server", on_crash=self._crashed)
+        self._temporary: Path | None = None
+        self._candidates: list[str] = list(settings.candidates)
+        self._members: list[Member] = []
+        self._server_ids: dict[str, str] = {}
+        self._raft: RaftLog | None = None
+        self._steps = LoopSteps()
+        self._started = time.monotonic()
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    async def start(self) -> dict[str, Any]:
+        """Everything up to the listeners; the rest goes on in the background. What the agent is told."""
+        s = self.settings
+        if s.data_dir:
+            directory = Path(s.data_dir)
+        else:
+            self._temporary = Path(tempfile.mkdtemp(prefix="rostra-dev-"))
+            directory = self._temporary
+        self._directory = directory
+        self._lock = DataDirectory.lock(directory / "server")
+        self._identity = NodeIdentity.open(directory, s.node_name, parse_secrets(s.secrets))
+        dialling = client_context(self._identity)
+        self._dialling = lambda: dialling
+        node = self._node = ServerNode(
+            node_id=self._identity.node_id, name=s.node_name, datacenter=s.datacenter, spawn=self._spawn
+        )
+        self._peers = Peers(me=self._identity.node_id, context=self._dialling, about=self._about, spawn=self._spawn)
+        node.peer = self._peers.caller
+        me = ServerInfo(
+            node_id=self._identity.node_id,
+            name=s.node_name,
+            address=s.advertise,
+            rpc_port=s.rpc_port,
+            key_hash=self._identity.key_hash,
+            datacenter=s.datacenter,
+        )
+        self._bootstrap = Bootstrap(directory / "server", me, expect=s.bootstrap_expect)
+        self._leader = Leader(
+            node,
+            sessions=lambda: self._endpoint.sessions.keys(),
+            peer=self._peers.caller,
+            probe=self._probe,
+            ensure_roots=self._ensure_roots,
+            spawn=self._spawn,
+        )
+        acts = Acts(
+            node,
+            self._leader,
+            self._peers.caller,
+            learn_candidates=self._learn,
+            servers=self._servers,
+            metrics=self.metrics,
+        )
+        self._endpoint = Endpoint(
+            node,
+            spawn=self._spawn,
+            server_key=self._server_ids.get,
+            enrol=self._enrol,
+            accept_raft=self._accept_raft,
+            bootstrap=self._bootstrap.handle,
+            acts=acts.table,
+            about=self._about,
+        )
+        if s.rpc_port >= 0:
+            listener = _bind(s.bind, s.rpc_port)
+            self.rpc_port = listener.getsockname()[1]
+            listening = server_context(self._identity)
+            self._endpoint.listen_tcp(listener, lambda: listening)
+        path = _socket_path(directory)
+        self._endpoint.listen_unix(path)
+        self._socket_path = path
+        (directory / "server" / "socket").write_text(str(path))
+        self._steps.start()
+        self._tasks.start("join the cluster", self._join())
+        return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": s.rpc_port, "pid": os.getpid()}
+
+    async def stop(self) -> None:
+        await self._tasks.stop(1.0)
+        self._endpoint.close()
+        if self._raft is not None:
+            await self._raft.stop()
+        with contextlib.suppress(OSError):
+            self._socket_path.unlink()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _spawn(self, coro: Any) -> asyncio.Task[Any]:
+        if self._tasks.stopped:
+            coro.close()
+            raise NoLeader("No cluster leader: this server is stopping")
+        return self._tasks.start(getattr(coro, "__qualname__", "task"), coro)
+
+    def _crashed(self, name: str, error: BaseException) -> None:
+        self._fail(f"{name} crashed: {error!r}")
+
+    def _fail(self, reason: str) -> NoReturn:
+        """A promise can no longer be kept: end at once, before anything wrong is acknowledged."""
+        log.err("stopping at once", reason=reason)
+        os._exit(EXIT_FAIL_STOP)
+
+    async def _join(self) -> None:
+        membership = self._bootstrap.committed
+        if membership is None:
+            membership = await self._bootstrap.run(lambda: self._candidates, self._call_bootstrap)
+        await self._lead_in(membership)
+
+    async def _lead_in(self, membership: Membership) -> None:
+        s = self.settings
+        self._cluster_id = membership.cluster_id
+        self._node.cluster_id = membership.cluster_id
+        self._members = [
+            Member(id=m.node_id, host=m.address, port=m.rpc_port, key_hash=m.key_hash, name=m.name)
+            for m in membership.members
+        ]
+        self._server_ids.update({m.key_hash: m.id for m in self._members})
+        raft = RaftLog(
+            directory=None if s.dev else self._directory / "server" / "raft",
+            node_id=self._identity.node_id,
+            cluster_id=membership.cluster_id,
+            members=self._members,
+            apply=self._node.apply,
+            dial=self._peers.dial_raft,
+            timing=Timing(heartbeat_s=s.heartbeat_s, election_min_s=s.election_min_s, election_max_s=s.election_max_s),
+            on_role_change=self._role_changed,
+            fail_stop=self._fail,
+        )
+        try:
+            await raft.start()
+        except DamagedJournal as e:
+            log.err("the log on disk is damaged, this server does not start", reason=str(e))
+            os._exit(EXIT_DAMAGED)
+        except RostraError as e:
+            log.err("this server does not start", reason=e.message)
+            os._exit(EXIT_DAMAGED)
+        self._raft = self._node.raft = raft
+        self._peers.follow(self._members)
+        # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        self._tasks.start("leader duties", self._leader.run())
+
+    def _role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
+        name = next((m.name for m in self._members if m.id == leader_id), "")
+        log.info("leadership", leader=name or "none", term=term, mine=is_leader)
+        self._node.role_changed(is_leader, leader_id, term)
+        self._leader.kick()
+
+    def _accept_raft(self, server_id: str, connection: Any) -> None:
+        if self._raft is None:
+            connection.abort("not ready")
+        else:
+            self._raft.accept(server_id, connection)
+
+    # -- who is here ------------------------------------------------------------------------------------------
+
+    def _about(self) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "name": s.node_name,
+            "node_id": self._identity.node_id,
+            "cluster": self._node.cluster_id,
+            "datacenter": s.datacenter,
+            "version": s.version,
+        }
+
+    def _servers(self) -> list[dict[str, Any]]:
+        return [
+            {"id": m.id, "name": m.name, "host": m.host, "port": m.port, "key_hash": m.key_hash} for m in self._members
+        ]
+
+    def _learn(self, addresses: list[str]) -> None:
+        for address in addresses:
+            if address not in self._candidates and len(self._candidates) < 64:
+                self._candidates.append(address)
+
+    async def _call_bootstrap(self, address: str, kind: str, args: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        host, _, port = address.rpartition(":")
+        connection, _, key_hash = await dial(
+            host, int(port), self._dialling(), hello("bootstrap", **self._about()), key_hash=None
+        )
+        try:
+            caller = Caller(connection)
+            connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
+            async with asyncio.timeout(2.0):
+                return await caller.call(kind, args), key_hash
+        except TimeoutError:
+            raise NoLeader(f"{address} does not answer") from None
+        finally:
+            connection.close()
+
+    async def _enrol(self, peer: Peer) -> None:
+        """Bind a node's name to its key the first time it is seen; refuse another key. Raises Conflict, NoLeader."""
+        about = peer.about
+        if about.get("datacenter", self.settings.datacenter) != self.settings.datacenter:
+            raise BadRequest(
+                f"node {peer.name} is in datacenter {about['datacenter']!r}, this server in {self.settings.datacenter!r}"
+            )
+        if peer.local:
+            if peer.name != self.settings.node_name:
+                raise Conflict(f"the server of this host is called {self.settings.node_name}, not {peer.name}")
+            return
+        known = self._node.store.tables.members.get(peer.name)
+        address = str(about.get("address") or peer.address)
+        serf_port = int(about.get("serf_port", 8301))
+        version = str(about.get("version", ""))
+        if (
+            known is not None
+            and known.key_hash == peer.key_hash
+            and known.status == "alive"
+            and (known.address, known.serf_port, known.version) == (address, serf_port, version)
+        ):
+            return
+        await self._node.own_write(
+            cluster_commands.BindNode(
+                name=peer.name,
+                key_hash=peer.key_hash,
+                role="client" if self._server_ids.get(peer.key_hash) is None else "server",
+                address=address,
+                node_id=peer.node_id,
+                serf_port=serf_port,
+                version=version,
+            ),
+            hold_s=5.0,
+        )
+        self._leader.kick()
+
+    async def _ensure_roots(self) -> None:
+        """The first leader of a cluster writes down who its servers are and makes the mesh's first root."""
+        node, s = self._node, self.settings
+        tables = node.store.tables
+        if not node.store.cluster_id:
+            await self._found_cluster()
+        for member in self._members:
+            known = tables.members.get(member.name)
+            if known is None or known.key_hash != member.key_hash or known.version != s.version:
+                await node.own_write(
+                    cluster_commands.BindNode(
+                        name=member.name,
+                        key_hash=member.key_hash,
+                        role="server",
+                        address=member.host,
+                        node_id=member.id,
+                        serf_port=s.serf_port,
+                        rpc_port=member.port,
+                        version=s.version,
+                    ),
+                    hold_s=2,
+                )
+        if not any(r.active for r in tables.roots.rows.values()):
+            from rostra.server.ca.issue import create_root
+            from rostra.server.state.ca import SetRoot
+
+            trust_domain = f"{self._cluster_id}.consul"
+            fields, key_pem = await asyncio.to_thread(
+                create_root, trust_domain, int(time.time() * 1000), 1, f"Rostra CA {self._cluster_id[:8]}"
+            )
+            await node.own_write(SetRoot(root=fields, private_key_pem=key_pem, expected_active=""), hold_s=5)
+            log.info("made the mesh CA's first root", trust_domain=trust_domain)
+
+    async def _found_cluster(self) -> None:
+        from rostra.server.ca.issue import create_cluster_ca
+
+        certificate, key = await asyncio.to_thread(create_cluster_ca, int(time.time() * 1000))
+        await self._node.own_write(
+            cluster_commands.Bootstrap(
+                cluster_id=self._cluster_id,
+                members=tuple((m.id, m.name, m.host, m.key_hash) for m in self._members),
+                datacenter=self.settings.datacenter,
+                cluster_ca_cert_pem=certificate,
+                cluster_ca_key_pem=key,
+                at_ms=int(time.time() * 1000),
+            ),
+            hold_s=5,
+        )
+        log.info("founded the cluster", cluster=self._cluster_id, servers=len(self._members))
+
+    async def _probe(self, member: MemberRow) -> bool:
+        """Does the agent on `member` still answer on its join port?"""
+        try:
+            connection, _, _ = await dial(
+                member.address,
+                member.serf_port,
+                self._dialling(),
+                hello("join", **self._about()),
+                key_hash=member.key_hash,
+                timeout_s=1.0,
+            )
+        except RostraError:
+            return False
+        connection.close()
+        return True
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers of this core, for /v1/agent/metrics: {"gauges": {name: n}, "counters": …, "histograms": …}."""
+        node, raft = self._node, self._raft
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "is_leader": node.is_leader,
+            "index": node.store.index,
+            "raft": raft.metrics() if raft is not None else {},
+            "counts": {
+                **node.counts,
+                "watch_deltas": node.watches.deltas,
+                "internal_errors": len(node.store.internal_errors),
+            },
+            "watches": len(node.watches),
+            "connections": self._endpoint.connections,
+            "steps": {"buckets": self._steps.buckets, "count": self._steps.count, "longest_ms": self._steps.longest_ms},
+            "rss_bytes": usage.ru_maxrss * 1024,
+            "uptime_s": time.monotonic() - self._started,
+        }
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as e:
+        listener.close()
+        raise Conflict(
+            f"cannot listen for RPC on {host}:{port}: {e.strerror}; change it with -server-port or ports.server"
+        ) from None
+    return listener
+
+
+def _socket_path(directory: Path) -> Path:
+    """Beside the data where that is short enough for the kernel (107 bytes), else in the user's run-time directory."""
+    path = (directory / "server" / "core.sock").absolute()
+    if len(os.fsencode(path)) <= 100:
+        return path
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix=f"rostra-{os.getpid()}-", dir=base)) / "core.sock"
+
+
+async def serve(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], stop: asyncio.Event) -> None:
+    core = Core(settings, stop.set)
+    try:
+        ready({"ready": await core.start()})
+        await stop.wait()
+    finally:
+        with contextlib.suppress(AttributeError):
+            await core.stop()
+
+
+def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: Callable[[Any], None] | None) -> int:
+    """Run a server until SIGTERM, SIGINT (outside child mode) or the end of the lifeline. The exit status."""
+    import uvloop
+
+    logging.configure(settings.log_level, as_json=settings.log_json)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        if watch is None:
+            loop.add_signal_handler(signal.SIGINT, stop.set)
+        else:
+            watch(lambda: loop.call_soon_threadsafe(stop.set))
+        await serve(settings, ready, stop)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+    except RostraError as e:
+        ready({"error": [e.code, e.message]})
+        return EXIT_DAMAGED
+    return 0
+
+
+def main_child() -> NoReturn:
+    """Started by the agent: settings come down the lifeline, readiness goes up."""
+    from rostra.runtime.lifeline import FLAG, Lifeline
+
+    lifeline = Lifeline(int(sys.argv[sys.argv.index(FLAG) + 1]))
+    settings = CoreSettings.from_map(lifeline.receive())
+    sys.exit(run(settings, lifeline.send, lambda on_end: lifeline.watch(on_end, grace_s=1.0)))

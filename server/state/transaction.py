@@ -1,0 +1,117 @@
+"""How commands write and queries read: `Tx` with undo, and `View`, which notes what an answer depends on.
+
+A command changes rows only through `Tx.put` and `Tx.delete`, and says with `Tx.touch` whose answers that changes.
+Nothing outside sees a change before the command has ended; when it raises, everything is put back. Indexes move at
+commit only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from rostra.server.state.granules import FLOOR_OF, directory_of
+from rostra.server.state.tables import Table, Tables
+
+K = TypeVar("K")
+R = TypeVar("R")
+
+Key = str | tuple[str, ...]
+
+
+class Tx:
+    """One command on its way into the state."""
+
+    __slots__ = ("_undo", "actor", "at_ms", "cluster_id", "effects", "index", "keys", "tables", "touched")
+
+    def __init__(self, tables: Tables, index: int, cluster_id: str, at_ms: int, actor: str) -> None:
+        self.tables = tables
+        self.index = index  # what a row that is written now has as its modify_index
+        self.cluster_id = cluster_id
+        self.at_ms = at_ms  # for display only: nothing may be decided by it
+        self.actor = actor
+        self.touched: list[tuple[str, Key | None]] = []
+        self.keys: list[str] = []
+        self.effects: list[tuple[Any, ...]] = []
+        self._undo: list[tuple[Table[Any, Any], Any, Any]] = []
+
+    def put(self, table: Table[K, R], key: K, row: R) -> None:
+        self._undo.append((table, key, table.put(key, row)))
+
+    def delete(self, table: Table[K, R], key: K) -> R | None:
+        """Drop a row; the row that was there."""
+        old = table.remove(key)
+        if old is not None:
+            self._undo.append((table, key, old))
+        return old
+
+    def touch(self, granule: str, key: Key | None = None) -> None:
+        """Answers that read `granule` may differ from now on; only in row `key`, unless it is None."""
+        self.touched.append((granule, key))
+
+    def touch_key(self, key: str) -> None:
+        """As `touch`, for a KV key and the directories around it."""
+        self.keys.append(key)
+
+    def effect(self, *effect: Any) -> None:
+        """Something that each server's own clock has to know; no part of the state."""
+        self.effects.append(effect)
+
+    @property
+    def changes(self) -> int:
+        return len(self._undo)
+
+    def rollback(self) -> None:
+        """Put back every row, in reverse order, so that what is derived goes back the way it came."""
+        for table, key, old in reversed(self._undo):
+            if old is None:
+                table.remove(key)
+            else:
+                table.put(key, old)
+        self._undo.clear()
+        self.touched.clear()
+        self.keys.clear()
+        self.effects.clear()
+
+
+class View:
+    """The state as one evaluation of a query sees it. `granules` and `index` are complete after `query.keys(view)`."""
+
+    __slots__ = ("granules", "index", "tables")
+
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
+        self.granules: list[str] = []
+        self.index = 1
+
+    def reads(self, granule: str) -> None:
+        """The answer depends on `granule`."""
+        self.granules.append(granule)
+        index = granule_index(self.tables, granule)
+        if index > self.index:
+            self.index = index
+
+    def reads_keys_under(self, prefix: str) -> list[str]:
+        """The keys under `prefix`; the answer depends on them and on those that may come."""
+        self.granules.append("kvdir:" + directory_of(prefix))
+        keys = self.tables.keys_under(prefix)
+        index = self.tables.prefix_index(prefix, keys)
+        if index > self.index:
+            self.index = index
+        return keys
+
+
+def granule_index(tables: Tables, granule: str) -> int:
+    """The index of the last change to what `granule` names; its family's floor when nothing is known of it."""
+    index = tables.granules.rows.get(granule)
+    if index is not None:
+        return index
+    family, _, name = granule.partition(":")
+    floors = tables.floors.rows
+    if family == "kv":
+        row = tables.kv.rows.get(name)
+        index = row.modify_index if row is not None else tables.tombstones.rows.get(name, 0)
+        return max(index, floors["kv"])
+    if family == "kvdir":
+        return max(tables.kv_directories.get(name, 0), floors["kv"])
+    floor = FLOOR_OF.get(family)
+    return floors[floor] if floor is not None else 1

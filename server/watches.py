@@ -1,0 +1,283 @@
+"""Shared watches: each distinct query is evaluated once per change, whoever and however many watch it.
+
+A watch keeps the rows of its last answer. What apply touched says which row keys to look at again; the changed rows go
+to every subscriber as one packed chunk. A first answer is filled in slices between which the loop runs, and what was
+touched meanwhile is looked at again before it counts as complete, so an answer is always that of one index.
+Large one-shot reads are watches that end after the first answer. Called on the loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rostra.server.state.granules import granule_hash
+from rostra.server.state.store import Store
+from rostra.wire.errors import RostraError
+from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, ServedStream, pack_rows
+
+#: Rows looked at in one step of the loop: about 0.3 ms for joined rows.
+SLICE_ROWS = 100
+#: Deltas are sent to this many subscribers in one step of the loop.
+SLICE_SUBSCRIBERS = 64
+
+
+class _Subscriber:
+    __slots__ = ("once", "pending", "started", "stream")
+
+    def __init__(self, stream: ServedStream, once: bool) -> None:
+        self.stream, self.once, self.started = stream, once, False
+        self.pending: list[bytes] | None = []  # deltas that arrived before the first answer was out
+
+
+class SharedWatch:
+    """One query's rows, kept current, and those who want to know.
+
+    `_busy` means that a refresh is scheduled or running; there is never more than one, so rows never go back.
+    """
+
+    def __init__(self, hub: Watches, query: Any) -> None:
+        self._hub, self.query = hub, query
+        self.rows: dict[Any, tuple[Any, ...]] = {}
+        self.granules: tuple[str, ...] = ()
+        self.index = 0
+        self._touched_index = 0
+        self.subscribers: set[_Subscriber] = set()
+        self._dirty: set[Any] = set()
+        self._dirty_all = True
+        self._filled = False
+        self._busy = False
+
+    # -- being told -------------------------------------------------------------------------------------------
+
+    def touched(self, key: Any, index: int) -> None:
+        """Apply touched one of our granules at `index`; `key` None means: any row may have changed."""
+        self._touched_index = index
+        if key is None:
+            self._dirty_all = True
+        else:
+            self._dirty.add(key)
+        if not self._busy:
+            self._busy = True
+            self._hub.loop.call_soon(self._refresh)
+
+    def subscribe(self, stream: ServedStream, *, once: bool) -> None:
+        subscriber = _Subscriber(stream, once)
+        self.subscribers.add(subscriber)
+        stream.on_cancel = lambda: self._unsubscribe(subscriber)
+        if self._busy:
+            return  # answered when the refresh is done
+        if self._filled:
+            self._hub.spawn(self._first_answer(subscriber))
+        else:
+            self._busy = True
+            self._refresh()
+
+    def _unsubscribe(self, subscriber: _Subscriber) -> None:
+        self.subscribers.discard(subscriber)
+        if not self.subscribers:
+            self._hub.forget(self)
+
+    # -- evaluating -------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        if self._filled and not self._dirty_all and len(self._dirty) <= SLICE_ROWS:
+            keys, self._dirty = self._dirty, set()
+            changed, removed = self._look_again(keys)
+            self._busy = False
+            self._publish(changed, removed)
+            self._answer_waiting()
+        else:
+            self._hub.spawn(self._refresh_sliced())
+
+    async def _refresh_sliced(self) -> None:
+        """Evaluate in slices, then look again at what was touched meanwhile, until nothing was."""
+        changed: dict[Any, tuple[Any, ...]] = {}
+        removed: set[Any] = set()
+        first = not self._filled
+        try:
+            while self._dirty_all or self._dirty:
+                if self._dirty_all:
+                    self._dirty_all = False
+                    self._dirty.clear()
+                    fresh = await self._evaluate()
+                    for key, row in fresh.items():
+                        if self.rows.get(key) != row:
+                            changed[key] = row
+                            removed.discard(key)
+                    for key in self.rows:
+                        if key not in fresh:
+                            removed.add(key)
+                            changed.pop(key, None)
+                    self.rows = fresh
+                dirty, self._dirty = list(self._dirty), set()
+                for at in range(0, len(dirty), SLICE_ROWS):
+                    some, gone = self._look_again(dirty[at : at + SLICE_ROWS])
+                    for key, row in some:
+                        changed[key] = row
+                        removed.discard(key)
+                    for key in gone:
+                        removed.add(key)
+                        changed.pop(key, None)
+                    await asyncio.sleep(0)
+        except RostraError as e:
+            for subscriber in list(self.subscribers):
+                subscriber.stream.fail(e)
+            self.subscribers.clear()
+            self._hub.forget(self)
+            return
+        self._filled = True
+        self._busy = False
+        if not first:
+            self._publish(list(changed.items()), list(removed))
+        self._answer_waiting()
+
+    async def _evaluate(self) -> dict[Any, tuple[Any, ...]]:
+        evaluation = self._hub.store.evaluate(self.query)
+        self._listen(evaluation.granules)
+        if not self._filled:
+            self.index = evaluation.index
+        rows: dict[Any, tuple[Any, ...]] = {}
+        while part := evaluation.step(SLICE_ROWS):
+            rows.update(part)
+            await asyncio.sleep(0)
+        return rows
+
+    def _answer_waiting(self) -> None:
+        for subscriber in self.subscribers:
+            if subscriber.pending is not None and not subscriber.started:
+                self._hub.spawn(self._first_answer(subscriber))
+
+    def _listen(self, granules: Iterable[str]) -> None:
+        new = tuple(granules)
+        if new != self.granules:
+            self._hub.move(self, self.granules, new)
+            self.granules = new
+
+    def _look_again(self, keys: Iterable[Any]) -> tuple[list[tuple[Any, Any]], list[Any]]:
+        """Bring `rows` up to date for `keys`; (changed rows, removed keys)."""
+        view, rows, query = self._hub.store.view(), self.rows, self.query
+        changed: list[tuple[Any, Any]] = []
+        removed: list[Any] = []
+        for key in keys:
+            row = query.row(view, key)
+            if row is None:
+                if rows.pop(key, None) is not None:
+                    removed.append(key)
+            elif rows.get(key) != row:
+                rows[key] = row
+                changed.append((key, row))
+        return changed, removed
+
+    # -- telling ----------------------------------------------------------------------------------------------
+
+    def _publish(self, changed: list[tuple[Any, Any]], removed: list[Any]) -> None:
+        """One packed chunk for everyone. The index moves with the rows; a directory's neighbours do not move it."""
+        if not changed and not removed:
+            return
+        self.index = max(self.index, self._touched_index)
+        hashes = tuple(map(granule_hash, self.granules))
+        parts = list(_slices(changed)) or [[]]
+        chunks = [
+            pack_rows(DONE if last else 0, self.index, hashes, part, removed if last else ())
+            for part, last in ((p, i == len(parts) - 1) for i, p in enumerate(parts))
+        ]
+        self._hub.deltas += 1
+        ready: list[_Subscriber] = []
+        for subscriber in self.subscribers:
+            if subscriber.pending is None:
+                ready.append(subscriber)
+            else:
+                subscriber.pending.extend(chunks)
+        self._send_paced(ready, chunks, 0)
+
+    def _send_paced(self, subscribers: list[_Subscriber], chunks: list[bytes], at: int) -> None:
+        for subscriber in subscribers[at : at + SLICE_SUBSCRIBERS]:
+            for chunk in chunks:
+                subscriber.stream.send(chunk)
+        if at + SLICE_SUBSCRIBERS < len(subscribers):
+            self._hub.loop.call_soon(self._send_paced, subscribers, chunks, at + SLICE_SUBSCRIBERS)
+
+    async def _first_answer(self, subscriber: _Subscriber) -> None:
+        if subscriber.started or subscriber.stream.cancelled:
+            return
+        subscriber.started = True
+        subscriber.pending = []
+        stream, index = subscriber.stream, self.index
+        hashes = tuple(map(granule_hash, self.granules))
+        parts = list(_slices(list(self.rows.items()))) or [[]]
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            flags = (FULL if i == 0 else 0) | (DONE if last else 0) | (END if last and subscriber.once else 0)
+            if not await stream.more():
+                return
+            stream.send(pack_rows(flags, index, hashes, part, ()), end=bool(flags & END))
+            if not last:
+                await asyncio.sleep(0)
+        if subscriber.once:
+            self._unsubscribe(subscriber)
+            return
+        pending, subscriber.pending = subscriber.pending, None
+        for chunk in pending or ():
+            stream.send(chunk)
+
+
+def _slices(rows: list[tuple[Any, Any]]) -> Iterable[list[tuple[Any, Any]]]:
+    """`rows` cut so that a chunk stays near CHUNK_BYTES; sizes are guessed from the values that can be large."""
+    part: list[tuple[Any, Any]] = []
+    size = 0
+    for key, row in rows:
+        part.append((key, row))
+        size += 300 + sum(len(v) for v in row if isinstance(v, (bytes, str)))
+        if size >= CHUNK_BYTES or len(part) >= SLICE_ROWS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+class Watches:
+    """All shared watches of a server, found by query and by granule."""
+
+    def __init__(self, store: Store, spawn: Callable[[Any], asyncio.Task[None]]) -> None:
+        self.store, self.spawn = store, spawn
+        self.loop = asyncio.get_running_loop()
+        self._by_query: dict[Any, SharedWatch] = {}
+        self._by_granule: dict[str, set[SharedWatch]] = {}
+        self.deltas = 0
+
+    def __len__(self) -> int:
+        return len(self._by_query)
+
+    def subscribe(self, query: Any, stream: ServedStream, *, once: bool = False) -> None:
+        watch = self._by_query.get(query)
+        if watch is None:
+            watch = self._by_query[query] = SharedWatch(self, query)
+        watch.subscribe(stream, once=once)
+
+    def forget(self, watch: SharedWatch) -> None:
+        if self._by_query.get(watch.query) is watch:
+            del self._by_query[watch.query]
+        self.move(watch, watch.granules, ())
+
+    def move(self, watch: SharedWatch, old: Iterable[str], new: Iterable[str]) -> None:
+        for granule in old:
+            watches = self._by_granule.get(granule)
+            if watches is not None:
+                watches.discard(watch)
+                if not watches:
+                    del self._by_granule[granule]
+        for granule in new:
+            self._by_granule.setdefault(granule, set()).add(watch)
+
+    def applied(self, touched: Iterable[tuple[str, Any]], index: int) -> None:
+        """What one log entry touched; `index`: the state's after it."""
+        by_granule = self._by_granule
+        if not by_granule:
+            return
+        for granule, key in touched:
+            watches = by_granule.get(granule)
+            if watches is not None:
+                for watch in watches:
+                    watch.touched(key, index)

@@ -1,0 +1,231 @@
+"""HTTP, TCP and script checks against real servers and real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rostra.agent.checks import http, script, tcp, wrapper
+from rostra.agent.definition import CheckSpec
+
+from tests.support.local_servers import eventually
+
+
+@asynccontextmanager
+async def server(answer: bytes | Callable[[bytes], bytes], *, hang: bool = False) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """A server that sends `answer` to each request; what it was asked is in the list."""
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-l")), 0)
+            asked.append(head + await reader.readexactly(length))
+            if hang:
+                await reader.read()
+            writer.write(answer(head) if callable(answer) else answer)
+            await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield listening.sockets[0].getsockname()[1], asked
+    finally:
+        listening.close()
+
+
+def spec(**fields: Any) -> CheckSpec:
+    return CheckSpec(id="c", name="c", **{"type": "http", "timeout_s": 5.0, **fields})
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("200 OK", "passing"), ("204 No Content", "passing"), ("429 Too Many Requests", "warning")]
+    + [("302 Found", "critical"), ("404 Not Found", "critical"), ("500 Internal Server Error", "critical")],
+)
+async def test_the_status_code_decides_an_http_check(line: str, status: str) -> None:
+    async with server(f"HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n".encode()) as (port, _):
+        url = f"http://127.0.0.1:{port}/health"
+        assert await http.run(spec(http=url)) == (status, f"HTTP GET {url}: {line} Output: ")
+
+
+async def test_an_http_check_sends_method_headers_and_body_and_says_who_it_is() -> None:
+    async with server(b"HTTP/1.1 200 OK\r\n\r\n") as (port, asked):
+        header = {"X-One": ("a", "b"), "host": ("other",)}
+        await http.run(spec(http=f"http://127.0.0.1:{port}/x?y=1", method="post", header=header, body="hello"))
+    head, _, body = asked[0].partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    assert lines[0] == b"POST /x?y=1 HTTP/1.1"
+    assert body == b"hello"
+    assert {b"User-Agent: Consul Health Check", b"X-One: a", b"X-One: b", b"host: other"} <= set(lines)
+    assert {b"Accept: text/plain, text/*, */*", b"Connection: close"} <= set(lines)
+    assert not any(line.startswith(b"Host:") for line in lines)
+
+
+async def test_the_end_of_a_long_body_is_kept() -> None:
+    body = b"x" * 10000 + b"the end"
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    async with server(answer) as (port, _):
+        result = await http.run(spec(http=f"http://127.0.0.1:{port}/"))
+    kept = result.output.partition("Output: ")[2]
+    assert len(kept) == 4096
+    assert kept.endswith("the end")
+
+
+async def test_a_chunked_body_is_read() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=1\r\n world\r\n0\r\n\r\n"
+    async with server(answer) as (port, _):
+        assert (await http.run(spec(http=f"http://127.0.0.1:{port}/"))).output.endswith("Output: hello world")
+
+
+async def test_a_redirect_is_followed() -> None:
+    def answer(head: bytes) -> bytes:
+        if b"GET /there " in head:
+            return b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
+        return b"HTTP/1.1 302 Found\r\nLocation: /there\r\nContent-Length: 0\r\n\r\n"
+
+    async with server(answer) as (port, asked):
+        assert (await http.run(spec(http=f"http://127.0.0.1:{port}/here"))).status == "passing"
+    assert len(asked) == 2
+
+
+async def test_redirects_in_a_circle_are_critical() -> None:
+    async with server(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n") as (port, asked):
+        result = await http.run(spec(http=f"http://127.0.0.1:{port}/"))
+    assert result.status == "critical"
+    assert "stopped after 10 redirects" in result.output
+    assert len(asked) == 11
+
+
+async def test_an_http_server_that_never_answers_is_critical_after_the_timeout() -> None:
+    async with server(b"", hang=True) as (port, _):
+        result = await http.run(spec(http=f"http://127.0.0.1:{port}/", timeout_s=0.05))
+    assert result.status == "critical"
+    assert "deadline exceeded" in result.output
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"])
+async def test_what_is_not_http_is_critical_and_not_an_error(answer: bytes) -> None:
+    async with server(answer) as (port, _):
+        assert (await http.run(spec(http=f"http://127.0.0.1:{port}/"))).status == "critical"
+
+
+async def test_a_refused_connection_is_told_in_consuls_words() -> None:
+    port = closed_port()
+    dial = f"dial tcp 127.0.0.1:{port}: connect: connection refused"
+    assert await http.run(spec(http=f"http://127.0.0.1:{port}/")) == (
+        "critical",
+        f'Get "http://127.0.0.1:{port}/": {dial}',
+    )
+    assert await tcp.run(f"127.0.0.1:{port}", 5.0) == ("critical", dial)
+
+
+async def test_a_tcp_check_passes_where_something_listens() -> None:
+    async with server(b"") as (port, _):
+        assert await tcp.run(f"127.0.0.1:{port}", 5.0) == ("passing", f"TCP connect 127.0.0.1:{port}: Success")
+
+
+async def test_a_tcp_check_without_a_port_is_critical() -> None:
+    assert await tcp.run("foo", 5.0) == ("critical", "dial tcp: address foo: missing port in address")
+
+
+# -- scripts ----------------------------------------------------------------------------------------------------------
+
+
+def shell(line: str, **fields: Any) -> CheckSpec:
+    return spec(type="script", args=("/bin/sh", "-c", line), **fields)
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "passing"), (1, "warning"), (2, "critical"), (77, "critical")])
+async def test_the_exit_status_decides_a_script_check(code: int, status: str) -> None:
+    assert await script.run(shell(f"echo out; echo err >&2; exit {code}")) == (status, "out\nerr\n")
+
+
+async def test_a_script_that_does_not_exist_is_critical_and_says_so() -> None:
+    missing = await script.run(spec(type="script", args=("/nonexistent",)))
+    not_found = await script.run(spec(type="script", args=("no-such-program-here",)))
+    assert missing == ("critical", "fork/exec /nonexistent: no such file or directory")
+    assert not_found == ("critical", 'exec: "no-such-program-here": executable file not found in $PATH')
+
+
+async def test_the_end_of_long_script_output_is_kept() -> None:
+    result = await script.run(shell("i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"))
+    assert result.output.startswith("Captured 4096 of 18890 bytes\n...\n")
+    assert result.output.endswith("line 1999\n")
+
+
+async def test_a_script_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    result = await script.run(shell(f"echo hi; sleep 100 & echo $$ $! > {pids}; wait", timeout_s=0.5))
+    assert result == ("critical", "Timed out (0.5s) running check\n\nhi\n")
+    await eventually(lambda: not any(map(alive, pids.read_text().split())))
+
+
+async def test_what_a_script_leaves_behind_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    assert (await script.run(shell(f"sleep 100 & echo $! > {pids}"))).status == "passing"
+    await eventually(lambda: not any(map(alive, pids.read_text().split())))
+
+
+async def test_a_cancelled_script_check_kills_the_script(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    task = asyncio.create_task(script.run(shell(f"echo $$ > {pids}; sleep 100")))
+    await eventually(lambda: pids.exists() and pids.read_text())
+    task.cancel()
+    await eventually(lambda: not any(map(alive, pids.read_text().split())))
+    assert task.done()
+
+
+def test_a_script_dies_with_an_agent_that_was_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    agent = (
+        "import socket, subprocess, sys, time\n"
+        "ours, theirs = socket.socketpair()\n"
+        "fd = theirs.fileno()\n"
+        f"line = 'sleep 100 & echo $$ $! > {pids}; wait'\n"
+        f"args = [sys.executable, '-I', '-S', {wrapper.__file__!r}, str(fd), '60', '4096', '/bin/sh', '-c', line]\n"
+        "subprocess.Popen(args, pass_fds=(fd,))\n"
+        "theirs.close()\n"
+        "time.sleep(100)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", agent])
+    try:
+        wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_for(lambda: not any(map(alive, pids.read_text().split())))
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def alive(pid: str) -> bool:
+    """Running, and not only waiting to be reaped by whoever adopted it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,367 @@
+"""The hazards of pysyncobj's core that lose acknowledged writes, each tried on the core behind the guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from rostra.server.raft.core import CANDIDATE, FOLLOWER, LEADER, Core, Timing
+from rostra.server.raft.elections import Elections
+from rostra.server.raft.guard import BrokenInvariant, Guard
+from rostra.server.raft.journal import Journal, Recovered
+from rostra.server.raft.messages import BadMessage, Message
+from rostra.server.raft.replication import Replication
+
+TIMING = Timing(heartbeat_s=0.05, election_min_s=0.3, election_max_s=0.6)
+
+
+class NeverSynced:
+    """A disk that takes its time; the test says when something is durable."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        raise AssertionError("nobody asked for a sync")
+
+
+class Server(Transport):  # type: ignore[misc]
+    """The core, its guard and a clock; what it says is in `sent`."""
+
+    def __init__(self, node_id: str = "a", others: tuple[str, ...] = ("b", "c"), *, journal: Journal | None = None):
+        super().__init__(None, None, [])
+        self.now_ns = 10**12
+        self.sent: list[tuple[str, Message]] = []
+        self.applied: list[int] = []
+        self.journal = journal or Journal.memory()
+        peers = list(others)
+        self.core = Core(node_id, peers, journal=self.journal, transport=self, timing=TIMING, owner=self)
+        self.replication = Replication(
+            self.core, self.journal, peer_ids=peers, clock=self.clock, send=self.post, deliver=self._onMessageReceived
+        )
+        self.elections = Elections(
+            self.core,
+            self.journal,
+            node_id=node_id,
+            peer_ids=peers,
+            timing=TIMING,
+            clock=self.clock,
+            send=self.post,
+            lease_valid=lambda: self.clock() < self.replication.quorum_round() + 240_000_000,
+        )
+        self.guard = Guard(
+            self.core,
+            self.journal,
+            self.elections,
+            self.replication,
+            send=self.post,
+            deliver=self._onMessageReceived,
+        )
+        for peer in peers:
+            self._onNodeConnected(Node(peer))
+            self.replication.link_up(peer)
+
+    # what the core and the guard ask
+    def clock(self) -> int:
+        return self.now_ns
+
+    def post(self, peer_id: str, message: Message) -> None:
+        self.sent.append((peer_id, message))
+
+    def send(self, node: Node, message: Message) -> None:
+        self.post(node.id, self.guard.outbound(message))
+
+    def may_campaign(self) -> bool:
+        return self.elections.may_campaign()
+
+    def send_appends(self) -> None:
+        self.replication.send_appends()
+
+    def state_changed(self, old: int, new: int) -> None:
+        if new == LEADER:
+            self.replication.lead()
+
+    def apply_committed(self) -> None:
+        while self.core.applied_index() < self.core.commit_index():
+            self.core.set_applied_index(self.core.applied_index() + 1)
+            self.applied.append(self.core.applied_index())
+
+    # what the tests say
+    def wait(self, seconds: float) -> None:
+        self.now_ns += int(seconds * 1e9)
+
+    def hear(self, peer_id: str, **message: Any) -> list[Message]:
+        """The message, then a tick; what was said in answer to that peer."""
+        before = len(self.sent)
+        self.guard.inbound(peer_id, message)
+        self.core.doTick(0)
+        return [said for to, said in self.sent[before:] if to == peer_id]
+
+    def append(self, peer_id: str, term: int, prev: int, prev_term: int, entries: Any = (), **more: Any) -> Message:
+        message = {"term": term, "commit_index": 1, "r": 1, "prevLogIdx": prev, "prevLogTerm": prev_term} | more
+        return self.hear(peer_id, type="append_entries", entries=tuple(entries), **message)[0]
+
+    def answer(self, peer_id: str, next_index: int, **more: Any) -> list[Message]:
+        message = {"term": self.core.term(), "r": self.replication.round, "reset": False, "success": True} | more
+        return self.hear(peer_id, type="next_node_idx", next_node_idx=next_index, **message)
+
+    def lead(self) -> None:
+        """Win an election with b's vote."""
+        self.wait(1.0)
+        self.core.campaign_in(-1.0)
+        self.core.doTick(0)
+        term = self.core.term() + 1
+        self.hear("b", type="pre_vote_reply", term=term, current=term - 1, granted=True)
+        assert self.core.state() == CANDIDATE
+        self.hear("b", type="response_vote", term=term)
+        assert self.core.is_leader()
+
+    def log(self) -> list[tuple[int, int]]:
+        return [(index, term) for _, index, term in self.journal[:]]
+
+
+def entry(index: int, term: int) -> tuple[bytes, int, int]:
+    return (b"\0e%d" % index, index, term)
+
+
+def entries(start: int, end: int, term: int) -> list[tuple[bytes, int, int]]:
+    return [entry(index, term) for index in range(start, end + 1)]
+
+
+# -- what a follower believes ---------------------------------------------------------------------------------------
+
+
+def test_h1_an_append_without_a_place_in_the_log_commits_nothing() -> None:
+    server = Server()
+    server.lead()
+    for index in range(3, 8):
+        server.journal.add(b"\0mine", index, 1)  # never left this server
+    server.hear("b", type="append_entries", term=2, commit_index=6, r=1, serialized=None)
+    assert server.core.state() == FOLLOWER
+    assert server.core.commit_index() == 1
+    assert server.applied == []
+
+
+def test_h2_a_late_heartbeat_truncates_nothing() -> None:
+    server = Server()
+    assert server.append("b", 1, 1, 0, entries(2, 7, 1), commit_index=7)["next_node_idx"] == 8
+    assert server.applied == [2, 3, 4, 5, 6, 7]
+    late = server.append("b", 1, 3, 1, commit_index=2)
+    assert server.log()[-1] == (7, 1)
+    assert late == {"type": "next_node_idx", "term": 1, "r": 1, "next_node_idx": 4, "reset": False, "success": True}
+
+
+def test_h2_entries_sent_twice_in_other_batches_truncate_nothing() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 11, 1))
+    assert server.append("b", 1, 1, 0, entries(2, 5, 1))["next_node_idx"] == 6
+    assert server.append("b", 1, 3, 1, entries(4, 12, 1), commit_index=12)["next_node_idx"] == 13
+    assert server.log() == [(1, 0), *((index, 1) for index in range(2, 13))]
+    assert server.core.commit_index() == 12
+
+
+def test_h2_a_known_prefix_proves_no_more_than_itself() -> None:
+    """Entries behind it may be another leader's: they are neither acknowledged nor committed."""
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 6, 1))
+    answer = server.append("c", 2, 1, 0, entries(2, 3, 1), commit_index=6)
+    assert answer["next_node_idx"] == 4
+    assert server.core.commit_index() == 3
+
+
+def test_h2_a_real_conflict_replaces_the_tail() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 6, 1))
+    answer = server.append("c", 3, 2, 1, [entry(3, 1), entry(4, 3)])
+    assert server.log() == [(1, 0), (2, 1), (3, 1), (4, 3)]
+    assert answer["next_node_idx"] == 5
+
+
+def test_a_leader_that_contradicts_a_committed_entry_stops_the_process() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 4, 1), commit_index=4)
+    with pytest.raises(BrokenInvariant, match="committed entry 3"):
+        server.append("c", 3, 2, 1, [entry(3, 3)])
+
+
+def test_two_leaders_of_one_term_stop_the_process() -> None:
+    server = Server()
+    server.append("b", 4, 1, 0)
+    with pytest.raises(BrokenInvariant, match="two leaders in term 4"):
+        server.append("c", 4, 1, 0)
+
+
+def test_h11_a_follower_that_misses_entries_asks_for_what_follows_its_commit_index() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 9, 1), commit_index=4)
+    answer = server.append("c", 2, 300, 2)
+    assert (answer["reset"], answer["success"], answer["next_node_idx"]) == (True, False, 5)
+    answer = server.append("c", 2, 8, 2)
+    assert (answer["reset"], answer["next_node_idx"]) == (True, 5)
+
+
+def test_h13_a_leader_of_the_past_is_told_the_term() -> None:
+    server = Server()
+    server.append("b", 68, 1, 0)
+    assert server.append("c", 5, 1, 0) == {"type": "stale", "term": 68}
+    assert server.core.leader_id() == "b"
+
+
+def test_h13_a_leader_follows_a_higher_term_so_that_the_other_can_rejoin() -> None:
+    server = Server()
+    server.lead()
+    server.hear("c", type="stale", term=68)
+    assert (server.core.state(), server.core.term(), server.journal.getCurrentTerm()) == (FOLLOWER, 68, 68)
+
+
+# -- what a leader believes -----------------------------------------------------------------------------------------
+
+
+def test_h10_an_answer_of_an_earlier_term_counts_for_nothing() -> None:
+    server = Server()
+    server.lead()
+    server.answer("b", 3, term=server.core.term() - 1)
+    assert server.core.match_index(Node("b")) == 0
+    assert server.replication.followers["b"].echoed < 0
+    server.answer("b", 3)
+    assert server.core.match_index(Node("b")) == 2
+
+
+def test_an_answer_for_what_was_never_sent_closes_the_link() -> None:
+    server = Server()
+    server.lead()
+    with pytest.raises(BadMessage):
+        server.answer("b", 99)
+    with pytest.raises(BadMessage):
+        server.answer("b", 2, r=server.replication.round + 1)
+
+
+def test_h11_one_reset_is_honoured_per_flight() -> None:
+    server = Server()
+    server.lead()
+    for index in range(3, 20):
+        server.journal.add(b"\0", index, 1)
+    first_flight = server.replication.send_appends()
+    server.answer("b", 5, r=first_flight, reset=True, success=False)
+    assert server.core.next_index(Node("b")) == 5
+    server.replication.send_appends()
+    sent = server.core.next_index(Node("b"))
+    server.answer("b", 3, r=first_flight, reset=True, success=False)
+    assert server.core.next_index(Node("b")) == sent == 20
+
+
+def test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry() -> None:
+    journal = Journal(NeverSynced(), Recovered())
+    server = Server(journal=journal)
+    journal._finished(0.0, journal.lsn, journal._tail)
+    server.lead()
+    noop = journal.last_index
+    server.answer("b", noop + 1)
+    assert server.core.commit_index() < noop
+    journal._finished(0.0, journal.lsn, journal._tail)
+    server.replication.release_held()
+    server.core.doTick(0)
+    assert server.core.commit_index() == noop
+
+
+def test_a_window_bounds_what_is_on_its_way_to_a_silent_follower() -> None:
+    server = Server()
+    server.lead()
+    server.sent.clear()
+    for index in range(3, 203):
+        server.journal.add(b"\0" * 20_000, index, 1)
+    for _ in range(50):
+        server.replication.send_appends()
+    sent = sum(len(e[0]) for to, said in server.sent if to == "b" for e in said["entries"])
+    assert sent < 700_000
+    server.answer("b", server.core.next_index(Node("b")))
+    server.sent.clear()
+    server.replication.send_appends()
+    assert server.sent[0][1]["entries"][0][1] > 20
+
+
+# -- elections ------------------------------------------------------------------------------------------------------
+
+
+def test_h18_a_vote_that_comes_twice_is_one_vote() -> None:
+    server = Server(others=("b", "c", "d", "e"))
+    server.wait(1.0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    for peer in ("b", "c"):
+        server.hear(peer, type="pre_vote_reply", term=1, current=0, granted=True)
+    assert server.core.state() == CANDIDATE
+    server.hear("b", type="response_vote", term=1)
+    server.hear("b", type="response_vote", term=1)
+    assert server.core.state() == CANDIDATE
+    server.hear("c", type="response_vote", term=1)
+    assert server.core.is_leader()
+
+
+def test_an_isolated_server_asks_but_never_raises_its_term() -> None:
+    server = Server()
+    for _ in range(50):
+        server.wait(0.5)
+        server.core.campaign_in(-1.0)
+        server.core.doTick(0)
+    assert server.core.term() == 0
+    assert server.journal.getCurrentTerm() == 0
+
+
+def test_who_heard_the_leader_lately_grants_nothing_and_does_not_campaign() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0)
+    ask = {"last_log_index": 50, "last_log_term": 1}
+    server.wait(0.2)
+    assert server.hear("c", type="pre_vote", term=2, **ask)[0]["granted"] is False
+    assert server.hear("c", type="request_vote", term=2, **ask) == []
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    assert (server.core.term(), server.core.leader_id()) == (1, "b")
+    server.wait(0.1)
+    assert server.hear("c", type="pre_vote", term=2, **ask)[0]["granted"] is True
+    assert server.hear("c", type="request_vote", term=2, **ask) == [{"type": "response_vote", "term": 2}]
+
+
+def test_a_restarted_server_counts_as_having_heard_the_leader() -> None:
+    server = Server()
+    ask = {"term": 1, "last_log_index": 1, "last_log_term": 0}
+    assert server.hear("c", type="pre_vote", **ask)[0]["granted"] is False
+    server.wait(0.28)
+    assert server.hear("c", type="pre_vote", **ask)[0]["granted"] is True
+
+
+def test_a_pre_vote_is_refused_to_a_shorter_log_and_a_known_term() -> None:
+    server = Server()
+    server.append("b", 3, 1, 0, entries(2, 5, 3))
+    server.wait(1.0)
+    for term, index, log_term in ((4, 4, 3), (4, 9, 2), (3, 5, 3)):
+        reply = server.hear("c", type="pre_vote", term=term, last_log_index=index, last_log_term=log_term)[0]
+        assert (reply["granted"], reply["current"]) == (False, 3)
+    assert server.hear("c", type="pre_vote", term=4, last_log_index=5, last_log_term=3)[0]["granted"] is True
+
+
+def test_the_lease_ends_before_its_followers_may_elect_another() -> None:
+    leader, follower = Server("a"), Server("b", ("a", "c"))
+    leader.lead()
+    sent = leader.replication.send_appends()
+    leader.wait(0.01)
+    leader.answer("b", leader.journal.last_index + 1, r=sent)
+    follower.append("a", leader.core.term(), 1, 0, r=sent)
+    ask = {"term": 9, "last_log_index": 99, "last_log_term": 9}
+    for _ in range(60):
+        leader.wait(0.01)
+        follower.wait(0.01)
+        granted = follower.hear("c", type="pre_vote", **ask)[0]["granted"]
+        lease = leader.clock() < leader.replication.quorum_round() + 240_000_000
+        assert not (granted and lease)
+    assert granted
+
+
+def test_messages_that_this_house_does_not_speak_are_dropped() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0)
+    for kind in ("timeout_now", "apply_command", "apply_command_response", "add"):
+        assert server.hear("b", type=kind, term=1, command=b"\0", request_id=1) == []
+    assert server.guard.dropped == 4
+    assert server.core.term() == 1

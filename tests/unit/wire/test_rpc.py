@@ -1,0 +1,187 @@
+"""The RPC over real sockets, and the bytes of its frames, which are for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rostra.wire.connection import FrameConnection
+from rostra.wire.errors import BadRequest, Denied, NoLeader
+from rostra.wire.frames import frame, pack
+from rostra.wire.rpc import (
+    CREDIT_CHUNKS,
+    DONE,
+    END,
+    FULL,
+    Caller,
+    Lost,
+    Served,
+    check_hello,
+    hello,
+    hello_error,
+    pack_rows,
+)
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+async def connected(handle: Any) -> tuple[Caller, Served]:
+    """Both ends of a connection on a real socket pair."""
+    ours, theirs = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    calling, serving = FrameConnection(), FrameConnection()
+    caller = Caller(calling)
+    calling.on_frame, calling.on_lost = caller.on_frame, caller.on_lost
+    served = Served(serving, handle)
+    serving.on_frame, serving.on_lost = served.on_frame, served.on_lost
+    await loop.create_connection(lambda: calling, sock=ours)
+    await loop.create_connection(lambda: serving, sock=theirs)
+    return caller, served
+
+
+async def test_an_answer_finds_its_call_whatever_the_order() -> None:
+    waiting: list[tuple[int, str]] = []
+
+    def handle(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        waiting.append((request_id, arguments[0]))
+        if len(waiting) == 3:
+            for each, name in reversed(waiting):
+                served.reply(each, f"for {name}")
+
+    caller, _ = await connected(handle)
+    assert await asyncio.gather(*(caller.call("echo", n) for n in "abc")) == ["for a", "for b", "for c"]
+
+
+async def test_a_refusal_arrives_as_the_error_that_was_raised() -> None:
+    def handle(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        raise Denied("token x lacks service:write")
+
+    caller, _ = await connected(handle)
+    with pytest.raises(Denied, match="token x lacks service:write"):
+        await caller.call("write")
+
+
+async def test_wrong_arguments_are_told_to_the_peer_and_do_not_end_the_connection() -> None:
+    def handle(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        (only,) = arguments
+        served.reply(request_id, only)
+
+    caller, _ = await connected(handle)
+    with pytest.raises(BadRequest, match="malformed arguments"):
+        await caller.call("one", 1, 2)
+    assert await caller.call("one", 1) == 1
+
+
+async def test_a_lost_connection_fails_what_was_under_way_as_lost() -> None:
+    caller, served = await connected(lambda *_: None)
+    call = caller.call("never answered")
+    stream = caller.stream("watch")
+    served.connection.abort()
+    with pytest.raises(Lost):
+        await call
+    with pytest.raises(NoLeader):
+        await stream.next()
+    with pytest.raises(Lost):
+        await caller.call("too late")
+
+
+async def test_a_stream_sends_no_more_than_its_credit_until_the_reader_takes_some() -> None:
+    sent = 0
+
+    def handle(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        stream = served.open_stream(request_id)
+
+        async def feed() -> None:
+            nonlocal sent
+            for i in range(3 * CREDIT_CHUNKS):
+                if not await stream.more():
+                    return
+                last = i == 3 * CREDIT_CHUNKS - 1
+                flags = (FULL if not i else 0) | (DONE | END if last else 0)
+                stream.send(pack_rows(flags, i + 1, (), [], ()), end=last)
+                sent += 1
+
+        tasks.append(asyncio.ensure_future(feed()))
+
+    tasks: list[asyncio.Future[None]] = []
+    caller, _ = await connected(handle)
+    stream = caller.stream("read")
+    first = await stream.next()
+    assert first is not None
+    assert first.flags == FULL
+    assert sent <= CREDIT_CHUNKS + 1
+    indexes = [first.index]
+    while (chunk := await stream.next()) is not None:
+        indexes.append(chunk.index)
+    assert indexes == list(range(1, 3 * CREDIT_CHUNKS + 1))
+
+
+async def test_a_closed_stream_is_cancelled_at_the_server() -> None:
+    cancelled = asyncio.Event()
+
+    def handle(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        served.open_stream(request_id).on_cancel = cancelled.set
+
+    caller, served = await connected(handle)
+    caller.stream("watch").close()
+    await asyncio.wait_for(cancelled.wait(), 5)
+    assert served.streams == {}
+
+
+async def test_garbage_ends_the_connection_and_nothing_else() -> None:
+    asked: list[str] = []
+    ours, theirs = socket.socketpair()
+    serving = FrameConnection()
+    served = Served(serving, lambda s, i, verb, a: asked.append(verb))
+    lost = asyncio.Event()
+    serving.on_frame = served.on_frame
+    serving.on_lost = lambda reason: lost.set()
+    await asyncio.get_running_loop().create_connection(lambda: serving, sock=theirs)
+    ours.sendall(frame(b"\xc1 no message"))
+    await asyncio.wait_for(lost.wait(), 5)
+    assert asked == []
+    ours.close()
+
+
+def test_a_hello_of_another_version_says_which_program_is_older() -> None:
+    with pytest.raises(BadRequest, match="RPC version 9"):
+        check_hello(pack({"rostra": 9, "protocol": "rpc"}))
+
+
+def test_a_refused_hello_raises_the_servers_reason() -> None:
+    with pytest.raises(Denied, match="not a server"):
+        check_hello(hello_error(Denied("not a server of this cluster")))
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x80", b"\x93\x01\x02\x03", pack("hello"), pack({"rostra": "1"})])
+def test_what_is_no_hello_is_refused(payload: bytes) -> None:
+    with pytest.raises(BadRequest):
+        check_hello(payload)
+
+
+def rpc_frames() -> dict[str, bytes]:
+    """One of each frame that crosses the wire."""
+    return {
+        "hello": frame(hello("rpc", name="n1", node_id="id", cluster="c", datacenter="dc1", version="0.1.0")),
+        "hello-error": frame(hello_error(Denied("no"))),
+        "write": frame(pack((1, "write", ("client", 7, 5), "kv.set", {"key": "a", "value": b"1"}, ""))),
+        "read": frame(pack((2, "read", "kv.get", {"key": "a"}, 9, ""))),
+        "barrier": frame(pack((3, "barrier", "default", 12))),
+        "watch": frame(pack((4, "watch", "health.service", {"name": "web"}, ""))),
+        "act": frame(pack((5, "act", "session.renew", {"id": "s"}, ""))),
+        "credit": frame(pack((4, "credit", 1))),
+        "cancel": frame(pack((4, "cancel"))),
+        "ok": frame(pack((1, "ok", True))),
+        "err": frame(pack((1, "err", "no_leader", "No cluster leader"))),
+        "rows": frame(b"\x97" + pack(4) + pack_rows(FULL | DONE, 9, (1, 2), [("a", ("a", b"1"))], ["b"])),
+    }
+
+
+def test_the_frames_are_the_golden_ones() -> None:
+    golden = GOLDEN / "rpc-frames-1.txt"
+    lines = [f"{name} {data.hex()}" for name, data in rpc_frames().items()]
+    assert golden.read_text().splitlines() == lines, "a frame changed: older agents and servers would not understand it"

@@ -1,0 +1,132 @@
+"""A connection that carries frames: the asyncio side of `frames.py`, for RPC and Raft alike.
+
+Sends are joined and written once per turn of the loop, so that the answers of a batch cost one system call. The owner
+sets `on_frame(payload)` and `on_lost(reason)`; both run on the loop and must not block. `on_lost` runs exactly once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+from rostra.wire.frames import RPC_FRAME_BYTES_MAX, FrameDecoder, FrameTooLarge, frame
+
+#: A peer that takes nothing while this much waits for it is dropped: memory is bounded, and it will reconnect.
+BACKLOG_BYTES_MAX = 64 << 20
+
+
+class FrameConnection(asyncio.Protocol):
+    """One peer. Usable with `loop.create_connection`, `create_server`, `create_unix_*`, with or without `ssl=`."""
+
+    def __init__(
+        self,
+        on_frame: Callable[[bytes], None] | None = None,
+        on_lost: Callable[[str], None] | None = None,
+        *,
+        on_made: Callable[[FrameConnection], None] | None = None,
+        frame_bytes_max: int = RPC_FRAME_BYTES_MAX,
+    ) -> None:
+        self.on_frame = on_frame
+        self.on_lost = on_lost
+        self._on_made = on_made
+        self._decoder = FrameDecoder(frame_bytes_max)
+        self._out: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._flush_scheduled = False
+        self._lost = False
+        self.writable = asyncio.Event()
+        self.writable.set()
+
+    # -- what the owner calls -----------------------------------------------------------------------------------
+
+    def send(self, payload: bytes) -> None:
+        """Queue one frame. Silently dropped on a lost connection: `on_lost` has told the owner already."""
+        if self._lost or self._transport is None:
+            return
+        self._out.append(frame(payload))
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write what is queued now instead of at the end of this turn of the loop."""
+        self._flush_scheduled = False
+        if not self._out or self._lost or self._transport is None:
+            return
+        data = b"".join(self._out) if len(self._out) > 1 else self._out[0]
+        self._out.clear()
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > BACKLOG_BYTES_MAX:
+            self.abort("peer does not read")
+
+    def close(self) -> None:
+        """Flush, then close."""
+        self.flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self, reason: str = "aborted") -> None:
+        """Drop the connection and everything queued on it."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._gone(reason)
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._lost
+
+    @property
+    def queued_bytes(self) -> int:
+        waiting = sum(map(len, self._out))
+        return waiting + (self._transport.get_write_buffer_size() if self.open and self._transport else 0)
+
+    @property
+    def ssl_object(self) -> ssl.SSLObject | None:
+        return self.info("ssl_object")  # type: ignore[no-any-return]
+
+    def info(self, name: str) -> Any:
+        """The transport's `get_extra_info`: "peername", "socket", "ssl_object"."""
+        return self._transport.get_extra_info(name) if self._transport is not None else None
+
+    def raise_bound(self, frame_bytes_max: int) -> None:
+        self._decoder.raise_bound(frame_bytes_max)
+
+    # -- what asyncio calls -------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            payloads = self._decoder.feed(data)
+        except FrameTooLarge as e:
+            self.abort(str(e))
+            return
+        for payload in payloads:
+            if self._lost:
+                return
+            if self.on_frame is not None:
+                self.on_frame(payload)
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone(str(exc) if exc else "closed by the peer")
+
+    def _gone(self, reason: str) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        self._out.clear()
+        self.writable.set()
+        if self.on_lost is not None:
+            self.on_lost(reason)

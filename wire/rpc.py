@@ -1,0 +1,319 @@
+"""The RPC: requests, answers and streams over one `FrameConnection`. Both sides of it, without knowing what is asked.
+
+Frames are msgpack arrays. From the caller: `[id, verb, *arguments]`; `id` counts up from 1 on each connection.
+
+    [id, "credit", n]      n more chunks of stream `id` may be sent
+    [id, "cancel"]         the answer of `id` is no longer wanted
+
+From the server, each carrying the id of its request:
+
+    [id, "ok", value]                                                 the answer
+    [id, "err", code, message]                                        refused; codes are those of `errors.py`
+    [id, "rows", flags, index, granules, rows, removed]               a chunk of a stream: at most 64 KiB of rows
+
+`flags`: FULL begins a first answer, DONE ends it, END ends the stream. A stream starts with CREDIT_CHUNKS of credit,
+so that one slow reader holds at most CREDIT_CHUNKS * CHUNK_BYTES of a server's memory. The first frame each way is a
+map, the hello, before any request; see `hello` and `check_hello`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from rostra.wire.connection import FrameConnection
+from rostra.wire.errors import BadRequest, NoLeader, RostraError, from_wire
+from rostra.wire.frames import pack, unpack
+
+PROTOCOL_VERSION = 1
+CHUNK_BYTES = 64 << 10
+CREDIT_CHUNKS = 8
+FULL, DONE, END = 1, 2, 4
+
+#: Requests that may be under way on one connection; one more is refused.
+REQUESTS_MAX = 16_384
+
+
+def hello(protocol: str, **about: Any) -> bytes:
+    """The first frame of a connection. `protocol`: "rpc", "raft" or "bootstrap"."""
+    return pack({"rostra": PROTOCOL_VERSION, "protocol": protocol, **about})
+
+
+def check_hello(payload: bytes) -> dict[str, Any]:
+    """The peer's hello. Raises BadRequest where it is not one of ours or speaks a version that we do not know."""
+    try:
+        message = unpack(payload)
+    except ValueError as e:
+        raise BadRequest(f"the first frame is {e}") from None
+    if not isinstance(message, dict) or not isinstance(message.get("rostra"), int):
+        raise BadRequest("the first frame is not a Rostra hello")
+    if "error" in message:
+        code, text = message["error"]
+        raise from_wire(str(code), str(text))
+    if message["rostra"] != PROTOCOL_VERSION:
+        raise BadRequest(
+            f"the peer speaks RPC version {message['rostra']}, this program {PROTOCOL_VERSION}; upgrade the older one"
+        )
+    return message
+
+
+def hello_error(error: RostraError) -> bytes:
+    """A hello that refuses: the caller raises it as its own error."""
+    return pack({"rostra": PROTOCOL_VERSION, "error": [error.code, error.message]})
+
+
+class Chunk:
+    """One `rows` frame as the caller sees it."""
+
+    __slots__ = ("flags", "granules", "index", "removed", "rows")
+
+    def __init__(self, flags: int, index: int, granules: Any, rows: Any, removed: Any) -> None:
+        self.flags, self.index, self.granules, self.rows, self.removed = flags, index, granules, rows, removed
+
+
+class Stream:
+    """The caller's end of a stream: chunks in order until END, an error or a lost connection."""
+
+    __slots__ = ("_caller", "_chunks", "_waiter", "error", "id")
+
+    def __init__(self, caller: Caller, request_id: int) -> None:
+        self._caller, self.id = caller, request_id
+        self._chunks: list[Chunk] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self.error: RostraError | None = None
+
+    async def next(self) -> Chunk | None:
+        """The next chunk; None after the last. Raises the server's error, or NoLeader for a lost connection."""
+        while not self._chunks:
+            if self.error is not None:
+                raise self.error
+            if self.id not in self._caller.streams:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        chunk = self._chunks.pop(0)
+        if self.id in self._caller.streams:
+            self._caller.notify(self.id, "credit", 1)
+        return chunk
+
+    def close(self) -> None:
+        """Tell the server that the rest is not wanted."""
+        if self._caller.streams.pop(self.id, None) is not None:
+            self._caller.notify(self.id, "cancel")
+        self._wake()
+
+    def _feed(self, chunk: Chunk) -> None:
+        self._chunks.append(chunk)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Caller:
+    """The asking side of a connection. The owner has exchanged hellos already and passes frames to `on_frame`."""
+
+    def __init__(self, connection: FrameConnection) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._next_id = 0
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self.streams: dict[int, Stream] = {}
+
+    @property
+    def open(self) -> bool:
+        return self._connection.open
+
+    def call(self, verb: str, *arguments: Any) -> asyncio.Future[Any]:
+        """Resolves to the answer. Raises the server's error; a lost connection is Lost (outcome unknown)."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        if not self._connection.open:
+            future.set_exception(Lost())
+            return future
+        self._next_id += 1
+        self._calls[self._next_id] = future
+        self._connection.send(pack((self._next_id, verb, *arguments)))
+        return future
+
+    def stream(self, verb: str, *arguments: Any) -> Stream:
+        self._next_id += 1
+        stream = Stream(self, self._next_id)
+        if not self._connection.open:
+            stream.error = Lost()
+            return stream
+        self.streams[self._next_id] = stream
+        self._connection.send(pack((self._next_id, verb, *arguments)))
+        return stream
+
+    def notify(self, request_id: int, verb: str, *arguments: Any) -> None:
+        self._connection.send(pack((request_id, verb, *arguments)))
+
+    def on_frame(self, payload: bytes) -> None:
+        try:
+            message = unpack(payload)
+            request_id, kind = message[0], message[1]
+        except (ValueError, TypeError, IndexError):
+            self._connection.abort("malformed answer")
+            return
+        if kind == "rows":
+            stream = self.streams.get(request_id)
+            if stream is not None:
+                _, _, flags, index, granules, rows, removed = message
+                if flags & END:
+                    del self.streams[request_id]
+                stream._feed(Chunk(flags, index, granules, rows, removed))
+            return
+        future = self._calls.pop(request_id, None)
+        if future is not None:
+            if future.done():
+                return
+            if kind == "ok":
+                future.set_result(message[2])
+            else:
+                future.set_exception(from_wire(message[2], message[3]))
+            return
+        stream = self.streams.pop(request_id, None)
+        if stream is not None:
+            if kind == "err":
+                stream.error = from_wire(message[2], message[3])
+            stream._wake()
+
+    def on_lost(self, reason: str) -> None:
+        calls, self._calls = self._calls, {}
+        for future in calls.values():
+            if not future.done():
+                future.set_exception(Lost(reason))
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream.error = Lost(reason)
+            stream._wake()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Lost(NoLeader):
+    """The connection went away. Whether the request was carried out is unknown: repeat it under the same ids only."""
+
+    def __init__(self, reason: str = "connection lost") -> None:
+        super().__init__(f"No cluster leader: the connection to the server was lost ({reason})")
+
+
+class ServedStream:
+    """The server's end of a stream: `send` while `credit` lasts, else `await more()`."""
+
+    __slots__ = ("_served", "_waiter", "cancelled", "credit", "id", "on_cancel")
+
+    def __init__(self, served: Served, request_id: int) -> None:
+        self._served, self.id = served, request_id
+        self.credit = CREDIT_CHUNKS
+        self.cancelled = False
+        self._waiter: asyncio.Future[None] | None = None
+        self.on_cancel: Callable[[], None] | None = None
+
+    def send(self, packed_rest: bytes, *, end: bool = False) -> None:
+        """`packed_rest`: what `pack_rows` made; shared by all streams that get the same chunk."""
+        if self.cancelled:
+            return
+        self.credit -= 1
+        self._served.connection.send(b"\x97" + pack(self.id) + packed_rest)
+        if end:
+            self._served.streams.pop(self.id, None)
+            self.cancelled = True
+
+    def fail(self, error: RostraError) -> None:
+        if not self.cancelled:
+            self._served.streams.pop(self.id, None)
+            self.cancelled = True
+            self._served.connection.send(pack((self.id, "err", error.code, error.message)))
+
+    async def more(self) -> bool:
+        """Wait for credit. False: cancelled or lost."""
+        while self.credit <= 0 and not self.cancelled:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return not self.cancelled
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _cancel(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            self._wake()
+            if self.on_cancel is not None:
+                self.on_cancel()
+
+
+def pack_rows(flags: int, index: int, granules: Any, rows: Any, removed: Any) -> bytes:
+    """The elements of a `rows` frame behind its id."""
+    return b"".join((pack("rows"), pack(flags), pack(index), pack(granules), pack(rows), pack(removed)))
+
+
+class Served:
+    """The answering side of a connection: counts, bounds and routes; `handle(served, id, verb, arguments)` decides."""
+
+    def __init__(
+        self, connection: FrameConnection, handle: Callable[[Served, int, str, tuple[Any, ...]], None], peer: Any = None
+    ) -> None:
+        self.connection = connection
+        self.peer = peer
+        self._handle = handle
+        self._open = 0
+        self.streams: dict[int, ServedStream] = {}
+
+    def on_frame(self, payload: bytes) -> None:
+        try:
+            message = unpack(payload)
+            request_id, verb = message[0], message[1]
+            if not isinstance(request_id, int) or not isinstance(verb, str):
+                raise ValueError("id or verb of the wrong type")
+        except (ValueError, TypeError, IndexError, KeyError):
+            self.connection.abort("malformed request")
+            return
+        if verb == "credit":
+            stream = self.streams.get(request_id)
+            if stream is not None and isinstance(message[2], int):
+                stream.credit = min(stream.credit + message[2], CREDIT_CHUNKS)
+                stream._wake()
+            return
+        if verb == "cancel":
+            stream = self.streams.pop(request_id, None)
+            if stream is not None:
+                stream._cancel()
+            return
+        if self._open >= REQUESTS_MAX or len(self.streams) >= REQUESTS_MAX:
+            self.connection.send(pack((request_id, "err", "internal", "too many requests on this connection")))
+            return
+        self._open += 1
+        try:
+            self._handle(self, request_id, verb, message[2:])
+        except RostraError as e:
+            self.fail(request_id, e)
+        except (TypeError, ValueError, IndexError, KeyError) as e:
+            # Arguments of the wrong number or type: the peer's mistake, told to the peer.
+            self.fail(request_id, BadRequest(f"malformed arguments of {verb}: {e}"))
+
+    def open_stream(self, request_id: int) -> ServedStream:
+        self._open -= 1
+        stream = self.streams[request_id] = ServedStream(self, request_id)
+        return stream
+
+    def reply(self, request_id: int, value: Any) -> None:
+        self._open -= 1
+        self.connection.send(pack((request_id, "ok", value)))
+
+    def fail(self, request_id: int, error: RostraError) -> None:
+        self.refuse(request_id, error.code, error.message)
+
+    def refuse(self, request_id: int, code: str, message: str) -> None:
+        self._open -= 1
+        self.connection.send(pack((request_id, "err", code, message)))
+
+    def on_lost(self, reason: str) -> None:
+        streams, self.streams = self.streams, {}
+        for stream in streams.values():
+            stream._cancel()
