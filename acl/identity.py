@@ -97,4 +97,7 @@ def _uri(trust_domain: str, *parts: str) -> str:
             raise BadIdentity("a part is empty, a dot segment or too long")
         if "/" in part or not part.isprintable():
             raise BadIdentity(f"bad character in {part[:64]!r}")
-    return _SCHEME + "/".join([trust_domain, *(quote(part, safe=_UNESCAPED) for part in parts)])
+    uri = _SCHEME + "/".join([trust_domain, *(quote(part, safe=_UNESCAPED) for part in parts)])
+    if len(uri) > URI_BYTES_MAX:
+        raise BadIdentity(f"longer than {URI_BYTES_MAX} bytes")
+    return uri

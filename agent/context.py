@@ -12,7 +12,6 @@ from rostra.agent.metrics import Metrics
 
 if TYPE_CHECKING:
     from rostra.agent.results import Results
-
     from rostra.agent.servers_port import Servers
 
 

@@ -130,6 +130,8 @@ def frozen(value: Any) -> Any:
         return {str(k): frozen(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return tuple(frozen(v) for v in value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return float(value)  # as any JSON reader would take it; the wire has no such integer
     return value
 
 

@@ -19,7 +19,7 @@ from rostra.agent.servers_port import Servers
 from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks, backoff
 from rostra.server.state.ca import Roots
-from rostra.wire.errors import BadRequest, NotFound, RostraError, Timeout
+from rostra.wire.errors import BadRequest, NoLeader, RostraError, Timeout
 
 if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
@@ -231,7 +231,7 @@ class Leaves:
     def _uri(self, service: str, roots: Live) -> str:
         trust = roots.rows.get("")
         if not trust or not trust[0]:
-            raise NotFound("the mesh has no certificate authority yet")
+            raise NoLeader("the mesh has no certificate authority yet: the leader makes it after its election")
         try:
             return ServiceIdentity(trust[0], self._datacenter, service).uri
         except BadIdentity as error:

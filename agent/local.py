@@ -14,7 +14,8 @@ import ipaddress
 import random as _random
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ log = _log.get("agent.local")
 
 CHECK_UPDATE_INTERVAL_S = 300.0
 REAP_EVERY_S = 30.0
-FIRST_RUN_WITHIN_S = 1.0
+FIRST_RUN_WITHIN_S = 0.5
+FIRST_PAUSE_S = 0.25
 
 _NO_REASON = "Maintenance mode is enabled for this {}, but no reason was provided. This is a default message."
 
@@ -133,6 +135,7 @@ class LocalAgent:
         self._files = Files(data_dir)
         self._tasks = Tasks("agent.checks")
         self._changing = asyncio.Lock()
+        self._started = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._states: dict[str, dict[str, Any]] = {}  # check id -> what was kept of it
         self._remembered_ports: dict[str, int] = {}  # sidecar id -> port
@@ -149,6 +152,7 @@ class LocalAgent:
             self._restore("check", kept, self._restore_check)
         self._tasks.start("reap critical services", self._reap())
         self._refresh_aliases(None)
+        self._started.set()
 
     async def stop(self) -> None:
         for check in self.checks.values():
@@ -181,19 +185,19 @@ class LocalAgent:
         for part in (wanted, wanted.sidecar):
             for spec in part.checks if part is not None else ():
                 self._allow_script(spec, from_file)
-        async with self._changing:
+        async with self._change():
             sidecar = self._complete_sidecar(wanted.sidecar) if wanted.sidecar is not None else None
             if sidecar is not None:
                 await self._remember_port(sidecar.row.id, sidecar.row.port)
             await self._put(wanted, token, from_file, replace_existing_checks)
             if sidecar is not None:
                 await self._put(sidecar, token, from_file, replace_existing_checks, sidecar_of=wanted.row.id)
-            self._refresh_aliases(None)
+            self._refresh_aliases(_concerned(wanted, sidecar))
             self._changed()
 
     async def deregister_service(self, service_id: str) -> None:
         """Remove a service, its checks, and the sidecar that came with it. Raises NotFound."""
-        async with self._changing:
+        async with self._change():
             if service_id not in self.services:
                 raise NotFound(
                     f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the name.'
@@ -201,7 +205,7 @@ class LocalAgent:
             sidecars = [i for i, s in self.services.items() if s.sidecar_of == service_id]
             for each in (service_id, *sidecars):
                 await self._drop_service(each)
-            self._refresh_aliases(None)
+            self._refresh_aliases({service_id, *sidecars})
             self._changed()
 
     async def service_maintenance(self, service_id: str, enable: bool, reason: str = "", *, token: str = "") -> None:
@@ -255,19 +259,19 @@ class LocalAgent:
         """Add or replace one check of the node or of a service. Raises BadRequest, NotFound, ScriptsDisabled."""
         spec = parse_check(definition)
         self._allow_script(spec, from_file)
-        async with self._changing:
+        async with self._change():
             if spec.service_id and spec.service_id not in self.services:
                 raise NotFound(f'ServiceID "{spec.service_id}" does not exist')
             spec = replace(spec, token=spec.token or token)
             if not from_file:
                 await self._files.save("checks", spec.id, {"spec": asdict(spec)})
             self._put_check(spec, from_file)
-            self._refresh_aliases(None)
+            self._refresh_aliases({spec.service_id, spec.alias_service} if spec.service_id else None)
             self._changed()
 
     async def deregister_check(self, check_id: str) -> None:
         """Raises NotFound."""
-        async with self._changing:
+        async with self._change():
             check = self.checks.get(check_id)
             if check is None:
                 raise NotFound(
@@ -277,7 +281,7 @@ class LocalAgent:
             owner = self.services.get(check.row.service_id)
             if owner is not None and not owner.from_file:
                 await self._save_service(owner, self._specs_of(check.row.service_id))
-            self._refresh_aliases(None)
+            self._refresh_aliases({check.row.service_id} if check.row.service_id else None)
             self._changed()
 
     async def set_ttl_status(self, check_id: str, status: str, output: str = "") -> None:
@@ -294,6 +298,13 @@ class LocalAgent:
         return frozenset(i for i, c in self.checks.items() if c.output_timer is not None)
 
     # -- changing -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """One change at a time, and none before the earlier run's registrations are back (HTTP answers sooner)."""
+        await self._started.wait()
+        async with self._changing:
+            yield
 
     async def _put(
         self,
@@ -399,7 +410,7 @@ class LocalAgent:
         await self._files.remove("checks/state", check.row.id)
 
     async def _maintenance(self, row: CheckRow, enable: bool, token: str) -> None:
-        async with self._changing:
+        async with self._change():
             before = self.checks.get(row.id)
             if not enable:
                 if before is None:
@@ -410,7 +421,7 @@ class LocalAgent:
                     return
                 await self._files.save("checks", row.id, {"maintenance": row._asdict(), "token": token})
                 self.checks[row.id] = LocalCheck(row, token=token)
-            self._refresh_aliases(row.service_id or None)
+            self._refresh_aliases({row.service_id} if row.service_id else None)
             self._changed()
 
     def _allow_script(self, spec: CheckSpec, from_file: bool) -> None:
@@ -471,13 +482,22 @@ class LocalAgent:
     # -- results --------------------------------------------------------------------------------------------------
 
     async def _run_periodically(self, check: LocalCheck, spec: CheckSpec) -> None:
-        """From start to start the interval; a run that takes longer delays the next, never overlaps it."""
+        """From start to start the interval; a run that takes longer delays the next, never overlaps it.
+
+        A service, or a sidecar's process, is often registered just before it listens. So until the first success the
+        pause grows from a quarter of a second to the interval; a script is not run more often than it asks for.
+        """
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(self._random() * min(spec.interval_s, FIRST_RUN_WITHIN_S) * 0.5)
+        await asyncio.sleep(self._random() * min(spec.interval_s, FIRST_RUN_WITHIN_S))
         due = loop.time()
+        pause_s = spec.interval_s if spec.type == "script" else FIRST_PAUSE_S
         while True:
-            self._observe(check, await _probe(spec))
-            due = max(due + spec.interval_s, loop.time())
+            result = await _probe(spec)
+            self._observe(check, result)
+            if result.status != CRITICAL or check.row.status != CRITICAL:
+                pause_s = spec.interval_s
+            due = max(due + min(pause_s, spec.interval_s), loop.time())
+            pause_s *= 2
             await asyncio.sleep(max(0.0, due - loop.time()))
 
     def _observe(self, check: LocalCheck, result: Result) -> None:
@@ -505,7 +525,7 @@ class LocalAgent:
                 check.output_timer = None
             check.quiet_until = loop.time() + self._check_update_interval_s
             self._keep_state(check)
-            self._refresh_aliases(row.service_id or None)
+            self._refresh_aliases({row.service_id} if row.service_id else None)
             self._changed()
         elif loop.time() >= check.quiet_until:
             check.quiet_until = loop.time() + self._check_update_interval_s
@@ -518,19 +538,23 @@ class LocalAgent:
         check.quiet_until = asyncio.get_running_loop().time() + self._check_update_interval_s
         self._changed()
 
-    def _refresh_aliases(self, service_id: str | None) -> None:
-        """Recompute the aliases of a service, or all when something of the node's own changed."""
-        for check in list(self.checks.values()):
+    def _refresh_aliases(self, targets: set[str] | None) -> None:
+        """Recompute the aliases of these services, or of all when something of the node's own changed."""
+        rows: dict[str, list[CheckRow]] = {}
+        aliases: list[tuple[LocalCheck, CheckSpec]] = []
+        for check in self.checks.values():
+            rows.setdefault(check.row.service_id, []).append(check.row)
             spec = check.spec
             if spec is None or spec.type != "alias" or (spec.alias_node and spec.alias_node != self.node):
                 continue
+            if targets is None or spec.alias_service in targets:
+                aliases.append((check, spec))
+        for check, spec in aliases:
             target = spec.alias_service
-            if service_id is not None and target != service_id:
-                continue
-            rows = [c.row for c in self.checks.values() if c is not check and c.row.service_id in ("", target)]
-            self._observe(
-                check, _capped(alias_result(self.node, target, rows, service_exists=target in self.services), spec)
-            )
+            watched = [*rows.get("", ()), *(rows.get(target, ()) if target else ())]
+            others = [row for row in watched if row.id != spec.id]
+            result = alias_result(self.node, target, others, service_exists=target in self.services)
+            self._observe(check, _capped(result, spec))
 
     def _follow_remote(self, check: LocalCheck, spec: CheckSpec) -> Callable[[], None]:
         """Mirror a service of another node, from watches of that node. Returns what ends it."""
@@ -663,6 +687,12 @@ def port_is_busy_here(address: str, port: int) -> bool:
         except OSError as error:
             return error.errno == errno.EADDRINUSE
     return False
+
+
+def _concerned(service: ServiceDefinition, sidecar: ServiceDefinition | None) -> set[str]:
+    """The services whose aliases a registration may change, those that its own checks are aliases of included."""
+    parts = [part for part in (service, sidecar) if part is not None]
+    return {p.row.id for p in parts} | {spec.alias_service for p in parts for spec in p.checks}
 
 
 async def _probe(spec: CheckSpec) -> Result:

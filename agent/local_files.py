@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from rostra.runtime import log as _log
+from rostra.wire.errors import Internal
 
 log = _log.get("agent.files")
 
@@ -32,11 +33,14 @@ class Files:
         self._soon: dict[Path, bytes] = {}
 
     async def save(self, kind: str, name: str, value: Any) -> None:
-        """Raises OSError when the value is not safely on disk."""
+        """Raises Internal when the value is not safely on disk."""
         if self._directory is not None:
             path = self._path(kind, name)
             self._soon.pop(path, None)
-            await self._run(_write, path, orjson.dumps(value), True)
+            try:
+                await self._run(_write, path, orjson.dumps(value), True)
+            except OSError as error:
+                raise Internal(f"cannot write {path}: {error.strerror}") from None
 
     async def remove(self, kind: str, name: str) -> None:
         if self._directory is not None:
@@ -84,7 +88,8 @@ class Files:
 
 
 def _write(path: Path, data: bytes, durable: bool) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for directory in (path.parent.parent, path.parent):  # `parents` would not give its mode to both
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:

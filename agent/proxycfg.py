@@ -26,7 +26,7 @@ from rostra.server.state.ca import Roots
 from rostra.server.state.health import ConnectInstances
 from rostra.server.state.intention import IntentionsFor
 from rostra.server.state.rows import CheckRow, IntentionRow, NodeRow, RootRow, ServiceRow
-from rostra.wire.errors import BadRequest, NotFound, Timeout
+from rostra.wire.errors import BadRequest, NotFound, RostraError, Timeout
 
 if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_MS = 5000
 CONNECT_TIMEOUT_MS_MAX = 600_000
 ENDPOINTS_MAX = 4096
+
+# By position: a thousand instances have thousands of rows, and all of them are looked at after each change.
+_STATUS = CheckRow._fields.index("status")
+_PORT = ServiceRow._fields.index("port")
+_WEIGHT = ServiceRow._fields.index("weight_passing")
+_SERVICE_ADDRESS = ServiceRow._fields.index("address")
+_NODE_ADDRESS = NodeRow._fields.index("address")
 
 log = _log.get("agent.proxycfg")
 
@@ -52,19 +59,14 @@ def endpoints(rows: Mapping[Key, Row], keys: Iterable[Key]) -> list[dict[str, An
     """Where the healthy instances of an upstream listen. An instance with any check that is not passing is left out."""
     found: list[dict[str, Any]] = []
     for key in keys:
-        node_row, service_row, check_rows = rows[key]
-        if any(CheckRow(*check).status != "passing" for check in check_rows):
+        node, service, checks = rows[key]
+        if any(check[_STATUS] != "passing" for check in checks):
             continue
-        service = ServiceRow(*service_row)
-        if not 0 < service.port <= 65535 or len(found) == ENDPOINTS_MAX:
+        port = service[_PORT]
+        if not 0 < port <= 65535 or len(found) == ENDPOINTS_MAX:
             continue  # a proxy would refuse the whole snapshot
-        found.append(
-            {
-                "Address": service.address or NodeRow(*node_row).address,
-                "Port": service.port,
-                "Weight": service.weight_passing,
-            }
-        )
+        address = service[_SERVICE_ADDRESS] or node[_NODE_ADDRESS]
+        found.append({"Address": address, "Port": port, "Weight": service[_WEIGHT]})
     return found
 
 
@@ -89,7 +91,7 @@ class _Proxy:
         self.snapshot: dict[str, Any] | None = None
         self.encoded = b""
         self.hash = ""
-        self.error = ""
+        self.failure: RostraError | None = None  # why it was closed, if not for a change of the registration
         proxy = self.row.proxy or {}
         self._destination = str(proxy.get("destination_service_name", ""))
         results, token = owner.results, self.token
@@ -280,6 +282,8 @@ class ProxyConfigs:
             if proxy.snapshot is None:  # the reason why there is no leaf is better than silence
                 await self.leaves.get(str((proxy.row.proxy or {})["destination_service_name"]), token=proxy.token)
             await proxy.wait(known_hash, deadline)
+            if proxy.failure is not None:
+                raise proxy.failure
             if proxy.closed:
                 continue  # registered anew meanwhile, or gone: then this raises
             if proxy.snapshot is None:
@@ -301,9 +305,11 @@ class ProxyConfigs:
     async def _start(self, proxy_id: str, proxy: _Proxy) -> None:
         try:
             await proxy.start()
-        except Exception as error:
-            log.err("cannot follow what a proxy needs", proxy=proxy_id, error=str(error))
-            self._end(proxy_id)  # the next question starts anew
+        except RostraError as error:
+            log.warn("cannot follow what a proxy needs", proxy=proxy_id, error=error.message)
+            proxy.failure = error
+            if self._proxies.get(proxy_id) is proxy:
+                self._end(proxy_id)  # the next question starts anew
 
     def _compare(self) -> None:
         """Proxies that are gone or were registered differently lose their watches."""

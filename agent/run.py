@@ -95,7 +95,7 @@ def core_settings(config: Config) -> dict[str, Any]:
     return {
         "node_name": config.node_name,
         "node_id": config.node_id,
-        "data_dir": "" if config.dev and not config.data_dir else config.data_dir,
+        "data_dir": _data_dir(config),
         "bind": config.bind_addr,
         "advertise": advertise,
         "datacenter": config.datacenter,
@@ -104,7 +104,7 @@ def core_settings(config: Config) -> dict[str, Any]:
         "bootstrap_expect": 1 if config.dev or config.bootstrap else config.bootstrap_expect,
         "candidates": [_with_port(host, config.server_port) for host in joins],
         "secrets": [base64.b64encode(s.value).decode() for s in secrets],
-        "dev": config.dev and not config.data_dir,
+        "dev": config.dev,
         "retry_interval_s": config.retry_interval_s,
         "heartbeat_s": 0.05 * scale,
         "election_min_s": 0.3 * scale,
@@ -113,6 +113,11 @@ def core_settings(config: Config) -> dict[str, Any]:
         "log_json": config.log_json,
         "version": __version__,
     }
+
+
+def _data_dir(config: Config) -> str:
+    """Where state is kept; "" in development mode, which keeps none."""
+    return "" if config.dev else config.data_dir
 
 
 def _with_port(host: str, port: int) -> str:
@@ -144,7 +149,7 @@ def _run(config: Config) -> int:
 
 
 def _lock(config: Config) -> DataDirectory | None:
-    if not config.data_dir:
+    if not _data_dir(config):
         return None
     from rostra.runtime.identity import DataDirectory
 
@@ -202,7 +207,7 @@ class RunningAgent:
         self._ends: list[tuple[str, Callable[[], Awaitable[Any]]]] = []
         self._identity: NodeIdentity | None = None
         self._servers_known: list[ServerAddress] = []
-        self._tls: Any = None
+        self._unreachable = logging.RateLimited(log, config.retry_interval_s)
 
     async def start(self) -> None:
         from rostra.agent.context import Agent
@@ -246,7 +251,7 @@ class RunningAgent:
         results = Results(session)
         local = LocalAgent(
             node=config.node_name,
-            data_dir=Path(config.data_dir) if config.data_dir else None,
+            data_dir=Path(_data_dir(config)) if _data_dir(config) else None,
             bind_address=config.bind_addr,
             scripts=Scripts(
                 remote=config.enable_script_checks,
@@ -255,6 +260,8 @@ class RunningAgent:
             results=results,
             sidecar_ports=(config.sidecar_min_port, config.sidecar_max_port),
             check_update_interval_s=config.check_update_interval_s,
+            output_bytes_max=config.check_output_bytes_max,
+            discard_output=config.discard_check_output,
         )
         leaves = Leaves(session, results, datacenter=config.datacenter)
         proxies = ProxyConfigs(
@@ -291,6 +298,8 @@ class RunningAgent:
             kv_value_bytes_max=config.kv_max_value_bytes,
         )
         await http.start()
+        # After HTTP and before the core, so that nobody looks for a core that was told to end.
+        self._ends.append(("background tasks", lambda: self._tasks.stop(0.5)))
         self._ends.append(("http", lambda: http.close(0.3)))
         own_address = await self._listen_http(http)
         if self._core is not None:
@@ -314,6 +323,7 @@ class RunningAgent:
         agent.parts["sync"] = sync
         await sync.start()
         self._ends.append(("sync", sync.stop))
+        dns_port = config.dns_port
         if config.dns_port >= 0:
             source = CatalogSource(results, datacenter=config.datacenter)
             source.start()
@@ -332,6 +342,7 @@ class RunningAgent:
                     a_record_limit=config.dns_a_record_limit,
                     udp_answer_limit=config.dns_udp_answer_limit,
                     recursors=config.recursors,
+                    truncation_flag="always" if config.dns_enable_truncate else "size",
                 ),
                 source,
                 hosts=config.dns_addrs or config.client_addrs,
@@ -339,6 +350,7 @@ class RunningAgent:
                 count=metrics.count,
             )
             await dns.start()
+            dns_port = dns.port
             self._ends.append(("dns", dns.stop))
         await proxies.start()
         self._ends.append(("proxy snapshots", proxies.stop))
@@ -351,13 +363,14 @@ class RunningAgent:
             self._tasks.start("join port", self._join_port())
         gc.collect()
         gc.freeze()
-        # Rows and cached answers make young objects by the thousand; a collection of the old ones is a pause.
-        gc.set_threshold(20_000, 50, 1000)
+        # A collection is a step of the loop: of 1,000 young objects 0.2 ms, of 20,000 5 ms. Answers make them by the
+        # thousand, but the tuples and strings of rows are no longer tracked after their first.
+        gc.set_threshold(1_000, 20, 1000)
         log.info(
             "agent is running",
             node=config.node_name,
             http=own_address,
-            dns=config.dns_port,
+            dns=dns_port,
             server=self._core is not None,
         )
 
@@ -394,12 +407,8 @@ class RunningAgent:
         return NodeIdentity.open(directory, config.node_name, secrets)
 
     def _context(self) -> Any:
-        if self._tls is None:
-            from rostra.runtime.tls import client_context
-
-            assert self._identity is not None
-            self._tls = client_context(self._identity)
-        return self._tls
+        assert self._identity is not None
+        return self._identity.client_context()
 
     async def _addresses(self) -> list[ServerAddress]:
         from rostra.agent.servers import ServerAddress
@@ -414,10 +423,13 @@ class RunningAgent:
 
         assert self._identity is not None
         joins = [*self.config.retry_join, *self.config.start_join]
-        found = await discover(joins, self._identity, default_port=self.config.join_port)
+        found = await discover(joins, self._identity, on_failure=self._not_joined)
         addresses = [ServerAddress(host=s.host, port=s.port, key_hash=s.key_hash) for s in found]
         seen = {(a.host, a.port) for a in addresses}
         return addresses + [k for k in known if (k.host, k.port) not in seen]
+
+    def _not_joined(self, address: str, reason: str) -> None:
+        self._unreachable.warn("cannot join there, trying again", key=address, address=address, reason=reason)
 
     def _remembered(self) -> list[ServerAddress]:
         """The servers of the last run: their keys are known, so no stranger can take their place."""
@@ -440,9 +452,7 @@ class RunningAgent:
 
         with contextlib.suppress(RostraError):
             rows = await self._session.act("servers", {})
-            self._servers_known = [
-                ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows
-            ]
+            self._servers_known = [ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows]
             self.servers_rows = rows
             if self.config.data_dir and self._core is None and rows:
                 text = json.dumps([{k: r[k] for k in ("host", "port", "key_hash")} for r in rows])
@@ -450,33 +460,39 @@ class RunningAgent:
 
     async def _join_port(self) -> None:
         """Answer probes and joins on 8301; on servers, tell the core whom our own join addresses name."""
-        from rostra.agent.join import JoinListener
+        from rostra.agent.join import AgentInfo, JoinListener, ServerAddress
 
         if self._identity is None:
             self._identity = await asyncio.to_thread(self._identity_in, Path(self.config.data_dir))
-        listener = JoinListener(
-            self._identity,
-            about=self._about_me,
-            servers=lambda: list(self._servers_known),
-            host=self.config.bind_addr,
-            port=self.config.join_port,
+        config, identity = self.config, self._identity
+        is_server = self._core is not None
+        info = AgentInfo(
+            node_id=identity.node_id,
+            name=config.node_name,
+            role="server" if is_server else "client",
+            datacenter=config.datacenter,
+            version=__version__,
+            rpc_address=(config.advertise_addr or config.bind_addr) if is_server else "",
+            rpc_port=config.server_port if is_server else 0,
+            key_hash=identity.key_hash,
         )
-        await listener.start()
+        listener = JoinListener(
+            identity,
+            lambda: info,
+            lambda: [ServerAddress(s.host, s.port, s.key_hash) for s in self._servers_known],
+        )
+        try:
+            await listener.start(config.bind_addr, config.join_port)
+        except OSError as e:
+            log.err(
+                "cannot listen for joins and probes; change it with -serf-lan-port or ports.serf_lan",
+                address=f"{config.bind_addr}:{config.join_port}",
+                error=e.strerror,
+            )
+            return
         self._ends.append(("join port", listener.stop))
         if self._core is not None and (self.config.retry_join or self.config.start_join):
             await self._tell_core_where()
-
-    def _about_me(self) -> dict[str, Any]:
-        config = self.config
-        assert self._identity is not None
-        return {
-            "node_id": self._identity.node_id,
-            "name": config.node_name,
-            "role": "server" if self._core is not None else "client",
-            "datacenter": config.datacenter,
-            "address": config.advertise_addr or config.bind_addr,
-            "rpc_port": config.server_port if self._core is not None else 0,
-        }
 
     async def _tell_core_where(self) -> None:
         from rostra.agent.join import discover
@@ -484,7 +500,7 @@ class RunningAgent:
         joins = [*self.config.retry_join, *self.config.start_join]
         assert self._identity is not None
         while not self._servers_known:
-            found = await discover(joins, self._identity, default_port=self.config.join_port)
+            found = await discover(joins, self._identity, on_failure=self._not_joined)
             if found:
                 with contextlib.suppress(RostraError):
                     await self._session.act("join.found", {"addresses": [f"{s.host}:{s.port}" for s in found]})
@@ -506,7 +522,7 @@ class RunningAgent:
                     own = own or f"http://[{reach}]:{port}" if ":" in reach else own or f"http://{reach}:{port}"
             except OSError as e:
                 raise Conflict(
-                    f"cannot listen for HTTP on {host}:{config.http_port}: {e.strerror or e}; "
+                    f"cannot listen for HTTP on {host}:{config.http_port}: {os.strerror(e.errno) if e.errno else e}; "
                     "change it with -http-port or ports.http"
                 ) from None
         return own
@@ -536,4 +552,3 @@ class RunningAgent:
 def _rss_bytes() -> float:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-

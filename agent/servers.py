@@ -19,6 +19,7 @@ from typing import Any
 
 from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
 from rostra.runtime.log import get
+from rostra.runtime.tls import explain
 from rostra.wire.codec import encode_value
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError, Timeout
@@ -275,7 +276,7 @@ class ServerSession:
             connection.abort("dial failed")
             if first.done() and not first.cancelled():
                 first.exception()
-            raise NoLeader(str(e) or "timed out") from None
+            raise NoLeader(explain(e)) from None
         except RostraError:
             connection.abort("refused")
             raise

@@ -26,7 +26,6 @@ log = _log.get("agent.sidecars")
 
 @dataclass(slots=True, eq=False)
 class _Supervised:
-    row_port: int
     task: asyncio.Task[None] | None = None
     child: Child | None = None
 
@@ -84,16 +83,15 @@ class Sidecars:
         return {i: s.child.pid for i, s in self._running.items() if s.child is not None}
 
     def _compare(self) -> None:
-        wanted = {i: s.row.port for i, s in self._local.services.items() if wants_supervision(s)}
+        wanted = {i for i, s in self._local.services.items() if wants_supervision(s)}
         for proxy_id, supervised in list(self._running.items()):
             if proxy_id not in wanted:
                 del self._running[proxy_id]
                 if supervised.task is not None:
                     supervised.task.cancel()
-        for proxy_id, port in wanted.items():
-            if proxy_id not in self._running:
-                supervised = self._running[proxy_id] = _Supervised(port)
-                supervised.task = self._tasks.start(f"sidecar {proxy_id}", self._supervise(proxy_id, supervised))
+        for proxy_id in wanted - self._running.keys():
+            supervised = self._running[proxy_id] = _Supervised()
+            supervised.task = self._tasks.start(f"sidecar {proxy_id}", self._supervise(proxy_id, supervised))
 
     async def _supervise(self, proxy_id: str, supervised: _Supervised) -> None:
         """Runs the process again and again, until this task is cancelled."""

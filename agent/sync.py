@@ -32,6 +32,7 @@ RETRY_S = 15.0
 SERF_HEALTH = "serfHealth"
 SERVERS_SERVICE = "consul"
 _AT_ONCE = 16  # writes on their way at the same time
+_INDEXES = 2  # rows end with create_index and modify_index
 
 log = _log.get("agent.sync")
 
@@ -85,22 +86,21 @@ def plan(
 ) -> list[Step]:
     """The commands that make `catalog` agree. A check in `deferred` is not sent for its output alone."""
     node_is_known = catalog.node is not None and _same_node(identity, catalog.node)
-    due_checks = {
-        check_id: row
-        for check_id, row in checks.items()
-        if not _same_check(row, catalog.checks.get(check_id), ignore_output=check_id in deferred)
-    }
+    due: dict[str, list[CheckRow]] = {}  # by service
+    for check_id, row in checks.items():
+        if not _same_check(row, catalog.checks.get(check_id), ignore_output=check_id in deferred):
+            due.setdefault(row.service_id, []).append(row)
     steps: list[Step] = []
     if not node_is_known:
         steps.append(Step(_register(identity, False), what="node"))
     for service_id, service in services.items():
-        of_service = tuple(due_checks.pop(i) for i in list(due_checks) if due_checks[i].service_id == service_id)
+        of_service = tuple(due.get(service_id, ()))
         if not _same_service(service, catalog.services.get(service_id)):
             steps.append(Step(_register(identity, True, service, of_service), service_id, f"service {service_id}"))
         elif of_service:
             steps.append(Step(_register(identity, True, None, of_service), service_id, f"checks of {service_id}"))
-    if due_checks:
-        steps.append(Step(_register(identity, True, None, tuple(due_checks.values())), "", "checks of the node"))
+    if "" in due:
+        steps.append(Step(_register(identity, True, None, tuple(due[""])), "", "checks of the node"))
     return [*steps, *_removals(identity, services, checks, catalog, is_server)]
 
 
@@ -164,18 +164,15 @@ def _same_node(identity: NodeIdentity, row: NodeRow) -> bool:
 def _same_service(ours: ServiceRow, theirs: ServiceRow | None) -> bool:
     if theirs is None:
         return False
-    plain = ours._replace(create_index=0, modify_index=0)
-    other = theirs._replace(create_index=0, modify_index=0)
-    return plain == other or bool(frozen(plain) == frozen(other))
+    return ours[:-_INDEXES] == theirs[:-_INDEXES] or bool(frozen(ours[:-_INDEXES]) == frozen(theirs[:-_INDEXES]))
 
 
 def _same_check(ours: CheckRow, theirs: CheckRow | None, *, ignore_output: bool) -> bool:
     if theirs is None:
         return False
-    theirs = theirs._replace(create_index=0, modify_index=0)
     if ignore_output:
         theirs = theirs._replace(output=ours.output)
-    return bool(frozen(ours._replace(create_index=0, modify_index=0)) == frozen(theirs))
+    return ours[:-_INDEXES] == theirs[:-_INDEXES]
 
 
 class Sync:
@@ -296,6 +293,9 @@ class Sync:
                 self._refused[step.what] = error.message
                 write = log.warn if isinstance(error, Denied) else log.err
                 write("the servers refuse a registration", what=step.what, error=error.message)
+            return True
+        except Exception as error:  # a row that cannot even be sent must not keep the others from the catalog
+            log.err("a registration cannot be written", what=step.what, exc_info=error)
             return True
         if self._refused.pop(step.what, None) is not None:
             log.info("the servers accept a registration that they refused before", what=step.what)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 from mesh_certs import MeshCA, service_uri  # noqa: E402
 
+BODY = "0123456789" * 10
 TICK = os.sysconf("SC_CLK_TCK")
 STARTED: list[subprocess.Popen[bytes]] = []
 
@@ -74,7 +75,9 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICK
 
 
-def snapshot(ca: MeshCA, service: str, public: int, local: int, upstreams: list[tuple[str, int, int]]) -> dict[str, object]:
+def snapshot(
+    ca: MeshCA, service: str, public: int, local: int, upstreams: list[tuple[str, int, int]]
+) -> dict[str, object]:
     leaf = ca.leaf(service)
     return {
         "ProxyID": f"{service}-sidecar-proxy",
@@ -104,7 +107,9 @@ def snapshot(ca: MeshCA, service: str, public: int, local: int, upstreams: list[
 def wrk(port: int, connections: int, seconds: int, *, close: bool = False) -> dict[str, float]:
     argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "10s"]
     argv += ["-H", "Connection: close"] if close else []
-    out = subprocess.run([*argv, f"http://127.0.0.1:{port}/"], capture_output=True, timeout=seconds + 30).stdout.decode()
+    out = subprocess.run(
+        [*argv, f"http://127.0.0.1:{port}/"], capture_output=True, timeout=seconds + 30
+    ).stdout.decode()
     rate = float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1])  # type: ignore[index]
     p99 = re.search(r"99%\s+(\S+)", out)[1]  # type: ignore[index]
     errors = re.search(r"Socket errors: (.*)", out)
@@ -141,7 +146,7 @@ def measure(state: Path, arguments: argparse.Namespace) -> None:
         f"daemon off; worker_processes 1; error_log {state}/nginx.err; pid {state}/nginx.pid;\n"
         "events { worker_connections 8192; }\n"
         f"http {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 300s; {temp}\n"
-        f'server {{ listen 127.0.0.1:{app_http} backlog=4096; location / {{ return 200 "{"0123456789" * 10}"; }} }} }}\n'
+        f'server {{ listen 127.0.0.1:{app_http} backlog=4096; location / {{ return 200 "{BODY}"; }} }} }}\n'
     )
     start("nginx", "-c", str(conf), "-p", str(state), log=state / "nginx.log")
     start("iperf3", "-s", "-B", "127.0.0.1", "-p", str(app_tcp), log=state / "iperf.log")
@@ -194,7 +199,11 @@ def measure(state: Path, arguments: argparse.Namespace) -> None:
         extra = {k: v for k, v in detail.items() if k != "value" and v}
         moved = sum(values) * dur / 8 if unit == "Gbit/s" else sum(values) * dur
         if moved:
-            per = f"{sum(cpu.values()) / moved:.3f} s/GB" if unit == "Gbit/s" else f"{sum(cpu.values()) / moved * 1e6:.1f} us"
+            per = (
+                f"{sum(cpu.values()) / moved:.3f} s/GB"
+                if unit == "Gbit/s"
+                else f"{sum(cpu.values()) / moved * 1e6:.1f} us"
+            )
             extra["proxies' cpu"] = per if unit == "Gbit/s" else f"{per} each"
         print(f"{name:6} {statistics.median(values):>10.2f} {unit:7} cpu s {cpu} {extra}", flush=True)
     print("load", os.getloadavg())

@@ -2,8 +2,8 @@
 
     python bench/raft_log.py [--tls] [--inline] [--memory] [--callers 1,64,256] [--seconds 3] [--kill N]
 
-Prints one line per number of callers: operations a second and latency. With --kill N: how long writes are interrupted when
-the leader is killed, N times.
+Prints one line per number of callers: operations a second and latency. With --kill N: how long writes are interrupted
+when the leader is killed, N times.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ async def serve(options: argparse.Namespace) -> None:
         return connection
 
     context = tls(directory, ssl.Purpose.CLIENT_AUTH) if options.tls else None
-    server = await loop.create_server(
-        lambda: FrameConnection(on_made=on_made), "127.0.0.1", options.port, ssl=context
-    )
+    server = await loop.create_server(lambda: FrameConnection(on_made=on_made), "127.0.0.1", options.port, ssl=context)
     say({"port": server.sockets[0].getsockname()[1]})
     stdin = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
@@ -268,8 +266,10 @@ async def run(options: argparse.Namespace) -> None:
             followers.append(asyncio.create_task(victim.follow()))
             await asyncio.sleep(1.0)
         if gaps:
-            print(f"kill -9 of the leader to the next acknowledged write: median {statistics.median(gaps) * 1e3:.0f} ms,",
-                  f"all {sorted(round(gap * 1e3) for gap in gaps)}")
+            print(
+                f"kill -9 of the leader to the next acknowledged write: median {statistics.median(gaps) * 1e3:.0f} ms"
+            )
+            print(f"all of them: {sorted(round(gap * 1e3) for gap in gaps)}")
         for server in servers:
             server.process.stdin.close()  # type: ignore[union-attr]
             await server.process.wait()

@@ -122,8 +122,10 @@ class Loop:
                 self._tell_again(events)
 
     def close(self) -> None:
+        """After `run`; what is posted from then on is dropped."""
         self._epoll.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        os.close(wake)
 
     def _tell_again(self, events: list[tuple[int, int]]) -> None:
         """The rest of a turn was lost: an edge is told once, unless the registration is renewed."""

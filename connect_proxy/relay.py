@@ -58,6 +58,7 @@ class Link:
         "_down_queued",
         "_finishing_plain",
         "_finishing_secure",
+        "_host",
         "_is_handshaking",
         "_plain",
         "_plain_at_end",
@@ -94,6 +95,7 @@ class Link:
         self._tls: TlsChannel | None = None
         self._dialled: Side | None = None  # the side whose connect() has not been answered
         self._dialled_at: Dial | None = None
+        self._host = ""
         self._is_handshaking = False
         self._step_queued = self._up_queued = self._down_queued = False
         self._plain_in = self._secure_in = False  # may have bytes for us: an edge came and EAGAIN has not
@@ -108,10 +110,11 @@ class Link:
         self.deadline_s = 0.0
         self.is_relaying = False
 
-    def accept_secure(self, sock: socket.socket, handshake_timeout_s: float) -> None:
+    def accept_secure(self, sock: socket.socket, host: str, handshake_timeout_s: float) -> None:
         """Another proxy has connected to the public listener."""
         self._secure = sock
-        self._tls = self._contexts.accept()
+        self._host = host
+        self._tls = self._contexts.accept(host)
         self._is_handshaking = True
         self._proxy.loop.expect(self, handshake_timeout_s)
         self._proxy.loop.add(sock.fileno(), self._on_secure)
@@ -134,9 +137,7 @@ class Link:
 
     def expired(self) -> None:
         """The loop: the deadline has passed."""
-        if isinstance(self.policy, InboundPolicy) and self.session.state is State.ACCEPTED:
-            self._handshake_failed(TlsError("timeout", "the handshake took too long"))
-        elif self._is_handshaking:
+        if (isinstance(self.policy, InboundPolicy) and self.session.state is State.ACCEPTED) or self._is_handshaking:
             self._handshake_failed(TlsError("timeout", "the handshake took too long"))
         else:
             self._perform(self.session.dial_failed("timeout"))
@@ -175,9 +176,7 @@ class Link:
             if self._dialled is Side.SECURE:
                 self._dial_answered(self._secure)
             elif self._is_handshaking:
-                if self._secure_in and not self._step_queued:
-                    self._step_queued = True
-                    self._proxy.loop.later_slow(self._handshake_step)
+                self._step_soon()
             elif mask & _GONE and self._secure is not None:
                 self._perform(self.session.broken("peer_reset"))
 
@@ -346,6 +345,11 @@ class Link:
 
     # -- the handshake ------------------------------------------------------------------------------------------------
 
+    def _step_soon(self) -> None:
+        if self._secure_in and self._is_handshaking and not self._step_queued:
+            self._step_queued = True
+            self._proxy.loop.later_slow(self._handshake_step)
+
     def _handshake_step(self) -> None:
         self._step_queued = False
         if not self._is_handshaking or self._secure is None or self._tls is None:
@@ -374,17 +378,17 @@ class Link:
             self._secure_in = False
         if not is_done:
             self._send_secure(self._tls.output())
-            if self._secure_in and not self._step_queued and self._is_handshaking:
-                self._step_queued = True
-                self._proxy.loop.later_slow(self._handshake_step)
+            self._step_soon()
             return
         self._is_handshaking = False
         self._proxy.loop.relieve(self)
         self._proxy.handshake_done(self, self._tls.is_resumed)
         if isinstance(self.policy, OutboundPolicy):
             self._wants_ticket = not self._tls.is_resumed
-        elif self._tls.version != "TLSv1.3":
-            self._send_secure(self._tls.output())  # 1.3: only tickets, they can travel with the first data
+        else:
+            self._contexts.accepted(self._host, self._tls.is_resumed)
+            if self._tls.version != "TLSv1.3":
+                self._send_secure(self._tls.output())  # 1.3: only tickets, they can travel with the first data
         actions = self.session.identified(certificate)
         if isinstance(self.policy, InboundPolicy) and self.policy.source:
             self._proxy.link_admitted(self, self.policy.source)
@@ -407,11 +411,9 @@ class Link:
         """The peer's first data has come, and with it, or before, its ticket."""
         at = self._dialled_at
         if isinstance(self.policy, OutboundPolicy) and self._tls is not None and at is not None:
-            self._wants_ticket = not self._contexts.remember(
-                self._tls, self.policy.outbound.identity, at.host, at.port
-            )
+            self._wants_ticket = not self._contexts.remember(self._tls, self.policy.outbound.identity, at.host, at.port)
 
-    # -- actions of the session -----------------------------------------------------------------------------------------
+    # -- actions of the session ---------------------------------------------------------------------------------------
 
     def _perform(self, actions: tuple[Action, ...]) -> None:
         for action in actions:
@@ -468,7 +470,8 @@ class Link:
 
     def _identify(self) -> None:
         policy, at = self.policy, self._dialled_at
-        assert isinstance(policy, OutboundPolicy) and at is not None
+        assert isinstance(policy, OutboundPolicy)
+        assert at is not None
         outbound = policy.outbound
         self._contexts = self._proxy.contexts  # a redial after a rotation uses the new leaf
         self._tls = self._contexts.connect(outbound.server_name, outbound.identity, at.host, at.port)
@@ -480,20 +483,22 @@ class Link:
             self._handshake_failed(error)
             return
         self._send_secure(self._tls.output())
+        self._step_soon()
 
     def _relay(self) -> None:
         self.is_relaying = True
         self._proxy.loop.relieve(self)
+        tls = self._tls
+        assert tls is not None
         if isinstance(self.policy, OutboundPolicy):
             self._pump_up()  # what the application has sent meanwhile goes out together with our Finished
-            if self.is_relaying and self._tls is not None and self._tls.has_output:
-                self._send_secure(self._tls.output())
-            if self._secure_in and self.is_relaying:
-                self._again_down()
+            if self.is_relaying and tls.has_output:
+                self._send_secure(tls.output())
+        elif self._plain_in:  # the application has spoken or ended already
+            self._again_up()
+        if self.is_relaying and tls.has_input and not self._pass_down():
             return
-        if not self._pass_down():  # what came together with the peer's Finished
-            return
-        if self._secure_in and self._to_plain is None:
+        if self.is_relaying and self._secure_in and self._to_plain is None:
             self._again_down()
 
     def _finish(self, side: Side) -> None:

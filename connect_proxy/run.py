@@ -6,13 +6,15 @@ HTTP address. Exit status: 0 after SIGTERM or SIGINT, 1 when it cannot begin, wi
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rostra.connect_proxy.admin import serve_admin
 from rostra.connect_proxy.log import LEVELS, Log
@@ -36,9 +38,17 @@ USAGE = """Usage: rostra connect proxy [options]
   -idle-timeout=N         close connections that move nothing for N seconds (default 0: never)
   -admin-addr=HOST:PORT   serve /stats and /ready over HTTP; loopback addresses only
 
-Service mesh: the service to proxy for must be registered with the agent, with Connect.SidecarService.
+Without registration, for development:
+
+  -service=NAME           speak as this service
+  -upstream=NAME:PORT     reach this service at 127.0.0.1:PORT; may be given several times
+  -listen=HOST:PORT       public listener, together with -service-addr
+  -service-addr=HOST:PORT where the application listens
 """
 _FDS_WANTED = 1024
+
+if TYPE_CHECKING:
+    from rostra.connect_proxy.adhoc import AdHocSource
 
 
 class UsageError(Exception):
@@ -61,6 +71,10 @@ class Options:
     idle_timeout: float = 0.0
     admin_addr: str = ""
     lifeline_fd: int = -1
+    service: str = ""
+    upstream: list[str] = field(default_factory=list)
+    listen: str = ""
+    service_addr: str = ""
     snapshot: str = ""  # for tests and benchmarks: a file instead of an agent
     help: bool = False
 
@@ -81,18 +95,21 @@ def parse_options(argv: Sequence[str], env: dict[str, str]) -> Options:
         if not argument.startswith("-") or argument in ("-", "--"):
             raise UsageError(f"unexpected argument {argument!r}")
         name, has_value, value = argument.lstrip("-").partition("=")
-        field = "help" if name == "h" else name.replace("-", "_")
-        if field not in Options.__slots__ or "_" in name:  # type: ignore[attr-defined]
+        attribute = "help" if name == "h" else name.replace("-", "_")
+        if attribute not in Options.__slots__ or "_" in name:
             raise UsageError(f"unknown flag -{name}")
-        if field == "help":
+        if attribute == "help":
             options.help = True
             continue
         if not has_value:
             if not rest:
                 raise UsageError(f"-{name} needs a value")
             value = rest.pop(0)
+        if attribute == "upstream":
+            options.upstream.append(value)
+            continue
         try:
-            setattr(options, field, type(getattr(options, field))(value))
+            setattr(options, attribute, type(getattr(options, attribute))(value))
         except ValueError:
             raise UsageError(f"-{name}={value!r} is not a number") from None
     _check(options)
@@ -104,8 +121,10 @@ def _check(options: Options) -> None:
         return
     if options.log_level.lower() not in LEVELS:
         raise UsageError(f"-log-level={options.log_level!r} is none of {', '.join(LEVELS)}")
-    if sum(map(bool, (options.sidecar_for, options.proxy_id, options.snapshot))) != 1:
-        raise UsageError("give one of -sidecar-for and -proxy-id")
+    if sum(map(bool, (options.sidecar_for, options.proxy_id, options.snapshot, options.service))) != 1:
+        raise UsageError("give one of -sidecar-for, -proxy-id and -service")
+    if not options.service and (options.upstream or options.listen or options.service_addr):
+        raise UsageError("-upstream, -listen and -service-addr belong to -service; a registered proxy has its own")
     if options.handshake_timeout <= 0 or options.idle_timeout < 0 or options.max_connections < 0:
         raise UsageError("timeouts and limits must be positive")
 
@@ -141,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"rostra connect proxy: -admin-addr={options.admin_addr}: {error}", file=sys.stderr)
             return 1
+    gc.freeze()  # what exists now stays: not worth looking at again
     source.start(fail)
     proxy.run()
     log.debug("stopped", **proxy.stats())
@@ -150,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _source(options: Options, log: Log, proxy: Proxy) -> AgentSource | FileSource:
+def _source(options: Options, log: Log, proxy: Proxy) -> AgentSource | FileSource | AdHocSource:
     if options.snapshot:
         return FileSource(options.snapshot, log, proxy.post_snapshot)
 
@@ -159,8 +179,17 @@ def _source(options: Options, log: Log, proxy: Proxy) -> AgentSource | FileSourc
             return file.read().strip()
 
     token = options.token or (read_token() if options.token_file else "")
+    client = AgentClient(options.http_addr, token, ca_file=options.ca_file)
+    if options.service:
+        from rostra.connect_proxy.adhoc import AdHocSource, parse_ad_hoc
+
+        try:
+            plan = parse_ad_hoc(options.service, options.upstream, options.listen, options.service_addr)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return AdHocSource(client, log, proxy.post_snapshot, plan)
     return AgentSource(
-        AgentClient(options.http_addr, token, ca_file=options.ca_file),
+        client,
         log,
         proxy.post_snapshot,
         proxy_id=options.proxy_id,

@@ -31,6 +31,8 @@ HANDSHAKES_MAX: Final = 1024
 #: All links together may grow their chunks by this much: OpenSSL's buffers grow with them and do not shrink.
 GROWN_BYTES_MAX: Final = 16 << 20
 _FDS_RESERVED: Final = 64
+#: What a listener does with a new connection and the host that it comes from.
+Accept = Callable[[socket.socket, str], None]
 _BIND_RETRY_S: Final = (0.25, 1.0, 5.0)
 
 
@@ -62,12 +64,12 @@ class Stats:
 
 
 class Proxy:
-    """All listeners and connections of one proxy. Everything but `post_snapshot`, `stats` and `stop` runs on the loop."""
+    """All listeners and connections of one proxy. Only `post_snapshot`, `stats` and `stop` are for other threads."""
 
     def __init__(
         self,
         log: Log,
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        limits: Limits = Limits(),
         *,
         wall_s: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
@@ -112,7 +114,11 @@ class Proxy:
 
     def post_snapshot(self, snapshot: ProxySnapshot) -> None:
         """From any thread: use this one from now on."""
-        self.loop.post(lambda: self.apply(snapshot))
+
+        def apply() -> None:
+            self.apply(snapshot)
+
+        self.loop.post(apply)
 
     def stats(self) -> dict[str, Any]:
         """Counters and present state; may be called from any thread, then the sums are approximate."""
@@ -158,25 +164,25 @@ class Proxy:
         self.snapshot = snapshot
         self._inbound = Inbound(snapshot)
         self._cut_off_denied()
-        self._apply_upstreams(snapshot)
+        self._apply_upstreams(snapshot, is_renamed=old is not None and old.trust_domain != snapshot.trust_domain)
         self._apply_listeners(snapshot)
         if old is None:
             self.log.info("ready", proxy=snapshot.proxy_id, service=snapshot.service, upstreams=len(snapshot.upstreams))
         return True
 
-    def _apply_upstreams(self, snapshot: ProxySnapshot) -> None:
+    def _apply_upstreams(self, snapshot: ProxySnapshot, *, is_renamed: bool) -> None:
         outbounds: dict[tuple[str, str, Address], Outbound] = {}
         for upstream in snapshot.upstreams:
             outbound = self._outbounds.get(upstream.key)
             if outbound is None:
                 outbound = Outbound(upstream, snapshot.trust_domain, self._chance)
-            elif outbound.upstream != upstream:
+            elif is_renamed or outbound.upstream != upstream:
                 outbound.update(upstream, snapshot.trust_domain)
             outbounds[upstream.key] = outbound
         self._outbounds = outbounds
 
     def _apply_listeners(self, snapshot: ProxySnapshot) -> None:
-        wanted: dict[tuple[str, Address], tuple[Callable[[socket.socket], None], str]] = {}
+        wanted: dict[tuple[str, Address], tuple[Accept, str]] = {}
         if snapshot.public is not None:
             wanted[("public", snapshot.public)] = (self._accept_inbound, "the sidecar's port (Connect.SidecarService)")
         for upstream in snapshot.upstreams:
@@ -190,8 +196,8 @@ class Proxy:
             if key not in self._listeners:
                 self._listeners[key] = Listener(self, key, accept, fix)
 
-    def _acceptor(self, outbound: Outbound) -> Callable[[socket.socket], None]:
-        def accept(sock: socket.socket) -> None:
+    def _acceptor(self, outbound: Outbound) -> Accept:
+        def accept(sock: socket.socket, _host: str) -> None:
             self._accept_outbound(sock, outbound)
 
         return accept
@@ -209,7 +215,7 @@ class Proxy:
 
     # -- new connections ----------------------------------------------------------------------------------------------
 
-    def _accept_inbound(self, sock: socket.socket) -> None:
+    def _accept_inbound(self, sock: socket.socket, host: str) -> None:
         if len(self._unidentified) >= HANDSHAKES_MAX:
             next(iter(self._unidentified)).close("too_many_handshakes")
         self.counters.inbound_total += 1
@@ -217,7 +223,7 @@ class Proxy:
         link = Link(self, policy, self.contexts)
         self.links[link] = None
         self._unidentified[link] = None
-        link.accept_secure(sock, self._limits.handshake_timeout_s)
+        link.accept_secure(sock, host, self._limits.handshake_timeout_s)
 
     def _accept_outbound(self, sock: socket.socket, outbound: Outbound) -> None:
         self.counters.outbound_total += 1
@@ -261,7 +267,9 @@ class Proxy:
     def _inbound_refused(self, certificate: PeerCertificate, reason: str, decision: Decision | None) -> None:
         self.counters.denied += 1
         why = decision.fields() if decision else {}
-        self.log.limited("info", "connection denied", certificate.uri, reason=reason, peer=certificate.uri or "-", **why)
+        self.log.limited(
+            "info", "connection denied", certificate.uri, reason=reason, peer=certificate.uri or "-", **why
+        )
 
     def _local_failed(self, reason: str) -> None:
         self.counters.dial_failures[reason] += 1
@@ -328,9 +336,7 @@ class Proxy:
 class Listener:
     """One listening socket. A port in use is told in one line and tried again until it is free."""
 
-    def __init__(
-        self, proxy: Proxy, key: tuple[str, Address], accept: Callable[[socket.socket], None], fix: str
-    ) -> None:
+    def __init__(self, proxy: Proxy, key: tuple[str, Address], accept: Accept, fix: str) -> None:
         """`fix` names the setting to change when the address is taken."""
         self.key = key
         self.bound = ""
@@ -367,7 +373,12 @@ class Listener:
             if self._attempts == 0:
                 why = "the address is in use" if error.errno == errno.EADDRINUSE else error.strerror
                 log.error(
-                    "cannot listen", listener=name, address=address, error=why, change=self._fix, retrying="until it works"
+                    "cannot listen",
+                    listener=name,
+                    address=address,
+                    error=why,
+                    change=self._fix,
+                    retrying="until it works",
                 )
             loop.call_later(_BIND_RETRY_S[min(self._attempts, len(_BIND_RETRY_S) - 1)], self._open)
             self._attempts += 1
@@ -384,7 +395,7 @@ class Listener:
             if listener is None:
                 return
             try:
-                sock, _peer = listener.accept()
+                sock, peer = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -396,7 +407,7 @@ class Listener:
                 sock.close()
                 continue
             sock.setblocking(False)
-            self._accept(sock)
+            self._accept(sock, peer[0])
 
     def _pause(self) -> None:
         """Out of descriptors or memory: let the backlog wait a moment instead of spinning."""

@@ -286,7 +286,7 @@ def _get(value: dict[str, Any], key: str, kind: type, default: Any = _MISSING) -
 
 
 def _each(value: dict[str, Any], key: str, kind: type, count_max: int) -> list[Any]:
-    items = _get(value, key, list, [])
+    items: list[Any] = _get(value, key, list, [])
     _check_count(key, items, count_max)
     for item in items:
         if not isinstance(item, kind):

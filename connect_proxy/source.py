@@ -335,9 +335,9 @@ def sidecars_of(services: dict[str, Any], service_id: str) -> list[str]:
     """The ids, among an agent's services, of the proxies that stand for `service_id`."""
     found = []
     for name, service in services.items():
-        if isinstance(service, dict) and service.get("Kind") == "connect-proxy":
-            if (service.get("Proxy") or {}).get("DestinationServiceID") == service_id:
-                found.append(str(service.get("ID") or name))
+        is_proxy = isinstance(service, dict) and service.get("Kind") == "connect-proxy"
+        if is_proxy and (service.get("Proxy") or {}).get("DestinationServiceID") == service_id:
+            found.append(str(service.get("ID") or name))
     return sorted(found)
 
 

@@ -3,7 +3,7 @@
 asyncio's and uvloop's transports can neither half-close nor resume a session, so the proxy drives SSLObject itself.
 Each direction ends by its own close_notify while the other goes on, as TCP's directions do. The caller must hand over
 everything it reads (`feed`) and then take all plaintext (`decrypt`): `finish` relies on nothing being left inside.
-`TlsContexts` is one generation of leaf and roots; a new snapshot makes a new one and connections that exist keep theirs.
+`TlsContexts` is one generation of leaf and roots; a new snapshot makes a new one, open connections keep theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rostra.connect_proxy.snapshot import Leaf
 DECRYPT_SLACK_BYTES: Final = 64 << 10
 _CERTIFICATES_KNOWN_MAX: Final = 1024
 _SESSIONS_MAX: Final = 512
+_HOSTS_KNOWN_MAX: Final = 4096
+_TICKETS_AFTER_FULL_HANDSHAKE: Final = 4  # more than one: several proxies may live on one host
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -40,7 +42,7 @@ class PeerCertificate(NamedTuple):
 class TlsContexts:
     """Server and client contexts of one (leaf, roots), with the sessions that can be resumed under them."""
 
-    __slots__ = ("_certificates", "_client", "_server", "_sessions", "serial_number")
+    __slots__ = ("_certificates", "_client", "_server", "_sessions", "_tickets_due", "serial_number")
 
     def __init__(self, leaf: Leaf, roots: tuple[str, ...]) -> None:
         """Raises TlsError("bad_leaf" | "bad_roots") when OpenSSL refuses them."""
@@ -48,12 +50,25 @@ class TlsContexts:
         self._certificates: dict[bytes, PeerCertificate] = {}
         self._sessions: dict[tuple[str, str, int], ssl.SSLSession] = {}
         self._server = _context(ssl.PROTOCOL_TLS_SERVER, leaf, roots)
-        self._server.num_tickets = 1  # each costs 0.18 ms of both sides' handshake; one suffices, clients use it again
+        self._tickets_due: dict[str, int] = {}  # by client host
         self._client = _context(ssl.PROTOCOL_TLS_CLIENT, leaf, roots)
 
-    def accept(self) -> TlsChannel:
-        """A channel for a peer that connected to us. It must show a certificate."""
+    def accept(self, host: str) -> TlsChannel:
+        """A channel for a peer that connected to us from `host`. It must show a certificate."""
+        # A ticket costs both sides 0.16 ms together, and proxies like this one use theirs many times, so a host gets
+        # new ones only around full handshakes. Setting it counts for channels made from now on.
+        self._server.num_tickets = 1 if self._tickets_due.get(host, 1) else 0
         return TlsChannel(self._server, server_side=True)
+
+    def accepted(self, host: str, is_resumed: bool) -> None:
+        """How the handshake with a peer from `host` went: decides on tickets for the next ones."""
+        due = self._tickets_due
+        if not is_resumed:
+            if len(due) >= _HOSTS_KNOWN_MAX and host not in due:
+                due.clear()
+            due[host] = _TICKETS_AFTER_FULL_HANDSHAKE
+        elif due.get(host):
+            due[host] -= 1
 
     def connect(self, server_name: str, identity: str, host: str, port: int) -> TlsChannel:
         """A channel to a peer that we connected to; resumes the last session with that identity there, if any."""
@@ -79,7 +94,7 @@ class TlsContexts:
         """The verified certificate of the peer, not expired at `now_s`; TlsError otherwise.
 
         OpenSSL verifies the chain in full handshakes only; a resumed session brings the certificate of the first one,
-        so the expiry is looked at here every time. Roots cannot change under a session: contexts live and die with them.
+        so the expiry is looked at here every time. Roots cannot change under a session: they make new contexts.
         """
         der = channel.certificate_der()
         if der is None:
@@ -128,11 +143,16 @@ class TlsChannel:
         return self._outgoing.read()
 
     @property
+    def has_input(self) -> bool:
+        """Something that was fed has not been looked at: data that came together with the end of the handshake."""
+        return self._incoming.pending > 0
+
+    @property
     def has_output(self) -> bool:
         return self._outgoing.pending > 0
 
     def handshake(self) -> bool:
-        """Goes on with the handshake; True once it is complete. TlsError ends it (send `output`: it holds the alert)."""
+        """Goes on with the handshake; True once it is complete. TlsError ends it (`output` holds the alert)."""
         try:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
@@ -154,11 +174,11 @@ class TlsChannel:
         read, incoming, filled, room = self._read, self._incoming, 0, len(into)
         try:
             while filled < room:
-                got = read(room - filled, into[filled:])  # type: ignore[arg-type]
+                got = read(room - filled, into[filled:])
                 if not got:
                     self.is_input_ended = True
                     break
-                filled += got  # type: ignore[operator]
+                filled += int(got)
                 # A read takes one record and, as read-ahead is off, leaves the rest in the BIO: no need for the
                 # exception that an empty BIO would raise.
                 if not incoming.pending and not self._object.pending():

@@ -142,6 +142,17 @@ def plan_service(lookup: Lookup, qtype: int, instances: Sequence[Instance], conf
     return Plan(records=records[:RECORDS_MAX], one_only=one_only, is_lasting=True)
 
 
+def encode_ahead(instances: Sequence[Instance], zone: Labels, config: DnsConfig, name: str) -> None:
+    """Make the SRV records that `plan_service` will want, for a part of the instances."""
+    ttl_s = config.ttl_of(name)
+    for instance in instances:
+        _srv_record(instance, zone, ttl_s, config)
+
+
+def is_encoded(instance: Instance, zone: Labels) -> bool:
+    return (TYPE_SRV, zone) in instance.encoded
+
+
 def _address_records(found: Sequence[Instance] | Sequence[Node], qtype: int, ttl_s: int) -> tuple[list[Record], bool]:
     """A and AAAA as asked; where all addresses are host names, a CNAME, of which DNS admits only one."""
     if qtype not in (TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_CNAME):

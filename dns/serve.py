@@ -13,15 +13,14 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import structlog
-
 from rostra.dns.answer import DnsConfig
 from rostra.dns.recurse import Recursor
 from rostra.dns.resolver import Count, Draw, Forward, Resolver, Wait
 from rostra.dns.source import Source, View
+from rostra.runtime import log as logging
 from rostra.wire.errors import Conflict
 
-log = structlog.get_logger(__name__)
+log = logging.get("dns")
 
 PARKED_MAX = 4096
 READY_TIMEOUT_S = 2.0
@@ -108,7 +107,7 @@ class DnsServer:
             else:
                 self._forward(found, packet, reply, tcp)
         except Exception:
-            log.exception("DNS query failed", query=packet[:300].hex())
+            log.err("DNS query failed", query=packet[:300].hex(), exc_info=True)
 
     def _park(self, view: View, packet: bytes, reply: Reply, tcp: bool) -> None:
         if self._parked_count >= PARKED_MAX:
@@ -127,7 +126,7 @@ class DnsServer:
         try:
             is_ready = await view.ready(READY_TIMEOUT_S)
         except Exception:
-            log.exception("DNS view failed")
+            log.err("DNS view failed", exc_info=True)
             is_ready = False
         finally:
             waiting = self._parked.pop(id(view))
@@ -169,7 +168,7 @@ class DnsServer:
         try:
             self.resolver.tick()
         except Exception:
-            log.exception("DNS housekeeping failed")
+            log.err("DNS housekeeping failed", exc_info=True)
         now = loop.time()
         for connection in list(self.connections):
             connection.close_if_idle(now, self.tcp_idle_s)

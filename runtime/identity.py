@@ -20,6 +20,7 @@ import base64
 import binascii
 import datetime
 import fcntl
+import functools
 import hashlib
 import ipaddress
 import itertools
@@ -95,7 +96,7 @@ def parse_secret(text: str) -> Secret:
         raise BadRequest(f"encrypt: not base64; {_HOW_TO}") from None
     if len(raw) not in SECRET_BYTES:
         raise BadRequest(f"encrypt: {len(raw)} bytes, but must be 16, 24 or 32; {_HOW_TO}")
-    if _is_guessable(text, raw):
+    if _is_thought_up(text, raw):
         raise BadRequest(f"encrypt: looks like text or a pattern, not like random bytes; {_HOW_TO}")
     return Secret(raw)
 
@@ -112,13 +113,25 @@ def parse_secrets(encrypt: str | Sequence[str] | None) -> tuple[Secret, ...]:
 _HOW_TO = "make one with `rostra keygen`"
 
 
-def _is_guessable(text: str, raw: bytes) -> bool:
-    # Each rule refuses a random secret with a probability below 1 in a million.
-    if len(set(raw)) * 2 <= len(raw):
+@functools.cache
+def _warn_guessable() -> None:
+    log.warn("encrypt looks like text or a pattern, not like random bytes: whoever guesses it may enrol")
+
+
+def _is_guessable(raw: bytes) -> bool:
+    """Few different bytes, or nothing but printable ones: so are fewer than one in a million random secrets."""
+    return len(set(raw)) * 2 <= len(raw) or all(0x20 <= b < 0x7F for b in raw)
+
+
+def _is_thought_up(text: str, raw: bytes) -> bool:
+    """A passphrase or a mere pattern: so are fewer than one in a million random secrets."""
+    if len(set(raw)) * 4 <= len(raw):
         return True
-    if len({(b - a) % 256 for a, b in itertools.pairwise(raw)}) <= 2:  # 00 01 02 03 …
+    if len({(b - a) % 256 for a, b in itertools.pairwise(raw)}) <= 2 and not raw.isascii():
         return True
-    if all(0x20 <= b < 0x7F or b in b"\r\n\t" for b in raw):  # base64 of a passphrase
+    if len({(b - a) % 256 for a, b in itertools.pairwise(raw)}) == 1:  # 00 01 02 03 …
+        return True
+    if all(0x20 <= b < 0x7F or b in b"\r\n\t" for b in raw) and b" " in raw:  # base64 of a passphrase
         return True
     # A passphrase of 32 letters or digits is by chance valid base64 (24 bytes, no padding).
     return not text.endswith("=") and (text == text.lower() or text == text.upper())
@@ -164,6 +177,9 @@ def resolve_secrets(
     `addresses`: all that this node binds, advertises or joins. `local_key`: another file than the user's, for -dev.
     """
     if secrets := parse_secrets(encrypt):
+        if any(_is_guessable(s.value) for s in secrets):
+            # Clusters that come from Consul may have such a key, and it works there: a warning, not a refusal.
+            _warn_guessable()
         return secrets
     for address in addresses:
         if not is_loopback(address):
@@ -291,8 +307,9 @@ class NodeIdentity:
         self.version = 0
         self._directory = directory
         self._secrets = secrets
-        self._anchors_pem = ""
-        self._issued = False
+        self._anchors_pem = self._chain_pem = ""
+        #: When the certificate of the cluster CA should be replaced, in seconds since 1970; 0 while there is none.
+        self.renew_at = 0.0
         self._server_context: ssl.SSLContext | None = None
         self._client_context: ssl.SSLContext | None = None
 
@@ -319,7 +336,7 @@ class NodeIdentity:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _exclusive(directory):
                 known = tuple(parse_secret(s) if isinstance(s, str) else s for s in secrets)
-                if not known and bind and not (directory / "issued.pem").exists():
+                if not known and bind and not has_certificate(root):
                     known = resolve_secrets(None, [bind])
                 key = _node_key(directory / "node.key")
                 identity = cls(directory, _node_id(root / "node-id", node_id), node_name, _key_hash(key), known)
@@ -341,7 +358,18 @@ class NodeIdentity:
     @property
     def is_enrolled(self) -> bool:
         """True when the presented certificate was issued by the cluster CA."""
-        return self._issued
+        return self.renew_at > 0
+
+    @property
+    def public_key(self) -> bytes:
+        """The node's public key as DER, for the server that issues a certificate to itself."""
+        from cryptography.hazmat.primitives import serialization
+
+        return (
+            _node_key(self.key_path)
+            .public_key()
+            .public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
 
     def server_context(self) -> ssl.SSLContext:
         """The context for listeners; the same one at each call, it follows `version` by itself."""
@@ -374,38 +402,46 @@ class NodeIdentity:
             write_durably(self._directory / "trust.json", json.dumps(trust, indent=1).encode() + b"\n")
             self._refresh(key)
 
+    def reload(self) -> None:
+        """Take over what another process of this node has installed since (agent and core share the directory)."""
+        with _exclusive(self._directory):
+            self._refresh(_node_key(self.key_path))
+
     def _refresh(self, key: ec.EllipticCurvePrivateKey) -> None:
         """Work out chain and anchors from what is on disk, write them where TLS reads them."""
         trust = _read_trust(self._directory / "trust.json")
         enrolment = [enrolment_authority(s) for s in self._secrets] if trust["enrolment"] else []
         cluster_pem: list[str] = trust["anchors_pem"]
-        chain = self._issued_chain(cluster_pem, enrolment)
-        self._issued = chain is not None
-        if chain is None:
+        chain, self.renew_at = self._issued_chain(cluster_pem, enrolment)
+        if not chain:
             if not enrolment:
                 raise BadRequest(
                     f"node {self.node_name} has no valid certificate of the cluster and no secret to enrol with:"
                     " set `encrypt` to the cluster's"
                 )
             chain = _pem(_issue_enrolment(enrolment[0], key, self.node_id, self.node_name))
-        self._anchors_pem = "".join([*cluster_pem, *(_pem(cert) for cert, _ in enrolment)])
-        changed = write_if_changed(self.anchors_path, self._anchors_pem.encode())
-        changed |= write_if_changed(self.cert_path, chain.encode())
-        self.version += changed or not self.version
+        anchors = "".join([*cluster_pem, *(_pem(cert) for cert, _ in enrolment)])
+        write_if_changed(self.anchors_path, anchors.encode())
+        write_if_changed(self.cert_path, chain.encode())
+        # Not whether the files changed: the other process of this node may have written them first.
+        if (anchors, chain) != (self._anchors_pem, self._chain_pem):
+            self._anchors_pem, self._chain_pem = anchors, chain
+            self.version += 1
 
-    def _issued_chain(self, cluster_pem: list[str], enrolment: list[_Authority]) -> str | None:
+    def _issued_chain(self, cluster_pem: list[str], enrolment: list[_Authority]) -> tuple[str, float]:
+        """What to present of the cluster CA's, and when it should be renewed; ("", 0) where there is nothing of use."""
         try:
             chain = (self._directory / "issued.pem").read_text("ascii")
         except FileNotFoundError:
-            return None
+            return "", 0.0
         problem = self._problem_with(chain, "".join(cluster_pem), self.key_hash)
         if problem:
             log.warn("certificate of the cluster CA not used", reason=problem)
-            return None
+            return "", 0.0
         # A node that is only now enrolling knows the secret but not the cluster CA. So the chain goes on with the
         # cluster CA as certified by the enrolment CA, which every holder of the secret can do. Who knows the
         # cluster CA itself stops there (trusted first).
-        return chain + "".join(_pem(_cross_certify(e, pem)) for pem in cluster_pem for e in enrolment)
+        return chain + "".join(_pem(_cross_certify(e, pem)) for pem in cluster_pem for e in enrolment), _renew_at(chain)
 
     def _problem_with(self, chain_pem: str, anchors_pem: str, key_hash: str) -> str:
         from cryptography import x509
@@ -425,6 +461,8 @@ class NodeIdentity:
         if [n.value for n in names] != [self.node_name]:
             return f"is not for the node name {self.node_name}"
         now = datetime.datetime.now(datetime.UTC)
+        if now < certificate.not_valid_before_utc:
+            return f"is valid from {certificate.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ} only: compare the clocks"
         if now > certificate.not_valid_after_utc:
             return f"expired at {certificate.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
         for anchor in anchors:
@@ -434,6 +472,30 @@ class NodeIdentity:
                 continue
             return ""
         return "was not issued by one of the given anchors"
+
+
+def _renew_at(chain_pem: str) -> float:
+    """After two thirds of its life: what goes wrong then has a third of it to be mended."""
+    from cryptography import x509
+
+    certificate = x509.load_pem_x509_certificate(chain_pem.encode())
+    begin, end = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    return begin + (end - begin) * 2 / 3
+
+
+def read_node_id(data_dir: str | os.PathLike[str]) -> str:
+    """The node id in `data_dir`, "" before the first start."""
+    try:
+        return (Path(data_dir) / "node-id").read_text("ascii").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadRequest(f"{Path(data_dir) / 'node-id'}: cannot be read: {e}") from None
+
+
+def has_certificate(data_dir: str | os.PathLike[str]) -> bool:
+    """Whether the cluster CA has issued a certificate to this node: then it needs no secret any more."""
+    return (Path(data_dir) / "tls" / "issued.pem").exists()
 
 
 def _node_id(path: Path, configured: str) -> str:

@@ -1,7 +1,8 @@
 """The short list of things that agents ask of a server and that are not log entries.
 
-Each takes (peer, arguments) and answers a msgpack value or raises RostraError. Session renewal and what followers hear
-belong to the leader and are passed on to it.
+Each takes (peer, arguments) and answers a msgpack value or raises RostraError; KeyError, TypeError and ValueError mean
+that the arguments were malformed. Session renewal and what followers hear belong to the leader and are passed on to it.
+Certificates of nodes are for the key that TLS has proved and for the name that is bound to it, never for what is asked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,12 +18,19 @@ from rostra.acl.identity import ServiceIdentity
 from rostra.server.endpoint import Peer
 from rostra.server.leader import Leader
 from rostra.server.node import HOLD_S, ServerNode
+from rostra.server.state.cluster import CLUSTER_CA_KEY, NodeReports
+from rostra.server.state.rows import MemberRow
 from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError
 
 LEAF_TTL_S = 72 * 3600
 CSR_BYTES_MAX = 16 << 10
 #: Signing costs about 1 ms; more than this many waiting means that somebody asks in a loop.
 SIGNING_MAX = 256
+#: Who asks again for a certificate within this time gets the same one.
+CERTIFICATE_AGAIN_S = 60.0
+CERTIFICATES_KEPT = 4096
+ANCHORS_MAX = 8
+NAMES_HEARD_MAX = 65_536
 
 
 class Acts:
@@ -40,11 +49,15 @@ class Acts:
         self._node, self._leader, self._peer = node, leader, peer
         self._learn, self._servers, self._metrics = learn_candidates, servers, metrics
         self._signing = 0
+        #: what the certificate is for -> (when, the answer)
+        self._certificates: OrderedDict[tuple[str, ...], tuple[float, dict[str, Any]]] = OrderedDict()
         self.table: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[Any]]] = {
             "ping": self.ping,
             "heard": self.heard,
             "session.renew": self.renew_session,
             "connect.sign": self.sign_leaf,
+            "node.certificate": self.node_certificate,
+            "node.report": self.node_report,
             "status.leader": self.status_leader,
             "status.peers": self.status_peers,
             "server.metrics": self.server_metrics,
@@ -59,12 +72,16 @@ class Acts:
         """A follower hears these agents. {names: [str]}"""
         if peer.role != "server":
             raise Denied("only servers report whom they hear")
-        self._leader.heard(str(n) for n in args["names"])
+        names = args["names"]
+        if len(names) > NAMES_HEARD_MAX:
+            raise BadRequest(f"more than {NAMES_HEARD_MAX} names")
+        members = self._node.store.tables.members.rows
+        self._leader.heard(n for n in names if n in members)
         return ()
 
     async def renew_session(self, peer: Peer, args: dict[str, Any]) -> Any:
         """{id} -> the session's row, or None where there is none."""
-        session_id = str(args["id"])
+        session_id = _text(args, "id", 255)
         deadline = time.monotonic() + HOLD_S
         while True:
             try:
@@ -86,31 +103,23 @@ class Acts:
         """{csr_pem, service} -> {cert_pem, serial, valid_after_ms, valid_before_ms, root_id, uri, service}"""
         from rostra.server.ca.issue import sign_leaf
 
-        service, csr_pem = str(args["service"]), str(args["csr_pem"])
-        if len(csr_pem) > CSR_BYTES_MAX:
-            raise BadRequest("the certificate request is too large")
+        service, csr_pem = _text(args, "service", 255), _text(args, "csr_pem", CSR_BYTES_MAX)
         await self._node.barrier("default")
         store = self._node.store
         root = next((r for r in store.tables.roots.rows.values() if r.active), None)
         key_pem = store.secret(f"root:{root.id}") if root is not None else None
         if root is None or key_pem is None:
             raise NoLeader("the mesh CA is not ready yet: the leader makes its first root after its election")
-        if self._signing >= SIGNING_MAX:
-            raise RostraError("too many certificate requests at once; try again")
-        self._signing += 1
-        try:
-            leaf = await asyncio.to_thread(
-                sign_leaf,
-                root,
-                key_pem,
-                csr_pem,
-                uri=ServiceIdentity(root.trust_domain, self._node.datacenter, service).uri,
-                now_ms=int(time.time() * 1000),
-                ttl_s=LEAF_TTL_S,
-                serial=secrets.randbits(120) | 1,
-            )
-        finally:
-            self._signing -= 1
+        leaf = await self._sign(
+            sign_leaf,
+            root,
+            key_pem,
+            csr_pem,
+            uri=ServiceIdentity(root.trust_domain, self._node.datacenter, service).uri,
+            now_ms=int(time.time() * 1000),
+            ttl_s=LEAF_TTL_S,
+            serial=secrets.randbits(120) | 1,
+        )
         return {
             "cert_pem": leaf.cert_pem,
             "serial": leaf.serial_hex,
@@ -120,6 +129,77 @@ class Acts:
             "uri": leaf.uri,
             "service": service,
         }
+
+    async def node_certificate(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """-> {cert_pem, anchors_pem}: the cluster CA's certificate for the peer's own key, name and role."""
+        await self._node.barrier("default")
+        return await self.certificate_for(self._bound(peer), peer.public_key)
+
+    async def certificate_for(self, member: MemberRow, public_key: bytes) -> dict[str, Any]:
+        """A certificate for a member and its key, which the caller has proof of. Raises NoLeader before there is a CA."""
+        from rostra.server.ca.issue import sign_node
+
+        store = self._node.store
+        cluster, key_pem = store.tables.cluster.get(""), store.secret(CLUSTER_CA_KEY)
+        if cluster is None or not cluster.ca_cert_pem or not key_pem:
+            raise NoLeader("the cluster CA is not ready yet: the first leader makes it")
+        wanted = (member.key_hash, member.name, member.node_id, member.role, cluster.ca_cert_pem)
+        made = self._certificates.get(wanted)
+        if made is not None and time.monotonic() - made[0] < CERTIFICATE_AGAIN_S:
+            return made[1]
+        certificate = await self._sign(
+            sign_node,
+            cluster.ca_cert_pem,
+            key_pem,
+            public_key,
+            node_id=member.node_id,
+            name=member.name,
+            role=member.role,
+            now_ms=int(time.time() * 1000),
+            serial=secrets.randbits(120) | 1,
+        )
+        answer = {"cert_pem": certificate, "anchors_pem": cluster.ca_cert_pem}
+        self._certificates[wanted] = (time.monotonic(), answer)
+        while len(self._certificates) > CERTIFICATES_KEPT:
+            self._certificates.popitem(last=False)
+        return answer
+
+    async def node_report(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{anchors: [hex SHA-256]}: the trust anchors that the peer holds. Logged when that is news."""
+        anchors = args["anchors"]
+        if type(anchors) is not tuple or len(anchors) > ANCHORS_MAX:
+            raise BadRequest(f"anchors are a list of at most {ANCHORS_MAX}")
+        for anchor in anchors:
+            if type(anchor) is not str or len(anchor) != 64 or not set(anchor) <= set("0123456789abcdef"):
+                raise BadRequest("an anchor is named by its SHA-256 in hexadecimal")
+        await self._node.barrier("default")
+        return await self.report(self._bound(peer), anchors)
+
+    async def report(self, member: MemberRow, anchors: tuple[str, ...]) -> bool:
+        """True when it was news."""
+        if member.anchors == anchors:
+            return False
+        await self._node.own_write(NodeReports(reports=((member.name, member.version, anchors),)), hold_s=5)
+        return True
+
+    def _bound(self, peer: Peer) -> MemberRow:
+        """What the log says of the node whose key the peer has proved. Raises Denied."""
+        if peer.local or not peer.public_key:
+            raise Denied("only for nodes that show a certificate: the agent of a server shares that of its server")
+        member = self._node.store.tables.members.get(peer.name)
+        if member is None or member.key_hash != peer.key_hash or member.node_id != peer.node_id:
+            raise Denied(f"node {peer.name} is not bound to the key and node id that it shows; it has to enrol again")
+        return member
+
+    async def _sign(self, sign: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+        """A signature, made beside the loop."""
+        if self._signing >= SIGNING_MAX:
+            raise RostraError("too many certificate requests at once; try again")
+        self._signing += 1
+        try:
+            return await asyncio.to_thread(sign, *args, **fields)
+        finally:
+            self._signing -= 1
 
     async def status_leader(self, peer: Peer, args: dict[str, Any]) -> Any:
         """The leader's "address:port", "" where none is known."""
@@ -143,5 +223,14 @@ class Acts:
         """{addresses: ["host:port" of servers' RPC]}: what this host's agent found by asking its join addresses."""
         if not peer.local:
             raise Denied("only the agent of this host tells where to join")
-        self._learn([str(a) for a in args["addresses"]][:64])
+        self._learn([a for a in args["addresses"] if isinstance(a, str) and len(a) <= 300][:64])
         return ()
+
+
+def _text(args: dict[str, Any], name: str, chars_max: int) -> str:
+    value = args[name]
+    if type(value) is not str or not value:
+        raise BadRequest(f"{name} must be a text")
+    if len(value) > chars_max:
+        raise BadRequest(f"{name} has {len(value)} characters, at most {chars_max} are allowed")
+    return value

@@ -386,6 +386,8 @@ class Founder:
                 remark = Remark("info", "waiting for servers to reach each other", {peer.info.name: names})
                 return replace(wait, remarks=(*wait.remarks, remark))
         proposal = Membership(self._new_id(), self.me.datacenter, tuple(chosen))
+        if len(chosen) == 1:
+            return Plan(replace(self.stored, committed=proposal), (), tuple(remarks))
         return Plan(replace(self.stored, prepared=proposal), (), tuple(remarks))
 
     def _obstacles(self, now: float) -> tuple[list[Remark], bool]:

@@ -2,35 +2,51 @@
 
 Two doors: TCP (mTLS always, 8300) and a Unix socket for the agent of this host (the kernel says who it is). The hello
 decides what a connection is for: "rpc" an agent, "peer" and "raft" another server of the replicated member list,
-"bootstrap" a server that has no cluster yet. Everything else is closed with one rate-limited line.
+"bootstrap" a server that has no cluster yet. Everything else is closed with one rate-limited line. Whatever a peer
+sends, the worst that it gets is an error or its connection's end: nothing of it may end this process or fill it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import math
 import os
+import re
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
-from rostra.runtime.tls import explain, peer_key_hash
+from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
 from rostra.server.node import ServerNode
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError
+from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, TooLarge
+from rostra.wire.frames import RPC_FRAME_BYTES_MAX
 from rostra.wire.rpc import DONE, END, FULL, Served, check_hello, hello, hello_error, pack_rows
 
 log = get("rpc")
 
-HANDSHAKES_AT_ONCE = 16
-HANDSHAKES_WAITING_MAX = 4096
-HELLO_S = 3.0
+HELLO_S = HANDSHAKE_S
+HELLO_BYTES_MAX = 16 << 10
+#: Agents and servers ping every 0.5 s. Who is silent for SILENT_S is gone although no packet said so; who was not heard
+#: for FRESH_S is not reported as alive.
+FRESH_S, SILENT_S = 1.5, 15.0
+#: What one node may have open here: a session, the one before it that is not known to be lost, a greeting or two.
+CONNECTIONS_OF_A_NODE_MAX = 8
+#: Streams (watches and large reads) of one connection. An agent has one for each distinct query of its host.
+STREAMS_MAX = 8192
+#: An agent is one client of the log. Each remembered client costs every server memory, and the oldest is forgotten.
+CLIENTS_OF_A_CONNECTION_MAX = 8
+#: What a command or query of an agent may be: the log is for ever, and every server has to live with what is in it.
+NAME_CHARS_MAX, TEXT_CHARS_MAX, ITEMS_MAX, DEPTH_MAX = 16 << 10, 128 << 10, 16 << 10, 32
 #: Answers up to this many rows are evaluated in one go; larger ones in slices, by `watches.py`.
 SMALL_ANSWER_ROWS = 32
 
@@ -42,10 +58,24 @@ class Peer:
     key_hash: str  # "" on the Unix socket
     address: str
     local: bool = False
+    public_key: bytes = b""  # DER; its hash is `key_hash`
+    #: "server" only for a connection between servers; what an agent says of its role decides nothing
     role: str = "client"
     name: str = ""
     node_id: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    clients: set[str] = field(default_factory=set)
+    heard: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What the hello of an agent says of its node, checked."""
+
+    datacenter: str
+    address: str
+    serf_port: int
+    version: str
 
 
 class Endpoint:
@@ -67,21 +97,22 @@ class Endpoint:
         self._server_key = server_key  # key hash -> server id in the replicated member list, or None
         self._enrol, self._accept_raft, self._bootstrap = enrol, accept_raft, bootstrap
         self._acts, self._about = acts, about
-        self._handshakes = asyncio.Semaphore(HANDSHAKES_AT_ONCE)
-        self._waiting = 0
         self._rejects = RateLimited(log, 10.0)
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
         #: sessions of agents, by node name; the newest wins
         self.sessions: dict[str, Served] = {}
-        self._connections: set[FrameConnection] = set()
+        self._connections: dict[FrameConnection, Peer] = {}
+        self._of_node: dict[str, dict[FrameConnection, None]] = {}
+        self._timer = self._loop.call_later(1.0, self._drop_silent)
 
     # -- doors ------------------------------------------------------------------------------------------------
 
     def listen_tcp(self, listener: socket.socket, context: Callable[[], ssl.SSLContext]) -> None:
         listener.setblocking(False)
         self._sockets.append(listener)
-        self._spawn(self._accept(listener, lambda s, a: self._tls(s, a, context())))
+        handshakes = Handshakes(context)
+        self._spawn(self._accept(listener, lambda s, a: self._tls(s, a, handshakes)))
 
     def listen_unix(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -98,6 +129,7 @@ class Endpoint:
         self._spawn(self._accept(listener, self._local))
 
     def close(self) -> None:
+        self._timer.cancel()
         for listener in self._sockets:
             listener.close()
         for connection in list(self._connections):
@@ -106,6 +138,17 @@ class Endpoint:
     @property
     def connections(self) -> int:
         return len(self._connections)
+
+    def heard(self) -> Iterator[str]:
+        """The nodes whose agents have a session here and were heard just now: a cut network closes no connection."""
+        now = time.monotonic()
+        return (name for name, served in self.sessions.items() if now - served.peer.heard <= FRESH_S)
+
+    def _drop_silent(self) -> None:
+        self._timer = self._loop.call_later(1.0, self._drop_silent)
+        now = time.monotonic()
+        for connection in [c for c, peer in self._connections.items() if now - peer.heard > SILENT_S]:
+            connection.abort("silent")
 
     async def _accept(self, listener: socket.socket, serve: Callable[[socket.socket, str], Awaitable[None]]) -> None:
         while True:
@@ -118,30 +161,41 @@ class Endpoint:
                 self._rejects.warn("cannot accept a connection", error=str(e))
                 await asyncio.sleep(0.1)
                 continue
-            if self._waiting >= HANDSHAKES_WAITING_MAX:
-                accepted.close()
-                continue
             accepted.setblocking(False)
-            self._spawn(serve(accepted, address[0] if isinstance(address, tuple) else "local"))
+            self._spawn(self._admit(accepted, address[0] if isinstance(address, tuple) and address else "local", serve))
 
-    async def _tls(self, accepted: socket.socket, address: str, context: ssl.SSLContext) -> None:
+    async def _admit(
+        self, accepted: socket.socket, address: str, serve: Callable[[socket.socket, str], Awaitable[None]]
+    ) -> None:
+        """A stranger is at the door. Nothing that he makes happen may leave this function."""
+        try:
+            await serve(accepted, address)
+        except (OSError, ssl.SSLError, TimeoutError) as e:
+            self._reject(address, explain(e))
+            accepted.close()
+        except Exception as e:
+            log.err("a connection failed in an unforeseen way", peer=address, exc_info=e)
+            accepted.close()
+
+    def _reject(self, address: str, reason: str) -> None:
+        self._rejects.warn("rejected a connection", peer=address, reason=reason)
+
+    async def _tls(self, accepted: socket.socket, address: str, handshakes: Handshakes) -> None:
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection, first = self._expecting()
-        self._waiting += 1
-        try:
-            async with self._handshakes:
-                await self._loop.connect_accepted_socket(
-                    lambda: connection, accepted, ssl=context, ssl_handshake_timeout=HELLO_S
-                )
-        except (OSError, ssl.SSLError, TimeoutError) as e:
-            accepted.close()
-            self._rejects.warn("rejected a connection", peer=address, reason=explain(e))
-            return
-        finally:
-            self._waiting -= 1
+        await handshakes.shake(accepted, connection)
         ssl_object = connection.ssl_object
-        assert ssl_object is not None
-        await self._greet(connection, first, Peer(key_hash=peer_key_hash(ssl_object), address=address))
+        if ssl_object is None:
+            raise ConnectionResetError("closed after the handshake")
+        try:
+            public_key, (node_id, name) = peer_public_key(ssl_object), peer_node(ssl_object)
+            key_hash = peer_key_hash(ssl_object)
+        except ValueError as e:
+            connection.abort("not a node")
+            self._reject(address, str(e))
+            return
+        peer = Peer(key_hash=key_hash, address=address, public_key=public_key, node_id=node_id, name=name)
+        await self._greet(connection, first, peer)
 
     async def _local(self, accepted: socket.socket, address: str) -> None:
         pid, uid, _ = struct.unpack("3i", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -156,7 +210,8 @@ class Endpoint:
     def _expecting(self) -> tuple[FrameConnection, asyncio.Future[bytes]]:
         """A connection and its first frame, which may arrive with the end of the handshake."""
         first: asyncio.Future[bytes] = self._loop.create_future()
-        connection = FrameConnection()
+        first.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
+        connection = FrameConnection(frame_bytes_max=HELLO_BYTES_MAX)
 
         def on_first(payload: bytes) -> None:
             if first.done():
@@ -169,35 +224,44 @@ class Endpoint:
         return connection, first
 
     async def _greet(self, connection: FrameConnection, first: asyncio.Future[bytes], peer: Peer) -> None:
+        where = peer.address or "local"
         try:
             message = check_hello(await asyncio.wait_for(first, HELLO_S))
             await self._serve(connection, peer, message)
         except RostraError as e:
-            self._rejects.warn("rejected a connection", peer=peer.address or "local", reason=e.message)
+            self._reject(where, e.message)
             connection.send(hello_error(e))
             connection.close()
-        except (ConnectionError, TimeoutError) as e:
-            self._rejects.warn(
-                "rejected a connection: no hello", peer=peer.address or "local", error=str(e) or "timed out"
-            )
-            connection.abort()
+        except TimeoutError:
+            self._reject(where, "no hello in time")
+            connection.abort("no hello")
+        except ConnectionError as e:
+            self._reject(where, f"no hello: {e}")
+            connection.abort("no hello")
+        except BaseException:
+            connection.abort("failed")
+            raise
 
     # -- what a connection is for -----------------------------------------------------------------------------
 
     async def _serve(self, connection: FrameConnection, peer: Peer, message: dict[str, Any]) -> None:
         protocol = message.get("protocol")
-        cluster = str(message.get("cluster") or "")
+        cluster = _text(message, "cluster", 64)
         ours = self._node.cluster_id
         if cluster and ours and cluster != ours:
             raise Denied(f"the peer belongs to cluster {cluster}, this server to {ours}")
-        peer.name, peer.node_id = str(message.get("name", "")), str(message.get("node_id", ""))
+        name, node_id = _text(message, "name", 64), _text(message, "node_id", 64)
+        if peer.local:
+            peer.name, peer.node_id = name, node_id
+        elif name != peer.name or (node_id and node_id != peer.node_id):
+            raise Denied(f"the hello speaks for node {name!r}, but the certificate is that of {peer.name!r}")
+        if not _NODE_NAME.fullmatch(peer.name):
+            raise BadRequest("the hello names no node: 1 to 64 letters, digits, '-', '_' or '.'")
         if protocol in ("raft", "peer"):
-            server_id = self._server_key(peer.key_hash)
+            server_id = self._server_key(peer.key_hash) if peer.key_hash else None
             if server_id is None or server_id != peer.node_id:
-                raise Denied(
-                    f"{peer.name or 'the peer'} is not a server of this cluster ({protocol} connection refused)"
-                )
-            peer.role, peer.name = "server", peer.name
+                raise Denied(f"{peer.name} is not a server of this cluster ({protocol} connection refused)")
+            peer.role = "server"
             if protocol == "raft":
                 connection.send(hello("raft", **self._about()))
                 connection.flush()
@@ -208,34 +272,60 @@ class Endpoint:
             self._take(connection, peer, self._handle_bootstrap)
         elif protocol == "rpc":
             peer.about = message
-            peer.role = str(message.get("role", "client"))
-            if not peer.name:
-                raise BadRequest("the hello names no node")
             await self._enrol(peer)
             served = self._take(connection, peer, self._handle_rpc)
             if served is not None:
                 self.sessions[peer.name] = served
         else:
-            raise BadRequest(f"unknown protocol {protocol!r}")
+            raise BadRequest(f"unknown protocol {str(protocol)[:32]!r}")
 
     def _take(
         self, connection: FrameConnection, peer: Peer, handle: Callable[[Served, int, str, tuple[Any, ...]], None]
     ) -> Served | None:
         if not connection.open:
             return None
-        served = Served(connection, handle, peer)
-        self._connections.add(connection)
+        served = Served(connection, self._guarded(handle), peer)
+        peer.heard = time.monotonic()
+        self._connections[connection] = peer
+        of_node = self._of_node.setdefault(peer.key_hash, {})
+        of_node[connection] = None
 
         def lost(reason: str) -> None:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
+            of_node.pop(connection, None)
+            if not of_node and self._of_node.get(peer.key_hash) is of_node:
+                del self._of_node[peer.key_hash]
             served.on_lost(reason)
             if self.sessions.get(peer.name) is served:
                 del self.sessions[peer.name]
+            if reason.startswith(_VIOLATIONS):
+                self._rejects.warn("dropped a connection", key=peer.name, node=peer.name, reason=reason)
 
-        connection.on_frame = served.on_frame
+        def frame(payload: bytes) -> None:
+            peer.heard = time.monotonic()
+            served.on_frame(payload)
+
+        connection.on_frame = frame
         connection.on_lost = lost
+        connection.raise_bound(RPC_FRAME_BYTES_MAX)
         connection.send(hello("ok", **self._about()))
+        while not peer.local and len(of_node) > CONNECTIONS_OF_A_NODE_MAX:
+            next(iter(of_node)).abort("too many connections of one node")
         return served
+
+    def _guarded(
+        self, handle: Callable[[Served, int, str, tuple[Any, ...]], None]
+    ) -> Callable[[Served, int, str, tuple[Any, ...]], None]:
+        def guarded(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+            try:
+                handle(served, request_id, verb, arguments)
+            except (RostraError, TypeError, ValueError, IndexError, KeyError):
+                raise  # the peer's mistakes, which `Served` tells it
+            except Exception as e:
+                self._rejects.err("a request failed in an unforeseen way", verb=verb[:64], error=repr(e))
+                served.fail(request_id, Internal(f"{verb[:64]}: unforeseen error"))
+
+        return guarded
 
     # -- verbs ------------------------------------------------------------------------------------------------
 
@@ -245,13 +335,13 @@ class Endpoint:
             self._write(served, request_id, _origin(origin), kind, args, served.peer.name)
         elif verb == "read":
             kind, args, min_index, _token = arguments
-            self._read(served, request_id, QUERY_VOCABULARY.decode(kind, args), int(min_index))
+            self._read(served, request_id, _query(served, kind, args), _index(min_index))
         elif verb == "barrier":
             mode, since = arguments
-            self._barrier(served, request_id, mode, int(since))
+            self._barrier(served, request_id, mode, _index(since))
         elif verb == "watch":
             kind, args, _token = arguments
-            query = QUERY_VOCABULARY.decode(kind, args)
+            query = _query(served, kind, args)
             self._node.counts["watches_opened"] += 1
             self._node.watches.subscribe(query, served.open_stream(request_id))
         elif verb == "act":
@@ -279,12 +369,20 @@ class Endpoint:
 
     def _handle_bootstrap(self, served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
         (args,) = arguments
+        if not isinstance(args, dict):
+            raise BadRequest("the arguments of a greeting are a map")
         served.reply(request_id, self._bootstrap(verb, args, served.peer.key_hash))
 
     def _write(self, served: Served, request_id: int, origin: Any, kind: str, args: Any, actor: str) -> None:
         node = self._node
         if kind not in EDGE_VOCABULARY:
-            raise Denied(f"{kind} is not a command for agents")
+            raise Denied(f"{str(kind)[:64]} is not a command for agents")
+        check_arguments(args)
+        clients = served.peer.clients
+        if origin[0] not in clients:
+            if len(clients) >= CLIENTS_OF_A_CONNECTION_MAX:
+                raise Denied(f"more than {CLIENTS_OF_A_CONNECTION_MAX} clients write on one connection")
+            clients.add(origin[0])
         if node.is_leader:
             # The common case without a task: validate, append, answer when it is applied.
             try:
@@ -312,13 +410,13 @@ class Endpoint:
                     served.refuse(request_id, result[1], result[2])
             else:
                 # Leadership was lost: find the next leader under the same origin.
-                self._spawn(
-                    self._settle(
-                        served,
-                        request_id,
-                        self._node.write(origin, kind, args, actor=actor, source=served.peer.address),
-                    )
-                )
+                again = self._node.write(origin, kind, args, actor=actor, source=served.peer.address)
+                work = self._settle(served, request_id, again)
+                try:
+                    self._spawn(work)
+                except RostraError as e:  # this server is stopping
+                    again.close()
+                    served.fail(request_id, e)
 
         future.add_done_callback(done)
 
@@ -348,6 +446,8 @@ class Endpoint:
             self._read_now(stream, query)
         except RostraError as e:
             stream.fail(e)
+        except Exception as e:
+            stream.fail(self._unforeseen("read", e))
 
     def _read_now(self, stream: Any, query: Any) -> None:
         try:
@@ -374,10 +474,11 @@ class Endpoint:
     async def _barrier_round(self, served: Served, request_id: int, mode: str, since: int) -> None:
         try:
             await self._node.barrier(mode)
+            self._reply_barrier(served, request_id, since)
         except RostraError as e:
             served.fail(request_id, e)
-        else:
-            self._reply_barrier(served, request_id, since)
+        except Exception as e:
+            served.fail(request_id, self._unforeseen("barrier", e))
 
     def _reply_barrier(self, served: Served, request_id: int, since: int) -> None:
         store = self._node.store
@@ -389,7 +490,9 @@ class Endpoint:
     def _act(self, served: Served, request_id: int, kind: str, args: dict[str, Any]) -> None:
         act = self._acts.get(kind)
         if act is None:
-            raise BadRequest(f"unknown act {kind!r}")
+            raise BadRequest(f"unknown act {str(kind)[:64]!r}")
+        if not isinstance(args, dict):
+            raise BadRequest(f"{kind}: the arguments are a map")
         self._spawn(self._settle(served, request_id, act(served.peer, args)))
 
     async def _settle(self, served: Served, request_id: int, work: Awaitable[Any]) -> None:
@@ -397,10 +500,110 @@ class Endpoint:
             served.reply(request_id, await work)
         except RostraError as e:
             served.fail(request_id, e)
+        except (TypeError, ValueError, LookupError) as e:
+            # Arguments of the wrong kind or missing ones: the peer's mistake, told to the peer.
+            served.fail(request_id, BadRequest(f"malformed arguments: {type(e).__name__}: {e}"))
+        except Exception as e:
+            served.fail(request_id, self._unforeseen("request", e))
+
+    def _unforeseen(self, what: str, error: Exception) -> Internal:
+        self._rejects.err("a request failed in an unforeseen way", verb=what, error=repr(error))
+        return Internal(f"{what}: unforeseen error")
+
+
+# -- what a peer may say ---------------------------------------------------------------------------------------------
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
+#: Beginnings of the reasons for which `FrameConnection` and `Served` end a connection by themselves.
+_VIOLATIONS = ("frame of", "malformed", "peer does not read", "silent", "too many")
+
+
+def about_node(message: dict[str, Any], own_datacenter: str, seen_address: str) -> About:
+    """The parts of an agent's hello. Raises BadRequest for what is not what it should be."""
+    address = _text(message, "address", 253) or seen_address
+    try:
+        ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        if not _HOST_NAME.fullmatch(address):
+            raise BadRequest(f"address {address!r} is neither an IP address nor a host name") from None
+    port = message.get("serf_port", 8301)
+    if type(port) is not int or not 0 < port < 65536:
+        raise BadRequest("serf_port is not a port")
+    return About(_text(message, "datacenter", 64) or own_datacenter, address, port, _text(message, "version", 64))
+
+
+def check_arguments(args: Any) -> None:
+    """Bounds for what agents put into the log and ask for. Raises BadRequest or TooLarge.
+
+    Nesting is what matters most: a map that recursion cannot follow would stop every server that applies it, for ever.
+    """
+    if type(args) is not dict:
+        raise BadRequest("the fields must be a map")
+    deeper: list[Any] = []
+    for value in args.values():
+        kind = type(value)
+        if kind is str:
+            if len(value) > NAME_CHARS_MAX:
+                raise TooLarge(f"a field of {len(value)} characters; at most {NAME_CHARS_MAX} are allowed")
+        elif kind is dict or kind is tuple:
+            deeper.append(value)
+        elif kind not in _PLAIN and kind is not bytes:
+            raise BadRequest(f"a field is of type {kind.__name__}")
+    depth, count = 0, 0
+    while deeper:
+        depth += 1
+        if depth > DEPTH_MAX:
+            raise TooLarge(f"maps and lists are nested more than {DEPTH_MAX} deep")
+        level, deeper = deeper, []
+        for holder in level:
+            count += len(holder)
+            if count > ITEMS_MAX:
+                raise TooLarge(f"more than {ITEMS_MAX} items in maps and lists")
+            for value in (*holder, *holder.values()) if type(holder) is dict else holder:
+                kind = type(value)
+                if kind is str:
+                    if len(value) > TEXT_CHARS_MAX:
+                        raise TooLarge(f"a text of {len(value)} characters; at most {TEXT_CHARS_MAX} are allowed")
+                elif kind is dict or kind is tuple:
+                    deeper.append(value)
+                elif kind is float:
+                    if not math.isfinite(value):
+                        raise BadRequest("a number is not finite")
+                elif kind not in _PLAIN:
+                    raise BadRequest(f"a value is of type {kind.__name__}")
+
+
+_PLAIN = frozenset((type(None), bool, int, float))
+
+
+def _query(served: Served, kind: Any, args: Any) -> Any:
+    if len(served.streams) >= STREAMS_MAX:
+        raise TooLarge(f"more than {STREAMS_MAX} watches on one connection")
+    query = QUERY_VOCABULARY.decode(kind, args)
+    check_arguments(args)
+    return query
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise BadRequest("an index is a number from 0 on")
+    return value
+
+
+def _text(message: dict[str, Any], name: str, chars_max: int) -> str:
+    value = message.get(name, "")
+    if value is None:
+        return ""
+    if type(value) is not str or len(value) > chars_max or not value.isprintable():
+        raise BadRequest(f"the hello's {name} is not a text of at most {chars_max} characters")
+    return value
 
 
 def _origin(origin: Any) -> tuple[str, int, int]:
     client, sequence, first = origin
-    if not (isinstance(client, str) and isinstance(sequence, int) and isinstance(first, int) and first <= sequence):
+    if not (type(client) is str and type(sequence) is int and type(first) is int and 0 <= first <= sequence < 1 << 63):
         raise BadRequest("malformed origin of a write")
+    if not 0 < len(client) <= 64:
+        raise BadRequest("a client's id has 1 to 64 characters")
     return client, sequence, first

@@ -89,7 +89,7 @@ class Leader:
         self._leading_since = 0.0
         self._leading = False
         self._prepared = False
-        self._logged_checkpoint: tuple[int, int] | None = None
+        self._logged_checkpoint: StateHash | None = None
         self._last_report = 0.0
         self._renewed: dict[str, None] = {}
         self._kick = asyncio.Event()
@@ -105,7 +105,7 @@ class Leader:
             self._heard[name] = now
 
     def renew(self, session_id: str) -> SessionRow | None:
-        """Under the lease: the session's clock starts again at once, the other servers learn of it with the next tick."""
+        """Under the lease: the session's clock starts again now; the other servers learn of it with the next tick."""
         if not self._node.is_leader:
             raise NoLeader
         row = self._node.store.tables.sessions.get(session_id)
@@ -123,6 +123,10 @@ class Leader:
                 pass  # lost it meanwhile
             except RostraError as e:
                 log.err("a duty of the leader was refused", error=e.message)
+            except Exception as e:
+                # A defect in a duty breaks no promise of the log: say so, and lead on.
+                log.err("a duty of the leader failed", exc_info=e)
+                await asyncio.sleep(1.0)
             try:
                 await asyncio.wait_for(self._kick.wait(), TICK_S)
             except TimeoutError:
@@ -152,7 +156,7 @@ class Leader:
         checkpoint = node.store.checkpoint()
         if checkpoint is not None and checkpoint != self._logged_checkpoint:
             self._logged_checkpoint = checkpoint
-            await node.own_write(StateHash(index=checkpoint[0], hash=checkpoint[1]), hold_s=2)
+            await node.own_write(checkpoint, hold_s=2)
         if self._renewed:
             ids, self._renewed = tuple(self._renewed), {}
             await node.own_write(RenewSessions(ids=ids), hold_s=2)

@@ -40,7 +40,7 @@ class ServerNode:
         self.cluster_id = ""
         self.watches = Watches(self.store, spawn)
         self.raft: RaftLog | None = None
-        #: (server id) -> caller on the connection to that server, or None while it is down. Set by the composition root.
+        #: (server id) -> caller to that server, or None while it is down. Set by the composition root.
         self.peer: Callable[[str], Any] = lambda server_id: None
         self.on_effects: Callable[[Sequence[tuple[Any, ...]]], None] = lambda effects: None
         self._loop = asyncio.get_running_loop()
@@ -88,6 +88,13 @@ class ServerNode:
                 self.session_seen.pop(effect[1], None)
             elif what == "lock-released" and effect[2]:
                 self.lock_delays[effect[1]] = now + effect[2] / 1000
+            elif what == "state-differs":
+                log.err(
+                    "this server's state differs from the leader's: stop it, remove its data, and let it join anew",
+                    index=effect[1],
+                    leader=f"{effect[2]:016x}",
+                    here=f"{effect[3]:016x}",
+                )
         self.on_effects(effects)
 
     def role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
@@ -197,7 +204,7 @@ class ServerNode:
     ) -> Awaitable[Any]:
         """On the leader: validate, decide what must be decided before the log, append. Resolves to a result tuple."""
         raft = self._running()
-        if not raft.is_leader:
+        if not raft.is_leader or not (self.store.cluster_id or kind == "cluster.bootstrap"):
             raise NoLeader
         command = COMMAND_VOCABULARY.decode(kind, args)
         if not command.allowed(self._can):

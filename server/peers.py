@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rostra.runtime.log import get
-from rostra.runtime.tls import peer_key_hash
+from rostra.runtime.tls import explain, peer_key_hash
 from rostra.server.raft.log import Member
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Denied, NoLeader, RostraError
@@ -31,9 +31,22 @@ PING_TIMEOUT_S = 1.5
 async def dial(
     host: str, port: int, context: ssl.SSLContext, greeting: bytes, *, key_hash: str | None, timeout_s: float = DIAL_S
 ) -> tuple[FrameConnection, dict[str, Any], str]:
-    """An open connection after both hellos, the peer's hello and its key hash.
+    """An open connection after both hellos, the peer's hello and its key hash. Raises as `ask` does, and BadRequest."""
+    connection, answer, shown = await ask(host, port, context, greeting, key_hash=key_hash, timeout_s=timeout_s)
+    try:
+        return connection, check_hello(answer), shown
+    except RostraError:
+        connection.abort("refused")
+        raise
 
-    `key_hash` None accepts any key that the trust anchors vouch for. Raises RostraError; NoLeader where nobody answers.
+
+async def ask(
+    host: str, port: int, context: ssl.SSLContext, first_frame: bytes, *, key_hash: str | None, timeout_s: float
+) -> tuple[FrameConnection, bytes, str]:
+    """Dial, send one frame, wait for one: the connection, the answer, and the hash of the peer's key.
+
+    `key_hash` None accepts any key that the trust anchors vouch for. Raises Denied for another key, NoLeader where
+    nobody answers.
     """
     loop = asyncio.get_running_loop()
     connection = FrameConnection()
@@ -50,13 +63,13 @@ async def dial(
             shown = peer_key_hash(connection.ssl_object)
             if key_hash is not None and shown != key_hash:
                 raise Denied(f"{host}:{port} showed another key than the member list names")
-            connection.send(greeting)
-            return connection, check_hello(await first), shown
+            connection.send(first_frame)
+            return connection, await first, shown
     except (OSError, ssl.SSLError, TimeoutError) as e:
         connection.abort("dial failed")
         if first.done() and not first.cancelled():
             first.exception()
-        raise NoLeader(f"cannot reach {host}:{port}: {str(e) or 'timed out'}") from None
+        raise NoLeader(f"cannot reach {host}:{port}: {explain(e)}") from None
     except RostraError:
         connection.abort("refused")
         raise

@@ -23,24 +23,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rostra.server.bootstrap import Bootstrap, Membership, ServerInfo
-
 from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NodeIdentity, parse_secrets
 from rostra.runtime.service import Tasks
 from rostra.runtime.steps import LoopSteps
-from rostra.runtime.tls import client_context, server_context
 from rostra.server.acts import Acts
+from rostra.server.bootstrap import Bootstrap, Membership, ServerInfo
 from rostra.server.endpoint import Endpoint, Peer
 from rostra.server.leader import Leader
 from rostra.server.node import ServerNode
-from rostra.server.peers import Peers, dial
+from rostra.server.peers import Peers, ask, dial
 from rostra.server.raft.journal import DamagedJournal
 from rostra.server.raft.log import Member, RaftLog, Timing
 from rostra.server.settings import CoreSettings
 from rostra.server.state import cluster as cluster_commands
 from rostra.server.state.rows import MemberRow
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
+from rostra.wire.frames import pack
 from rostra.wire.rpc import Caller, hello
 
 log = logging.get("server")
@@ -77,18 +76,23 @@ class Core:
         self._directory = directory
         self._lock = DataDirectory.lock(directory / "server")
         self._identity = NodeIdentity.open(directory, s.node_name, parse_secrets(s.secrets))
-        dialling = client_context(self._identity)
-        self._dialling = lambda: dialling
-        node = self._node = ServerNode(
+        listener = _bind(s.bind, s.rpc_port)
+        self.rpc_port = listener.getsockname()[1]
+        node = self.node = ServerNode(
             node_id=self._identity.node_id, name=s.node_name, datacenter=s.datacenter, spawn=self._spawn
         )
-        self._peers = Peers(me=self._identity.node_id, context=self._dialling, about=self._about, spawn=self._spawn)
+        self._peers = Peers(
+            me=self._identity.node_id,
+            context=self._identity.client_context,
+            about=self._about,
+            spawn=self._spawn,
+        )
         node.peer = self._peers.caller
         me = ServerInfo(
             node_id=self._identity.node_id,
             name=s.node_name,
             address=s.advertise,
-            rpc_port=s.rpc_port,
+            rpc_port=self.rpc_port,
             key_hash=self._identity.key_hash,
             datacenter=s.datacenter,
         )
@@ -105,7 +109,7 @@ class Core:
             node,
             self._leader,
             self._peers.caller,
-            learn_candidates=self._learn,
+            learn_candidates=self.learn,
             servers=self._servers,
             metrics=self.metrics,
         )
@@ -119,18 +123,14 @@ class Core:
             acts=acts.table,
             about=self._about,
         )
-        if s.rpc_port >= 0:
-            listener = _bind(s.bind, s.rpc_port)
-            self.rpc_port = listener.getsockname()[1]
-            listening = server_context(self._identity)
-            self._endpoint.listen_tcp(listener, lambda: listening)
+        self._endpoint.listen_tcp(listener, self._identity.server_context)
         path = _socket_path(directory)
         self._endpoint.listen_unix(path)
         self._socket_path = path
         (directory / "server" / "socket").write_text(str(path))
         self._steps.start()
         self._tasks.start("join the cluster", self._join())
-        return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": s.rpc_port, "pid": os.getpid()}
+        return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
 
     async def stop(self) -> None:
         await self._tasks.stop(1.0)
@@ -139,6 +139,9 @@ class Core:
             await self._raft.stop()
         with contextlib.suppress(OSError):
             self._socket_path.unlink()
+            if self._socket_path.parent != self._directory / "server":
+                self._socket_path.parent.rmdir()  # made for it alone, see _socket_path
+        self._lock.release()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -165,7 +168,7 @@ class Core:
     async def _lead_in(self, membership: Membership) -> None:
         s = self.settings
         self._cluster_id = membership.cluster_id
-        self._node.cluster_id = membership.cluster_id
+        self.node.cluster_id = membership.cluster_id
         self._members = [
             Member(id=m.node_id, host=m.address, port=m.rpc_port, key_hash=m.key_hash, name=m.name)
             for m in membership.members
@@ -176,7 +179,7 @@ class Core:
             node_id=self._identity.node_id,
             cluster_id=membership.cluster_id,
             members=self._members,
-            apply=self._node.apply,
+            apply=self.node.apply,
             dial=self._peers.dial_raft,
             timing=Timing(heartbeat_s=s.heartbeat_s, election_min_s=s.election_min_s, election_max_s=s.election_max_s),
             on_role_change=self._role_changed,
@@ -190,7 +193,7 @@ class Core:
         except RostraError as e:
             log.err("this server does not start", reason=e.message)
             os._exit(EXIT_DAMAGED)
-        self._raft = self._node.raft = raft
+        self._raft = self.node.raft = raft
         self._peers.follow(self._members)
         # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).
         gc.collect()
@@ -201,7 +204,7 @@ class Core:
     def _role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
         name = next((m.name for m in self._members if m.id == leader_id), "")
         log.info("leadership", leader=name or "none", term=term, mine=is_leader)
-        self._node.role_changed(is_leader, leader_id, term)
+        self.node.role_changed(is_leader, leader_id, term)
         self._leader.kick()
 
     def _accept_raft(self, server_id: str, connection: Any) -> None:
@@ -217,7 +220,7 @@ class Core:
         return {
             "name": s.node_name,
             "node_id": self._identity.node_id,
-            "cluster": self._node.cluster_id,
+            "cluster": self.node.cluster_id,
             "datacenter": s.datacenter,
             "version": s.version,
         }
@@ -227,7 +230,7 @@ class Core:
             {"id": m.id, "name": m.name, "host": m.host, "port": m.port, "key_hash": m.key_hash} for m in self._members
         ]
 
-    def _learn(self, addresses: list[str]) -> None:
+    def learn(self, addresses: list[str]) -> None:
         for address in addresses:
             if address not in self._candidates and len(self._candidates) < 64:
                 self._candidates.append(address)
@@ -235,7 +238,7 @@ class Core:
     async def _call_bootstrap(self, address: str, kind: str, args: dict[str, Any]) -> tuple[dict[str, Any], str]:
         host, _, port = address.rpartition(":")
         connection, _, key_hash = await dial(
-            host, int(port), self._dialling(), hello("bootstrap", **self._about()), key_hash=None
+            host, int(port), self._identity.client_context(), hello("bootstrap", **self._about()), key_hash=None
         )
         try:
             caller = Caller(connection)
@@ -258,7 +261,7 @@ class Core:
             if peer.name != self.settings.node_name:
                 raise Conflict(f"the server of this host is called {self.settings.node_name}, not {peer.name}")
             return
-        known = self._node.store.tables.members.get(peer.name)
+        known = self.node.store.tables.members.get(peer.name)
         address = str(about.get("address") or peer.address)
         serf_port = int(about.get("serf_port", 8301))
         version = str(about.get("version", ""))
@@ -269,7 +272,7 @@ class Core:
             and (known.address, known.serf_port, known.version) == (address, serf_port, version)
         ):
             return
-        await self._node.own_write(
+        await self.node.own_write(
             cluster_commands.BindNode(
                 name=peer.name,
                 key_hash=peer.key_hash,
@@ -285,7 +288,7 @@ class Core:
 
     async def _ensure_roots(self) -> None:
         """The first leader of a cluster writes down who its servers are and makes the mesh's first root."""
-        node, s = self._node, self.settings
+        node, s = self.node, self.settings
         tables = node.store.tables
         if not node.store.cluster_id:
             await self._found_cluster()
@@ -320,7 +323,7 @@ class Core:
         from rostra.server.ca.issue import create_cluster_ca
 
         certificate, key = await asyncio.to_thread(create_cluster_ca, int(time.time() * 1000))
-        await self._node.own_write(
+        await self.node.own_write(
             cluster_commands.Bootstrap(
                 cluster_id=self._cluster_id,
                 members=tuple((m.id, m.name, m.host, m.key_hash) for m in self._members),
@@ -336,11 +339,11 @@ class Core:
     async def _probe(self, member: MemberRow) -> bool:
         """Does the agent on `member` still answer on its join port?"""
         try:
-            connection, _, _ = await dial(
+            connection, _, _ = await ask(
                 member.address,
                 member.serf_port,
-                self._dialling(),
-                hello("join", **self._about()),
+                self._identity.client_context(),
+                pack({"kind": "ping"}),
                 key_hash=member.key_hash,
                 timeout_s=1.0,
             )
@@ -351,7 +354,7 @@ class Core:
 
     def metrics(self) -> dict[str, Any]:
         """Numbers of this core, for /v1/agent/metrics: {"gauges": {name: n}, "counters": …, "histograms": …}."""
-        node, raft = self._node, self._raft
+        node, raft = self.node, self._raft
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {
             "is_leader": node.is_leader,
@@ -404,7 +407,7 @@ async def serve(settings: CoreSettings, ready: Callable[[dict[str, Any]], None],
             await core.stop()
 
 
-def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: Callable[[Any], None] | None) -> int:
+def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: Callable[[Any], Any] | None) -> int:
     """Run a server until SIGTERM, SIGINT (outside child mode) or the end of the lifeline. The exit status."""
     import uvloop
 

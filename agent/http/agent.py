@@ -29,7 +29,9 @@ from rostra.agent.http.fields import Fields
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
 from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
 from rostra.agent.local import LocalAgent, ScriptsDisabled
+from rostra.agent.metrics import Metrics
 from rostra.agent.proxycfg import ProxyConfigs
+from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
 from rostra.server.state.ca import Roots
 from rostra.server.state.cluster import Members
 from rostra.server.state.intention import IntentionsFor
@@ -41,6 +43,8 @@ Json = dict[str, Any]
 HASH_WAIT_DEFAULT_S = 300.0
 WAIT_MAX_S = 600.0
 _ASK_SERVERS_S = 1.0  # how long /self waits for what only servers know
+#: The core is not asked for its numbers more often, however many ask for metrics.
+CORE_METRICS_EVERY_S = 0.5
 _MEMBER_STATUS = {"alive": 1, "leaving": 2, "left": 3, "failed": 4}
 _HEALTH_STATUS = {PASSING: 200, WARNING: 429, CRITICAL: 503, MAINTENANCE: 503}
 
@@ -271,8 +275,10 @@ def _hashed_service(row: ServiceRow) -> tuple[Json, str]:
 
 async def self_(request: Request, agent: Agent) -> Response:
     config = agent.config
-    is_server = bool(getattr(config, "server", False) or getattr(config, "dev", False))
-    row = await _own_member(agent, is_server)
+    is_server = _is_server(agent)
+    row, leader, core = await asyncio.gather(
+        _own_member(agent, is_server), _ask(agent, "status.leader", ""), _core_metrics(agent, is_server)
+    )
     ttl_min_ns = int(float(getattr(config, "session_ttl_min_s", 10.0)) * SECOND)
     return json_response(
         {
@@ -288,7 +294,7 @@ async def self_(request: Request, agent: Agent) -> Response:
             "DebugConfig": _debug_config(agent, is_server, ttl_min_ns),
             "Coord": {"Vec": [0, 0, 0, 0, 0, 0, 0, 0], "Error": 1.5, "Adjustment": 0, "Height": 1e-05},
             "Member": member_json(row, agent.datacenter),
-            "Stats": await _stats(agent, is_server),
+            "Stats": _stats(agent, is_server, leader, core.get("raft") or {}),
             "Meta": dict(getattr(config, "node_meta", None) or {}),
         }
     )
@@ -308,10 +314,35 @@ async def version(request: Request, agent: Agent) -> Response:
 
 
 async def metrics(request: Request, agent: Agent) -> Response:
+    """The agent's numbers and, where a core runs beside it, the core's as gauges named `server.…`."""
+    core = Metrics()
+    add_gauges(core, "server", await _core_metrics(agent, _is_server(agent)))
     if request.query.get("format") == "prometheus":
-        text = agent.metrics.to_prometheus()
+        text = agent.metrics.to_prometheus() + core.to_prometheus().lstrip("\n")
         return Response(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-    return json_response(agent.metrics.to_json())
+    shown = agent.metrics.to_json()
+    shown["Gauges"] += core.to_json()["Gauges"]
+    return json_response(shown)
+
+
+def add_gauges(metrics: Metrics, name: str, value: Any) -> None:
+    """Numbers of a nested map as gauges with dotted names; `buckets` become cumulative counts labelled `le`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "buckets":
+                seen = 0
+                named = inner if isinstance(inner, dict) else dict(zip((*STEP_BUCKETS_MS, "inf"), inner))
+                for bound, count in named.items():
+                    seen += count
+                    metrics.gauge(f"{name}.bucket", seen, {"le": "+Inf" if bound == "inf" else str(bound)})
+            else:
+                add_gauges(metrics, f"{name}.{key}", inner)
+    elif isinstance(value, bool | int | float):
+        metrics.gauge(name, float(value))
+
+
+def _is_server(agent: Agent) -> bool:
+    return bool(getattr(agent.config, "server", False) or getattr(agent.config, "dev", False))
 
 
 async def host(request: Request, agent: Agent) -> Response:
@@ -357,22 +388,35 @@ async def _own_member(agent: Agent, is_server: bool) -> MemberRow:
             return MemberRow(*live.rows[agent.node_name])
     except RostraError:
         pass
-    address = str(getattr(agent.config, "advertise_addr", "") or "")
-    return MemberRow(agent.node_name, agent.node_id, "server" if is_server else "client", address, "")
+    role = "server" if is_server else "client"
+    return MemberRow(agent.node_name, agent.node_id, role, _own_address(agent), "")
 
 
-async def _stats(agent: Agent, is_server: bool) -> Json:
+async def _ask(agent: Agent, what: str, default: Any) -> Any:
+    """What the servers say, or `default`: a page about this agent must not fail for want of a server."""
+    try:
+        return await agent.servers.act(what, {}, timeout_s=_ASK_SERVERS_S) or default
+    except (RostraError, TimeoutError):
+        return default
+
+
+async def _core_metrics(agent: Agent, is_server: bool) -> Json:
+    """The numbers of the core on this host; another host's would be shown in the wrong place."""
+    if not is_server:
+        return {}
+    now = time.monotonic()
+    asked_at, numbers = agent.parts.get("core_metrics", (-1.0, {}))
+    if now - asked_at >= CORE_METRICS_EVERY_S:
+        numbers = await _ask(agent, "server.metrics", {})
+        agent.parts["core_metrics"] = (now, numbers)
+    return numbers  # type: ignore[no-any-return]
+
+
+def _stats(agent: Agent, is_server: bool, leader: str, raft: Json) -> Json:
     local = agent.local
     types = [c.row.type for c in local.checks.values()] if local is not None else []
-    leader = ""
-    raft: Json = {}
-    try:
-        leader = await agent.servers.act("status.leader", {}, timeout_s=_ASK_SERVERS_S) or ""
-        raft = await agent.servers.act("server.metrics", {}, timeout_s=_ASK_SERVERS_S) or {}
-    except (RostraError, TimeoutError):
-        pass
-    own = str(getattr(agent.config, "advertise_addr", "") or "")
-    stats = {
+    own = _own_address(agent)
+    stats: Json = {
         "agent": {
             "check_monitors": str(types.count("script")),
             "check_ttls": str(types.count("ttl")),
@@ -393,10 +437,14 @@ async def _stats(agent: Agent, is_server: bool) -> Json:
             "version": f"python{platform.python_version()}",
         },
     }
-    numbers = {k: str(v) for k, v in raft.items() if isinstance(v, str | int | float)} if isinstance(raft, dict) else {}
-    if numbers:
-        stats["raft"] = numbers
+    if raft:
+        stats["raft"] = {k: str(v).lower() for k, v in raft.items() if isinstance(v, str | int | float)}
     return stats
+
+
+def _own_address(agent: Agent) -> str:
+    config = agent.config
+    return str(getattr(config, "advertise_addr", "") or getattr(config, "bind_addr", "") or "")
 
 
 def _debug_config(agent: Agent, is_server: bool, ttl_min_ns: int) -> Json:

@@ -39,8 +39,12 @@ KEEPALIVE_S = 300.0
 REQUEST_S = 30.0
 BLOCKING_S = WAIT_MAX_S * 17 / 16 + REQUEST_S
 WRITE_S = 60.0
-WRITE_BYTES = 64 << 10
-TURN_BYTES = 256 << 10
+WRITE_BYTES = 32 << 10
+TURN_BYTES = 128 << 10
+#: Large bodies on their way at once: each socket that takes more is one more thing to do in a turn of the loop.
+LARGE_AT_ONCE = 8
+#: A large body whose reader pauses for longer goes on beside the others.
+PATIENCE_S = 0.02
 LINE_BYTES_MAX = 64 << 10
 #: Indenting larger bodies would hold the loop.
 PRETTY_INLINE_BYTES = 8 << 10
@@ -80,6 +84,7 @@ class HttpServer:
         self._per_client = connections_per_client
         self._clients: dict[str, int] = {}
         self.turns = WriteTurns()
+        self._deadlines = Deadlines()
         self.hot = HotReads(agent.servers, agent.metrics, _date_line)
         self._server = _Server(self)
         self._listeners: list[asyncio.Server] = []
@@ -131,6 +136,7 @@ class HttpServer:
         for listener in self._listeners:
             listener.close()
         await self.hot.close()
+        self._deadlines.stop()
         self._server.pre_shutdown()
         await self._server.shutdown(timeout_s)
         for path in self._unix_paths:
@@ -174,14 +180,21 @@ class HttpServer:
         raw = connection.take_whole_get() if isinstance(connection, HotConnection) else None
         name = "unknown"
         keep_alive = base.keep_alive
+        self._deadlines.begin(REQUEST_S)
         try:
             response, name = await self._respond(base)
-        except (asyncio.CancelledError, ConnectionError):
+        except asyncio.CancelledError:
+            if not self._deadlines.expired():
+                raise
+            response, keep_alive = error_response(TimeoutError()), False
+        except ConnectionError:
             raise
         except Exception as e:
             response = error_response(e)
             if isinstance(e, _CloseAfter):
                 keep_alive = False
+        finally:
+            self._deadlines.end()
         if keep_alive and raw is not None and response.hot is not None and base.version == (1, 1):
             self._remember(raw, response)
         self._histogram(name).add((time.perf_counter() - started) * 1000.0)
@@ -192,7 +205,7 @@ class HttpServer:
         if not target.startswith("/"):
             target = _origin_form(target)
         raw_path = target.partition("?")[0]
-        path = unquote(raw_path) if "%" in raw_path else raw_path
+        path = _decoded(raw_path) if "%" in raw_path else raw_path
         if "//" in path or "/." in path:
             clean = _clean(path)
             if clean != path:
@@ -207,19 +220,13 @@ class HttpServer:
             return _other_method(method, match), "unknown"
         if "Host" not in base.headers and base.version == (1, 1):
             raise _CloseAfter(400, "400 Bad Request: missing required Host header")
-        async with asyncio.timeout(REQUEST_S) as limit:
-            body = await _read_body(base, route.body_bytes_max) if base.can_read_body else b""
-            request = Request(
-                method,
-                target,
-                headers=base.headers,
-                body=body,
-                remote=base.remote or "",
-                params=match.params,
-            )
-            if request.query and any(request.query.has(name) for name in _BLOCKS):
-                limit.reschedule(asyncio.get_running_loop().time() + BLOCKING_S)
-            response = await route.handler(request, self._agent)
+        body = await _read_body(base, route.body_bytes_max) if base.can_read_body else b""
+        request = Request(
+            method, target, headers=base.headers, body=body, remote=base.remote or "", params=match.params
+        )
+        if request.query and any(request.query.has(name) for name in _BLOCKS):
+            self._deadlines.extend(BLOCKING_S)
+        response = await route.handler(request, self._agent)
         if request.query.has("pretty") and response.headers.get("Content-Type") == JSON_TYPE:
             response = await _pretty(response)
         return response, f"{method} {route.path}"
@@ -285,14 +292,88 @@ class _Connection(HotConnection):
         return Reply(request, Response(status, text, {"Content-Type": TEXT_TYPE}), False, self.turns)
 
 
-class WriteTurns:
-    """Shares the loop among large bodies: so many bytes are written per turn, whoever they are for, in order."""
+class Deadlines:
+    """Bounds the time of requests: a look at all of them now and then costs less than a timer for each."""
 
-    def __init__(self, bytes_per_turn: int = TURN_BYTES) -> None:
+    LOOK_S = 1.0
+
+    def __init__(self) -> None:
+        self._due: dict[asyncio.Task[Any], float] = {}
+        self._late: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, seconds: float) -> None:
+        """Cancel the current task unless it calls `end` within about `seconds`."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._due[task] = time.monotonic() + seconds
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.LOOK_S, self._look)
+
+    extend = begin
+
+    def end(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._due.pop(task, None)
+        self._late.discard(task)
+
+    def expired(self) -> bool:
+        """Whether the current task was cancelled by us; then it goes on."""
+        task = asyncio.current_task()
+        return task in self._late and task.uncancel() == 0
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        for task, due in list(self._due.items()):
+            if due <= now and task not in self._late:
+                self._late.add(task)
+                task.cancel()
+        if self._due:
+            self._timer = asyncio.get_running_loop().call_later(self.LOOK_S, self._look)
+
+
+class WriteTurns:
+    """Shares the loop among large bodies: few are written at once, and so many bytes per turn, in order of arrival.
+
+    When 300 watchers of a service are answered together, their sockets would all take more in the same turn.
+    """
+
+    def __init__(self, bytes_per_turn: int = TURN_BYTES, at_once: int = LARGE_AT_ONCE) -> None:
         self._bytes_per_turn = bytes_per_turn
         self._used = 0
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
         self._armed = False
+        self._places = at_once
+        self._entering: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        """Wait for a place among those that write. Whoever has one calls `leave` once."""
+        if self._places:
+            self._places -= 1
+            return
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entering.append(mine)
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        while self._entering:
+            waiter = self._entering.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._places += 1
 
     async def take(self, n: int) -> None:
         if not self._armed:
@@ -347,14 +428,33 @@ class Reply:
                 await self._drained()
             return
         transport.write(head)
-        view = memoryview(body)
-        for at in range(0, len(body), WRITE_BYTES):
-            await self._turns.take(WRITE_BYTES)
-            if base.transport is None:
-                raise ConnectionResetError("the client has gone")
-            transport.write(view[at : at + WRITE_BYTES])
-            if base.protocol._paused:
-                await self._drained()
+        await self._write_large(memoryview(body), transport)
+
+    async def _write_large(self, body: memoryview, transport: asyncio.Transport) -> None:
+        base, turns = self._base, self._turns
+        has_place = True
+
+        def give_place() -> None:
+            nonlocal has_place
+            if has_place:
+                has_place = False
+                turns.leave()
+
+        await turns.enter()
+        try:
+            for at in range(0, len(body), WRITE_BYTES):
+                await turns.take(WRITE_BYTES)
+                if base.transport is None:
+                    raise ConnectionResetError("the client has gone")
+                transport.write(body[at : at + WRITE_BYTES])
+                if base.protocol._paused:
+                    patience = asyncio.get_running_loop().call_later(PATIENCE_S, give_place)
+                    try:
+                        await self._drained()
+                    finally:
+                        patience.cancel()
+        finally:
+            give_place()
 
     async def _drained(self) -> None:
         try:
@@ -413,6 +513,17 @@ async def _read_body(base: BaseRequest, bytes_max: int) -> bytes:
             raise _too_large(size, bytes_max)
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _decoded(raw_path: str) -> str:
+    """The path of text that can be shown: what is not UTF-8 or not printable ends up in no key, log or header."""
+    try:
+        path = unquote(raw_path, errors="strict")
+    except UnicodeDecodeError:
+        raise HttpError(400, "the path is not UTF-8") from None
+    if not path.isprintable():
+        raise HttpError(400, "the path has unprintable characters")
+    return path
 
 
 def _too_large(size: int, bytes_max: int) -> HttpError:

@@ -19,6 +19,7 @@ from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.catalog import Deregister, Nodes, NodeServices, Register, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
+from rostra.server.state.rows import ServiceRow
 
 #: How many nodes `services?node-meta=` looks into at once.
 _NODES_MAX = 5000
@@ -79,7 +80,8 @@ async def services(request: Request, agent: Agent) -> Response:
             on_node = await agent.results.fetch(NodeServices(str(name)), mode=options.mode, token=request.token)
             for key, row in on_node.rows.items():
                 if key != ("",):
-                    found.setdefault(row[2], set()).update(row[5])
+                    instance = ServiceRow(*row)
+                    found.setdefault(instance.name, set()).update(instance.tags)
         response.body = orjson.dumps({name: sorted(tags) for name, tags in sorted(found.items())})
         response.hot = None
     return response
@@ -178,7 +180,7 @@ def service_map(given: Fields) -> dict[str, Any]:
         "meta": given.text_map("Meta"),
         "tagged_addresses": {} if tagged is None else _tagged(given.plain_map("TaggedAddresses")),
         "weight_passing": weights.integer("Passing", 1) if weights else 1,
-        "weight_warning": weights.integer("Warning", 1) if weights else 1,
+        "weight_warning": weights.integer("Warning") if weights else 1,
         "enable_tag_override": given.flag("EnableTagOverride"),
         "kind": given.text("Kind"),
         "proxy": snake_names(given.plain_map("Proxy")) if proxy else None,

@@ -19,11 +19,11 @@ from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.ca import CaConfig, Roots
 from rostra.server.state.intention import DeleteIntention, Intentions, IntentionsFor, SetIntention
-from rostra.server.state.rows import IntentionRow
+from rostra.server.state.rows import IntentionRow, RootRow
 from rostra.wire.errors import BadRequest
 
-_PRECEDENCE = 7
-_ID = 3
+_PRECEDENCE = IntentionRow._fields.index("precedence")
+_CERT, _INTERMEDIATES = RootRow._fields.index("cert_pem"), RootRow._fields.index("intermediates_pem")
 
 # -- certificates ------------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def _join_roots(parts: list[bytes]) -> bytes:
 
 
 def _encode_pem(key: Key, row: Row) -> bytes:
-    return b"" if key == "" else "".join((row[7], *row[8])).encode()
+    return b"" if key == "" else "".join((row[_CERT], *row[_INTERMEDIATES])).encode()
 
 
 _ROOTS = View("root", "root", _encode_root, _join_roots)

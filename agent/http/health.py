@@ -11,8 +11,10 @@ from rostra.agent.http.shapes import as_array, check_json, instance_json
 from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.health import Checks, ConnectInstances, NodeChecks, ServiceInstances
+from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 
-_STATUS, _SERVICE_ID, _SERVICE_TAGS, _NODE_META = 3, 6, 5, 5  # positions in CheckRow, CheckRow, ServiceRow, NodeRow
+_STATUS, _SERVICE_ID = CheckRow._fields.index("status"), CheckRow._fields.index("service_id")
+_SERVICE_TAGS, _NODE_META = ServiceRow._fields.index("tags"), NodeRow._fields.index("meta")
 
 _CHECKS = View("check", "check", lambda key, row: dump_json(check_json(row)), as_array)
 

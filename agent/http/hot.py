@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aiohttp.web_protocol import RequestHandler
@@ -165,6 +166,9 @@ class HotConnection(RequestHandler):
         if self._refused:
             return
         hot = self._hot
+        if not data:  # aiohttp's own way of saying: look again at what you have
+            super().data_received(data)
+            return
         if hot is None or not hot.enabled or self._lost_track:
             self._whole_get = None
             super().data_received(data)
@@ -276,23 +280,29 @@ class _FakeTransport(asyncio.Transport):
 
 async def insides_fit(make_connection: Callable[[], RequestHandler]) -> bool:
     """Whether aiohttp's connection still behaves as HotConnection assumes. Tries one request on a fake transport."""
+    transport = _FakeTransport()
+    connection = make_connection()
     try:
-        connection, transport = make_connection(), _FakeTransport()
-        connection.connection_made(transport)
-        if not await _turns(lambda: connection._waiter is not None):
-            return False
-        fits = not connection._messages and connection._payload_parser is None and not connection._paused
-        connection.data_received(b"GET /v1/self-test HTTP/1.1\r\nHost: self-test\r\n\r\n")
-        fits &= connection._waiter is None or connection._waiter.done()
-        fits &= await _turns(lambda: b"\r\n\r\n" in transport.written and connection._waiter is not None)
-        fits &= connection._waiter is not None and not connection._waiter.done() and not connection._messages
-        fits &= not connection._close and not connection._force_close and not connection._upgraded
-        fits &= connection._next_keepalive_close_time > 0 and connection._keepalive_timeout > 0
-        connection.force_close()
-        connection.connection_lost(None)
-        return fits and transport.closed
+        return await _one_request_fits(connection, transport)
     except Exception:  # whatever differs, differs
         return False
+    finally:
+        with suppress(Exception):
+            connection.force_close()
+            connection.connection_lost(None)
+
+
+async def _one_request_fits(connection: RequestHandler, transport: _FakeTransport) -> bool:
+    connection.connection_made(transport)
+    if not await _turns(lambda: connection._waiter is not None):
+        return False
+    fits = not connection._messages and connection._payload_parser is None and not connection._paused
+    connection.data_received(b"GET /v1/self-test HTTP/1.1\r\nHost: self-test\r\n\r\n")
+    fits &= connection._waiter is None or connection._waiter.done()
+    fits &= await _turns(lambda: b"\r\n\r\n" in transport.written and connection._waiter is not None)
+    fits &= connection._waiter is not None and not connection._waiter.done() and not connection._messages
+    fits &= not connection._close and not connection._force_close and not connection._upgraded
+    return fits and connection._next_keepalive_close_time > 0 and connection._keepalive_timeout > 0
 
 
 async def _turns(done: Callable[[], bool]) -> bool:

@@ -210,6 +210,8 @@ class Request:
         if not self.body.strip():
             raise BadRequest("Request decode failed: EOF")
         value = self.json()
+        if value is None:
+            return JsonObject()
         if not isinstance(value, JsonObject):
             raise BadRequest("Request decode failed: expected a JSON object")
         return value
@@ -232,14 +234,14 @@ class Match:
 class _Place:
     """A node of the tree of segments."""
 
-    __slots__ = ("one", "rest", "rest_name", "routes", "static")
+    __slots__ = ("names", "one", "rest", "routes", "static")
 
     def __init__(self) -> None:
         self.static: dict[str, _Place] = {}
         self.routes: dict[str, Route] = {}
         self.one: _Place | None = None
         self.rest: dict[str, Route] = {}
-        self.rest_name = ""
+        self.names: tuple[str, ...] | None = None
 
 
 class Router:
@@ -267,13 +269,14 @@ class Router:
             if segment.startswith("{"):
                 if i == len(segments) - 1:
                     place.rest[route.method] = route
-                    place.rest_name = segment[1:-1]
+                    place.names = _names(route.path)
                     return
                 place.one = place.one or _Place()
                 place = place.one
             else:
                 place = place.static.setdefault(segment, _Place())
         place.routes[route.method] = route
+        place.names = place.names or _names(route.path)
         if "{" not in route.path:
             self._exact[route.path] = Match(place.routes, {})
 
@@ -284,7 +287,7 @@ class Router:
         if child is not None:
             if end < 0:
                 if child.routes:
-                    return self._matched(child.routes, values)
+                    return self._matched(child, child.routes, values)
                 if child.rest:
                     return Match({}, {}, redirect=path + "/")
             else:
@@ -294,17 +297,23 @@ class Router:
         if place.one is not None and segment:
             if end < 0:
                 if place.one.routes:
-                    return self._matched(place.one.routes, (*values, segment))
+                    return self._matched(place.one, place.one.routes, (*values, segment))
             else:
                 found = self._walk(place.one, path, end + 1, (*values, segment))
                 if found is not None:
                     return found
         if place.rest:
-            return self._matched(place.rest, (*values, path[at:]))
+            return self._matched(place, place.rest, (*values, path[at:]))
         return None
 
     @staticmethod
-    def _matched(routes: Mapping[str, Route], values: tuple[str, ...]) -> Match:
-        pattern = next(iter(routes.values())).path
-        names = [s[1:-1] for s in pattern.split("/") if s.startswith("{")]
+    def _matched(place: _Place, routes: dict[str, Route], values: tuple[str, ...]) -> Match:
+        names = place.names or ()
+        if len(values) == 1:
+            value = values[0]
+            return Match(routes, {names[0]: unquote(value) if "%" in value else value})
         return Match(routes, {n: unquote(v) if "%" in v else v for n, v in zip(names, values)})
+
+
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(s[1:-1] for s in path.split("/") if s.startswith("{"))

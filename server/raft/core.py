@@ -1,17 +1,19 @@
 """pysyncobj's consensus core, and the only module that knows its private names.
 
-The core (0.3.17) decides elections and commits; it is given our journal and transport, loses its own snapshots, pickle,
-thread and sockets, and asks its `Owner` whether it may campaign, how to replicate and how to apply. Because this stands
-on private names, `check_library` compares the library's source with the one that was tested.
+The core (0.3.17) decides elections and commits; it is given our journal and transport, loses its own snapshots,
+pickle, thread and sockets, and asks its `Owner` whether it may campaign, how to replicate and how to apply. Because
+this stands on private names, `check_library` compares the library's source with the one that was tested.
 
 Facts of the library that the callers rely on: the log is never empty (entry 1 of term 0 is a no-op on every server);
-a leader counts itself at append, not at durability; `_onTick` does elections, commit, apply and heartbeats in that order;
-its clock is CLOCK_MONOTONIC_RAW.
+a leader counts itself at append, not at durability; `_onTick` does elections, commit, apply and heartbeats in that
+order; its clock is CLOCK_MONOTONIC_RAW.
 """
 
 from __future__ import annotations
 
+import _socket
 import hashlib
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
 from rostra.wire.errors import Internal
+
+# The library replaces this by a function for Windows, whatever the platform; others in this process use it.
+socket.inet_ntop = _socket.inet_ntop
 
 LIBRARY_SHA256 = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4"
 
@@ -109,27 +114,27 @@ class Core(library.SyncObj):  # type: ignore[misc]
 
     # -- what the core would do, and we do instead (the names are the library's, mangled)
 
-    def _SyncObj__connectedToAnyone(self) -> bool:  # noqa: N802
+    def _SyncObj__connectedToAnyone(self) -> bool:
         return self._owner.may_campaign()
 
-    def _SyncObj__sendAppendEntries(self) -> None:  # noqa: N802
+    def _SyncObj__sendAppendEntries(self) -> None:
         self._SyncObj__newAppendEntriesTime = library.monotonicTime() + self.conf.appendEntriesPeriod
         self._owner.send_appends()
 
-    def _SyncObj__applyLogEntries(self) -> bool:  # noqa: N802
+    def _SyncObj__applyLogEntries(self) -> bool:
         self._owner.apply_committed()
         return False
 
-    def _SyncObj__tryLogCompaction(self) -> None:  # noqa: N802
+    def _SyncObj__tryLogCompaction(self) -> None:
         """The core's snapshots lose data (research/raft.md H1, H3, H9, H22). Ours are taken elsewhere."""
 
-    def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:  # noqa: N802, N803
+    def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:
         raise Internal("the core tried to load a snapshot of its own")
 
-    def _SyncObj__doApplyCommand(self, command: bytes) -> None:  # noqa: N802
+    def _SyncObj__doApplyCommand(self, command: bytes) -> None:
         raise Internal("the core tried to apply an entry by itself")
 
-    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> None:  # noqa: N802
+    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> None:
         """Would unpickle; members do not change yet."""
 
     # -- its state, under names that can be spoken
@@ -161,7 +166,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
         return self._SyncObj__raftCommitIndex  # type: ignore[no-any-return]
 
     def applied_index(self) -> int:
-        return self._SyncObj__raftLastApplied  # type: ignore[no-any-return]
+        return self._SyncObj__raftLastApplied
 
     def set_applied_index(self, index: int) -> None:
         self._SyncObj__raftLastApplied = index

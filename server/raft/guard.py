@@ -1,9 +1,9 @@
 """Between the wire and pysyncobj's core: every rule that keeps the core from losing acknowledged writes.
 
-The core trusts messages to be fresh, in order, unique and of this term. The guard makes it so: it drops what is stale,
-rewrites an append so that only a real conflict truncates the log, clamps commit indexes to what was proved equal, and adds
-term and round to answers. The numbers H1… are those of research/raft.md, where each hazard was reproduced.
-Sans-IO: messages are dicts, sending and the core's door are callables.
+The core trusts messages to be fresh, in order, unique and of this term. The guard makes it so: it drops what is
+stale, rewrites an append so that only a real conflict truncates the log, clamps commit indexes to what was proved
+equal, and adds term and round to answers. The numbers H1… are those of research/raft.md, where each hazard was
+reproduced. Sans-IO: messages are dicts, sending and the core's door are callables.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Guard:
         self._answer_next = None
 
     def _only_conflicts(self, message: Message) -> Message:
-        """The same append without the entries that we have; the core truncates after `prevLogIdx` whatever comes (H2)."""
+        """The same append without what we have: the core truncates after `prevLogIdx`, whatever comes (H2)."""
         journal = self._journal
         first, last = journal.first_index, journal.last_index
         prev, entries = message["prevLogIdx"], message["entries"]

@@ -1,14 +1,15 @@
 """The journal: what this server has promised to remember, on disk, and the log that pysyncobj reads and writes.
 
-One append-only file, `journal-00000001`, written by nobody else. A frame is `u32 length, u32 crc32(body, seed = offset of
-the frame)`, little-endian, and its body one record. Space is zeroed before it is used, so that fdatasync has no metadata
-to write. Records are buffered; `start_sync` writes and syncs all of them at once, with at most one sync in flight.
-Whoever must not speak before the disk has it compares `lsn` (when it was said) with `durable_lsn`. An error of the disk
-is never retried (what an fsync that failed has lost is unknown): the owner must stop the process.
+One append-only file, `journal-00000001`, written by nobody else. A frame is `u32 length, u32 crc32(body, seed =
+offset of the frame)`, little-endian, and its body one record. Space is zeroed before it is used, so that fdatasync
+has no metadata to write. Records are buffered; `start_sync` writes and syncs all of them at once, with at most one
+sync in flight. Whoever must not speak before the disk has it compares `lsn` (when it was said) with `durable_lsn`. An
+error of the disk is never retried (what an fsync that failed has lost is unknown): the owner must stop the process.
 
 How a torn tail is told from damage: each write ends with a COMMIT record that says up to which offset everything was
-known to be on the disk. A bad frame below an offset that a later record vouches for is damage, and the journal refuses
-to open; a bad frame that nobody vouches for was being written when the power went, was never acknowledged, and is wiped.
+known to be on the disk. A bad frame below an offset that a later record vouches for is damage, and the journal
+refuses to open; a bad frame that nobody vouches for was being written when the power went, was never acknowledged,
+and is wiped.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def header(cluster_id: str, node_id: str) -> bytes:
 
 
 def encode_frame(body: bytes, offset: int) -> bytes:
-    """`body` as it stands in the file at `offset`. The offset seeds the checksum: a frame is valid in its place only."""
+    """`body` as it stands in the file at `offset`, which seeds the checksum: a frame is valid in its place only."""
     return _FRAME.pack(len(body), zlib.crc32(body, offset & 0xFFFFFFFF)) + body
 
 
@@ -210,7 +211,7 @@ class JournalFile:
 
     @classmethod
     def open(cls, directory: Path, cluster_id: str, node_id: str) -> tuple[JournalFile, Recovered]:
-        """The journal of `directory`, made if there is none. Raises DamagedJournal, NewerFormat, WrongJournal, JournalInUse."""
+        """The journal of `directory`, made if there is none. Raises DamagedJournal and the Conflicts above."""
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = directory / FILE_NAME
         if not path.exists():
@@ -257,7 +258,7 @@ class JournalFile:
             witness = _vouched_beyond(data, found.end, found.end + len(junk)) if junk else None
         if witness is not None:
             raise DamagedJournal(
-                f"{path} is damaged at byte {found.end}: the record at {witness} proves that it was written completely. "
+                f"{path} is damaged at byte {found.end}: the record at {witness} proves that it once was whole. "
                 "Nothing was changed. Restore the disk, or remove this server from the cluster and let it join anew"
             )
         if junk:
@@ -290,11 +291,11 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
 # -- the log --------------------------------------------------------------------------------------------------------
 
 
-class Journal(CoreJournal):
+class Journal(CoreJournal):  # type: ignore[misc]
     """The log in memory and its file. Without a file (`-dev`) everything counts as durable at once."""
 
     def __init__(self, file: Any | None, found: Recovered, *, inline: bool = False) -> None:
-        self._file = file
+        self._file: Any = file
         self._entries = found.entries
         self._term, self._vote, self._commit = found.term, found.vote, found.commit_index
         self.wiped_bytes = found.wiped_bytes
@@ -384,7 +385,7 @@ class Journal(CoreJournal):
         if self.durable_lsn < self.lsn:
             self._undurable.append((self.lsn, idx))
 
-    def deleteEntriesFrom(self, entryFrom: int) -> None:  # noqa: N802, N803
+    def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom >= len(self._entries):
             return
         index = self._entries[entryFrom][1]
@@ -393,7 +394,7 @@ class Journal(CoreJournal):
             self._undurable.pop()
         self._record(_INDEX.pack(TRUNC_FROM, index))
 
-    def deleteEntriesTo(self, entryTo: int) -> None:  # noqa: N802, N803
+    def deleteEntriesTo(self, entryTo: int) -> None:
         entryTo = min(entryTo, len(self._entries) - 1)  # the core cannot live with an empty log
         if entryTo <= 0:
             return
@@ -405,25 +406,25 @@ class Journal(CoreJournal):
         self._undurable.clear()
         self._record(_INDEX.pack(BASE, 0))
 
-    def setCurrentTerm(self, term: int, votedForNodeId: str | None) -> None:  # noqa: N802, N803
+    def setCurrentTerm(self, term: int, votedForNodeId: str | None) -> None:
         if (term, votedForNodeId) != (self._term, self._vote):
             self._term, self._vote = term, votedForNodeId
             self._record(_META.pack(META, term) + (votedForNodeId or "").encode())
 
-    def getCurrentTerm(self) -> int:  # noqa: N802
+    def getCurrentTerm(self) -> int:
         return self._term
 
-    def getVotedForNodeId(self) -> str | None:  # noqa: N802
+    def getVotedForNodeId(self) -> str | None:
         return self._vote
 
-    def setRaftCommitIndex(self, raftCommitIndex: int) -> None:  # noqa: N802, N803
+    def setRaftCommitIndex(self, raftCommitIndex: int) -> None:
         """Written with the next records, behind the entries that it covers; nobody waits for it."""
         self._commit = raftCommitIndex
 
-    def getRaftCommitIndex(self) -> int:  # noqa: N802
+    def getRaftCommitIndex(self) -> int:
         return min(self._commit, self._entries[-1][1])
 
-    def onOneSecondTimer(self) -> None:  # noqa: N802
+    def onOneSecondTimer(self) -> None:
         """Put the commit index, and up to where the disk is trusted, on record when nothing else is being written."""
         if not self._buffer and self._noted != (self._commit, self._synced):
             self._sync(b"")

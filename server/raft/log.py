@@ -1,12 +1,13 @@
 """RaftLog: the replicated log as the rest of the server sees it. Propose bytes; they are applied everywhere, in order.
 
-Everything here runs on one event loop: the core, the journal's memory, the links and `apply`. `_pump` is the heartbeat of it
-all: it is coalesced, and runs after each message, proposal, finished sync and change of a link, and on a timer. Apply and
-replay are cut into slices, so that no turn of the loop is long. What must not happen (a failed disk, an exception out of
-`apply`, a contradiction in the log) stops the process through `fail_stop`; nothing is retried, nothing is served after it.
+Everything here runs on one event loop: the core, the journal's memory, the links and `apply`. `_pump` is the
+heartbeat of it all: it is coalesced, and runs after each message, proposal, finished sync and change of a link, and
+on a timer. Apply and replay are cut into slices, so that no turn of the loop is long. What must not happen (a failed
+disk, an exception out of `apply`, a contradiction in the log) stops the process through `fail_stop`; nothing is
+retried, nothing is served after it.
 
-Proposals: one Raft entry at a time is on its way; what arrives meanwhile goes into the next (group commit). A proposal fails
-with NoLeader where it was certainly not done, and with Timeout where only the next leader knows.
+Proposals: one Raft entry at a time is on its way; what arrives meanwhile goes into the next (group commit). A
+proposal fails with NoLeader where it was certainly not done, and with Timeout where only the next leader knows.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgpack
-import structlog
 
+from rostra.runtime import log as logging
 from rostra.server.raft.core import BATCH, LEADER, NO_OP, Core, Timing, check_library
 from rostra.server.raft.elections import LEASE, Elections, boottime_ns
 from rostra.server.raft.guard import Guard
@@ -36,7 +37,7 @@ from rostra.server.raft.transport import Dial, Links, Member
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Internal, NoLeader, RostraError, Timeout, TooLarge
 
-log = structlog.get_logger("raft")
+log = logging.get("raft")
 
 #: One Raft entry carries up to this many proposals and bytes; a single larger proposal has an entry of its own.
 BATCH_ENTRIES_MAX, BATCH_BYTES_MAX = 1024, 512 << 10
@@ -44,7 +45,7 @@ PROPOSAL_BYTES_MAX = 2 << 20
 #: What waits for its turn is bounded: beyond it, proposals are refused.
 PENDING_BYTES_MAX = 64 << 20
 
-#: A turn of applying ends after this long, or after this many proposals, whichever is later; the rest follows next turn.
+#: A turn of applying ends after this long (looked at after every so many proposals); the rest follows next turn.
 APPLY_TURN_S, APPLY_SLICE = 0.001, 16
 
 #: The leader takes no more into the log while it has this many entries to apply.
@@ -80,8 +81,9 @@ class _Counters:
 class RaftLog:
     """One server's end of the replicated log.
 
-    `apply(entries)` is called with proposals in log order, on every server and again on restart, and returns one result for
-    each. `dial(member)` returns an authenticated connection. `on_role_change(is_leader, leader_id, term)` runs on the loop.
+    `apply(entries)` is called with proposals in log order, on every server and again on restart, and returns one
+    result for each. `dial(member)` returns an authenticated connection. `on_role_change(is_leader, leader_id, term)`
+    runs on the loop. Without a directory (`-dev`, one server only) nothing is kept, a server's own vote included.
     `fail_stop(reason)` must end the process (exit 70). `start` raises DamagedJournal or NewerFormat (exit 78).
     """
 
@@ -108,7 +110,7 @@ class RaftLog:
         self._on_role_change, self._fail_stop, self._sync_inline = on_role_change, fail_stop, sync_inline
         self._lease_ns = int(timing.election_min_s * LEASE * 1e9)
 
-        self._is_running = False
+        self._is_running = self._is_started = False
         self._failed: str | None = None
         self._pump_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -147,7 +149,7 @@ class RaftLog:
         journal = self._journal
         journal.on_durable, journal.on_failed = self._on_durable, self._fail
         if journal.wiped_bytes:
-            log.warning("journal had a torn tail, which nobody was told of; wiped", bytes=journal.wiped_bytes)
+            log.warn("journal had a torn tail, which nobody was told of; wiped", bytes=journal.wiped_bytes)
 
         peer_ids = [member.id for member in self._members if member.id != self._node_id]
         self._links = Links(
@@ -190,7 +192,7 @@ class RaftLog:
             send=self._links.post,
             deliver=self._links._onMessageReceived,
         )
-        self._is_running = True
+        self._is_running = self._is_started = True
         self._pumped_s = self._loop.time()
         committed = self._core.commit_index()
         if not peer_ids:
@@ -205,9 +207,9 @@ class RaftLog:
 
     async def stop(self) -> None:
         """Blocks new work, says goodbye to the peers, and returns when the journal is closed."""
-        if not self._is_running:
+        if not self._is_started:
             return
-        self._is_running = False
+        self._is_running = self._is_started = False
         for handle in (self._timer, self._notice):
             if handle is not None:
                 handle.cancel()
@@ -229,7 +231,7 @@ class RaftLog:
     # -- writing
 
     def propose(self, entry: bytes) -> asyncio.Future[Any]:
-        """The result of `entry`'s apply. Fails with NoLeader (not done, and not going to be), Timeout (unknown) or TooLarge."""
+        """The result of `entry`'s apply. Fails with NoLeader (not done, never will be), Timeout (unknown), TooLarge."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if not self._is_running or not self._core.is_leader():
             future.set_exception(NoLeader())
@@ -277,7 +279,7 @@ class RaftLog:
 
     @property
     def is_leader(self) -> bool:
-        return self._is_running and self._core.is_leader()  # type: ignore[no-any-return]
+        return self._is_running and self._core.is_leader()
 
     @property
     def leader_id(self) -> str | None:
@@ -306,7 +308,7 @@ class RaftLog:
         return self.applied_index >= index
 
     def lease_valid(self) -> bool:
-        """Whether no other server can be leader now, and this one has applied all that was acknowledged before its term."""
+        """Whether no other server can lead now, and all that was acknowledged before this leadership is applied."""
         return self._is_established() and self._clock() < self._replication.quorum_round() + self._lease_ns
 
     async def read_index(self) -> int:
@@ -394,15 +396,9 @@ class RaftLog:
         self.counters.turn.note(time.perf_counter() - started)
 
     def _turn(self) -> None:
-        now = self._loop.time()
-        if now - self._pumped_s > self._timing.election_min_s / 2:
-            # This process was stopped. Read what has arrived meanwhile before judging who is silent.
-            self.counters.pauses += 1
-            self._pumped_s = now
-            self._links.forgive_silence()
+        if self._was_paused():
             self._loop.call_later(self._timing.heartbeat_s / 5, self._schedule)
             return
-        self._pumped_s = now
         core, journal, replication = self._core, self._journal, self._replication
         replication.release_held()
         commit, last = core.commit_index(), journal.last_index
@@ -426,12 +422,23 @@ class RaftLog:
         self._settle_rounds()
         self._report_role()
 
+    def _was_paused(self) -> bool:
+        """Whether this process stood still. What has arrived meanwhile is read before judging who is silent."""
+        now = self._loop.time()
+        since_s, self._pumped_s = now - self._pumped_s, now
+        if since_s < self._timing.election_min_s / 2:
+            return False
+        self.counters.pauses += 1
+        self._links.forgive_silence()
+        return True
+
     def _on_timer(self) -> None:
         if not self._is_running:
             return
         self._timer = self._loop.call_later(self._timing.heartbeat_s / 3, self._on_timer)
-        self._links.check()
-        self._pump()
+        if not self._was_paused():
+            self._links.check()
+            self._pump()
 
     def _tell_commit(self) -> None:
         self._notice = None
@@ -587,7 +594,7 @@ class RaftLog:
         self._rounds.clear()
 
     def _fail_with(self, error: Exception) -> None:
-        log.critical("raft cannot go on", exc_info=error)
+        log.err("raft cannot go on", exc_info=error)
         self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:

@@ -2,8 +2,9 @@
 
     message := [kind: int, cluster id: str, field...]            msgpack; kinds and the order of fields are for ever
 
-A message is a dict in pysyncobj's shape inside the process and an array outside. A newer release may append fields (they
-are ignored) and kinds (they are dropped). Anything malformed raises BadMessage: the connection is closed, never guessed.
+A message is a dict in pysyncobj's shape inside the process and an array outside. A newer release may append fields
+(they are ignored) and kinds (they are dropped). Anything malformed raises BadMessage: the connection is closed, never
+guessed.
 """
 
 from __future__ import annotations
@@ -73,9 +74,8 @@ def decode(cluster_id: str, payload: bytes) -> Message | None:
     if len(parts) < 2 + len(fields):
         raise BadMessage(f"{kind} with {len(parts) - 2} fields")
     message: Message = {"type": kind}
-    value: Any
     for (name, wanted), value in zip(fields, parts[2:]):
-        if type(value) is not wanted or (wanted is int and not 0 <= value < _INT_MAX):
+        if type(value) is not wanted or (type(value) is int and not 0 <= value < _INT_MAX):
             raise BadMessage(f"{kind} with a bad {name}")
         message[name] = value
     if kind == "append_entries":

@@ -1,9 +1,10 @@
 """The links to the other servers: at most one live connection per pair, and nothing leaves before the disk has it.
 
-Connections come in authenticated: `accept` takes inbound ones, `dial` (given) makes outbound ones; the higher id dials.
-A new connection replaces the old one. A link that falls silent is dropped, since a peer behind a dead network sends no
-farewell. Within a link messages are in order and never repeated; what was queued on a lost link is gone.
-Messages that promise something (answers, votes) wait until the journal has what they promise; appends and pre-votes do not.
+Connections come in authenticated: `accept` takes inbound ones, `dial` (given) makes outbound ones; the higher id
+dials. A new connection replaces the old one. A link that falls silent is dropped, since a peer behind a dead network
+sends no farewell. Within a link messages are in order and never repeated; what was queued on a lost link is gone.
+Messages that promise something (answers, votes) wait until the journal has what they promise; appends and pre-votes
+do not.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import structlog
 from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
+from rostra.runtime import log as logging
 from rostra.server.raft.core import Timing
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.messages import BadMessage, Message, decode, encode
 from rostra.wire.connection import FrameConnection
 from rostra.wire.frames import RAFT_FRAME_BYTES_MAX
 
-log = structlog.get_logger("raft")
+log = logging.get("raft")
 
 #: Said in the heat of the moment: they promise nothing that a crash could break.
 _UNBOUND = frozenset({"append_entries", "pre_vote", "ready", "ping"})
@@ -64,7 +65,7 @@ class Link:
 
 
 class Links(Transport):  # type: ignore[misc]
-    """pysyncobj's transport. `on_message(peer_id, message)`, `on_link(peer_id, is_up)` and `rewrite` are the owner's."""
+    """pysyncobj's transport; `on_message(peer_id, message)`, `on_link(peer_id, is_up)`, `rewrite` are the owner's."""
 
     def __init__(
         self,
@@ -116,9 +117,7 @@ class Links(Transport):  # type: ignore[misc]
         """An inbound connection, proved to be `peer_id`'s."""
         link = self.links.get(peer_id)
         if self._closed or link is None or peer_id < self._node_id:
-            log.warning(
-                "raft connection refused", peer=peer_id, reason="not a member" if link is None else "wrong side"
-            )
+            log.warn("raft connection refused", peer=peer_id, reason="not a member" if link is None else "wrong side")
             connection.abort("not expected here")
             return
         self._attach(link, connection)
@@ -213,7 +212,7 @@ class Links(Transport):  # type: ignore[misc]
             if message["type"] not in ("ready", "ping"):
                 self._on_message(link.member.id, message)
         except BadMessage as e:
-            log.warning("raft link closed for a bad message", peer=link.member.name, error=str(e))
+            log.warn("raft link closed for a bad message", peer=link.member.name, error=str(e))
             self._detach(link, connection, "bad message")
             connection.abort("bad message")
 

@@ -18,14 +18,15 @@ from typing import Any
 
 import msgpack
 
+from rostra.server.state.cluster import StateHash
 from rostra.server.state.commands import COMMAND_VOCABULARY
 from rostra.server.state.entry import Entry, UnknownEntry, decode_entry
-from rostra.server.state.granules import directories, granule_hash
+from rostra.server.state.granules import FLOOR_OF, directories, granule_hash
 from rostra.server.state.rows import KVRow
 from rostra.server.state.session import seen_index
 from rostra.server.state.tables import Table, Tables
 from rostra.server.state.transaction import Key, Tx, View, granule_index
-from rostra.wire.codec import Unknown
+from rostra.wire.codec import Unknown, Vocabulary
 from rostra.wire.errors import RostraError
 
 DUMP_FORMAT = 1
@@ -36,7 +37,7 @@ OUTSTANDING_MAX = 8192
 #: Clients whose results are remembered. The one that wrote least recently is forgotten first.
 CLIENTS_MAX = 16384
 
-_CHUNK_ROWS = 1000
+_CHUNK_ROWS = 500
 _CHUNK_BYTES = 1 << 20
 _RING_HASHES = 32768
 _RING_ENTRIES = 16384
@@ -79,17 +80,15 @@ class Evaluation:
         return self._at >= len(self.keys)
 
     def step(self, max_rows: int = 256) -> list[tuple[Key, Any]]:
-        """The next rows, in key order: of at most `max_rows` keys."""
-        at = self._at
-        keys = self.keys[at : at + max_rows]
-        self._at = at + len(keys)
-        row_of = self.query.row
-        view = self.view
-        rows = [(key, row_of(view, key)) for key in keys]
-        for _, row in rows:
-            if row is None:
-                return [pair for pair in rows if pair[1] is not None]
-        return rows
+        """The next rows, in key order: of at most `max_rows` keys. Empty only when there are no more."""
+        row_of, view = self.query.row, self.view
+        while not self.done:
+            keys = self.keys[self._at : self._at + max_rows]
+            self._at += len(keys)
+            rows = [pair for key in keys if (pair := (key, row_of(view, key)))[1] is not None]
+            if rows:
+                return rows
+        return []
 
     def rows(self) -> list[tuple[Key, Any]]:
         """All that remains, at once."""
@@ -99,8 +98,9 @@ class Evaluation:
 class Store:
     """The replicated state of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, commands: Vocabulary = COMMAND_VOCABULARY) -> None:
         self.tables = Tables()
+        self._commands = commands
         self.index = 1
         self.internal_errors: dict[str, int] = {}  # text of an unexpected exception in a command -> how often
         self._ring: deque[tuple[int, tuple[int, ...]]] = deque()
@@ -122,10 +122,10 @@ class Store:
         """Apply one entry of the log. Raises only what must stop the process (UnknownEntry, MemoryError, ...)."""
         entry = decode_entry(data)
         kind = entry.kind
-        if kind not in COMMAND_VOCABULARY:
+        if kind not in self._commands:
             raise UnknownEntry(f"a log entry is a {kind!r} command, unknown to this version: a newer version wrote it")
         cluster_id = self.cluster_id
-        if entry.cluster_id != cluster_id and (cluster_id or kind != "cluster.bootstrap"):
+        if (entry.cluster_id != cluster_id or not cluster_id) and (cluster_id or kind != "cluster.bootstrap"):
             self.index += 1
             name = cluster_id or "none yet"
             return self._finish(
@@ -142,7 +142,7 @@ class Store:
         effects: tuple[tuple[Any, ...], ...] = ()
         result: Result
         try:
-            result = ("ok", COMMAND_VOCABULARY.decode(kind, entry.args).apply(tx))
+            result = ("ok", self._commands.decode(kind, entry.args).apply(tx))
         except Unknown as e:
             raise UnknownEntry(f"a log entry that this version cannot apply: {e.message}") from None
         except RostraError as e:
@@ -168,7 +168,7 @@ class Store:
         if self._unhashed >= _UNHASHED_CHANGES:
             self._hash_changes(_UNHASHED_CHANGES)
         if self.index % CHECKPOINT_ENTRIES == 0:
-            self._checkpoints[self.index] = self.hash()
+            self._checkpoints[self.index] = _HASH_FORMAT | self.hash() >> 16
             while len(self._checkpoints) > 4:
                 del self._checkpoints[min(self._checkpoints)]
         return applied
@@ -213,7 +213,7 @@ class Store:
             if effect[0] == "state-hash":
                 _, index, theirs = effect
                 ours = self._checkpoints.get(index)
-                if ours is None or ours == theirs:
+                if ours is None or ours == theirs or ours >> 48 != theirs >> 48:
                     continue
                 effect = ("state-differs", index, theirs, ours)
             effects.append(effect)
@@ -310,7 +310,7 @@ class Store:
             indexes = sorted(
                 index
                 for granule, index in tables.granules.rows.items()
-                if not granule.startswith("table:") and not tables.is_live(granule)
+                if FLOOR_OF.get(granule.partition(":")[0]) == table and not tables.is_live(granule)
             )
         return len(indexes), indexes[-keep] if 0 < keep < len(indexes) else 0
 
@@ -321,12 +321,15 @@ class Store:
         self._hash_changes(sys.maxsize)
         return _hash_of(self._pack(("", self.index, self._hash)))
 
-    def checkpoint(self) -> tuple[int, int] | None:
-        """(index, hash) of the last index at which every server notes its hash; what the leader logs."""
+    def checkpoint(self) -> StateHash | None:
+        """What the leader logs from time to time: its hash at the last index at which every server notes its own.
+
+        The upper 16 bits say of what fields the hash is made: servers of versions that differ in that do not compare.
+        """
         if not self._checkpoints:
             return None
         index = max(self._checkpoints)
-        return index, self._checkpoints[index]
+        return StateHash(index, self._checkpoints[index])
 
     def _hash_changes(self, limit: int) -> None:
         """The state's hash is the sum of its rows' hashes: take out what rows were, add what they are.
@@ -360,7 +363,10 @@ class Store:
 
     def dump(self) -> Iterator[tuple[Any, ...]]:
         """The state as it is now, in msgpack-able chunks; later changes do not show in them."""
-        captured = [(table.name, list(table.rows.items()), table.make is None) for table in self.tables.all]
+        captured: list[tuple[str, list[Any] | dict[Any, Any]]] = [
+            (table.name, table.rows.copy() if table.make is None else list(table.rows.values()))
+            for table in self.tables.all
+        ]
         return _chunks(self.index, captured)
 
     @classmethod
@@ -402,7 +408,6 @@ class Loader:
         if not self._ended:
             raise ValueError("a dump without an end")
         store = self._store
-        store.tables.derive_directories()
         store._ring_after = store.index
         store.hash()
         return store
@@ -429,18 +434,21 @@ class Loader:
                 made = tables.kv.rows[key] = KVRow(*row)
                 if made.session:
                     tables.locks_of.setdefault(made.session, set()).add(key)
+                tables.raise_directories(key, made.modify_index)
             else:
                 tables.tombstones.rows[key] = row[1]
+                tables.raise_directories(key, row[1])
         table.dirty.update(dict.fromkeys([row[0] for row in rows]))
 
 
-def _chunks(index: int, captured: list[tuple[str, list[tuple[Any, Any]], bool]]) -> Iterator[tuple[Any, ...]]:
+def _chunks(index: int, captured: list[tuple[str, list[Any] | dict[Any, Any]]]) -> Iterator[tuple[Any, ...]]:
     yield ("state", DUMP_FORMAT, index)
-    for name, items, with_key in captured:
+    for name, rows in captured:
         chunk: list[Any] = []
         size = 0
-        for key, row in items:
-            chunk.append((key, row) if with_key else row)
+        row: Any
+        for row in rows.items() if isinstance(rows, dict) else rows:
+            chunk.append(row)
             size += len(row.value) if name == "kv" else 0
             if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 yield (name, tuple(chunk))
@@ -462,3 +470,7 @@ def _key_of(table: str, row: Any) -> Any:
 
 def _hash_of(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+
+
+#: Differs between versions whose rows have different fields; in the upper 16 of 64 bits.
+_HASH_FORMAT = _hash_of(msgpack.packb([(t.name, getattr(t.make, "_fields", ())) for t in Tables().all])) >> 48 << 48

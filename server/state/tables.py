@@ -348,18 +348,12 @@ class Tables:
 
     # -- granules -------------------------------------------------------------------------------------------------
 
-    def derive_directories(self) -> None:
-        """After loading: the index of each directory, as the changes had left it."""
+    def raise_directories(self, key: str, index: int) -> None:
+        """While loading: `key` was changed or deleted at `index`, in whatever order keys come."""
         highest = self.kv_directories
-        for key, row in self.kv.rows.items():
-            index = row.modify_index
-            for directory in directories(key):
-                if highest.get(directory, 0) < index:
-                    highest[directory] = index
-        for key, index in self.tombstones.rows.items():
-            for directory in directories(key):
-                if highest.get(directory, 0) < index:
-                    highest[directory] = index
+        for directory in directories(key):
+            if highest.get(directory, 0) < index:
+                highest[directory] = index
 
     def is_live(self, granule: str) -> bool:
         """Whether the thing that a granule names exists."""

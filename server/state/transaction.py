@@ -109,8 +109,7 @@ def granule_index(tables: Tables, granule: str) -> int:
     floors = tables.floors.rows
     if family == "kv":
         row = tables.kv.rows.get(name)
-        index = row.modify_index if row is not None else tables.tombstones.rows.get(name, 0)
-        return max(index, floors["kv"])
+        return row.modify_index if row is not None else max(tables.tombstones.rows.get(name, 0), floors["kv"])
     if family == "kvdir":
         return max(tables.kv_directories.get(name, 0), floors["kv"])
     floor = FLOOR_OF.get(family)

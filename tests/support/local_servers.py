@@ -1,7 +1,7 @@
 """Servers over a plain Store, for tests of the agent's own parts: real commands, queries and mesh CA, no network.
 
-Every answer goes through msgpack, so that rows are the plain tuples that an agent gets. `refuse` makes writes of a kind
-fail, `cut` takes the servers away and `heal` brings them back.
+Every answer goes through msgpack, so that rows are the plain tuples that an agent gets. `refuse` makes writes, acts and
+watches of a kind fail, `cut` takes the servers away and `heal` brings them back.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgpack
+
 from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
 from rostra.server.ca.issue import create_root, sign_leaf
 from rostra.server.state.ca import SetRoot
@@ -98,6 +99,8 @@ class LocalServers:
     async def watch(self, query: Any, *, token: str = "") -> AsyncIterator[Delta]:
         known: dict[Any, Any] | None = None
         while True:
+            if query.kind in self.refuse:
+                raise self.refuse[query.kind]
             changed = self._changed
             if self._connected:
                 answer = self._answer(query)

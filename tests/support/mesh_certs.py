@@ -51,7 +51,9 @@ class MeshCA:
         )
         self.cert_pem = self._cert.public_bytes(serialization.Encoding.PEM).decode()
 
-    def leaf(self, service: str, *, uris: list[str] | None = None, lives_s: float = 3600.0, age_s: float = 60.0) -> LeafPair:
+    def leaf(
+        self, service: str, *, uris: list[str] | None = None, lives_s: float = 3600.0, age_s: float = 60.0
+    ) -> LeafPair:
         """A leaf of `service` that ends in `lives_s` (negative: has ended). `uris` replaces the usual SPIFFE URI."""
         key = ec.generate_private_key(ec.SECP256R1())
         now = dt.datetime.now(dt.UTC)

@@ -1,8 +1,8 @@
 """The agent's `Servers` port over a plain Store: what a server would answer, without a network.
 
-Rows go through msgpack, so they arrive as the plain tuples of the wire. Watches send row deltas. `read_gate` holds reads
-back after they were evaluated, `barrier_gate` holds barriers back, `disconnect` loses the session and `reconnect` starts
-another one, as the real port does.
+Rows go through msgpack, so they arrive as the plain tuples of the wire. Watches send row deltas. `read_gate` holds
+reads back after they were evaluated, `barrier_gate` holds barriers back, `disconnect` loses the session and `reconnect`
+starts another one, as the real port does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgpack
+
 from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
 from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_entry

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from rostra.agent.definition import DecodeError, parse_check, parse_service
 from rostra.wire.errors import BadRequest
 
@@ -143,7 +144,9 @@ def test_an_empty_check_object_is_no_check() -> None:
 
 
 def test_several_checks_are_numbered_and_a_single_one_is_not() -> None:
-    many = parse_service(service(ID="x1", Checks=[{"TTL": "1s"}, {"TTL": "1s"}, {"CheckID": "c", "TTL": "1s"}]), node="n")
+    many = parse_service(
+        service(ID="x1", Checks=[{"TTL": "1s"}, {"TTL": "1s"}, {"CheckID": "c", "TTL": "1s"}]), node="n"
+    )
     one = parse_service(service(ID="x1", Checks=[{"TTL": "1s"}]), node="n")
     assert [c.id for c in many.checks] == ["service:x1:1", "service:x1:2", "c"]
     assert [c.id for c in one.checks] == ["service:x1"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import dnslib
@@ -14,6 +14,7 @@ from rostra.agent.dns_source import SLICE_ROWS, CatalogSource, make_instance, wo
 from rostra.agent.results import Results
 from rostra.dns.answer import DnsConfig
 from rostra.dns.resolver import Resolver, Wait
+from rostra.dns.source import Instance
 from rostra.server.state.catalog import Deregister, Register
 from tests.support.local_servers import LocalServers, eventually
 
@@ -50,6 +51,12 @@ class Dns:
         return sorted(str(rr.rdata) for rr in (await self.ask(name)).rr)
 
 
+def instances_of(dns: Dns, service: str) -> Sequence[Instance]:
+    view = dns.source.service(service)
+    assert view is not None
+    return view.instances()
+
+
 @pytest.fixture
 async def dns() -> AsyncIterator[Dns]:
     servers = LocalServers()
@@ -58,7 +65,7 @@ async def dns() -> AsyncIterator[Dns]:
     await results.close()
 
 
-async def test_a_registered_service_and_its_node_are_found(dns):
+async def test_a_registered_service_and_its_node_are_found(dns: Dns) -> None:
     dns.register("n1", "web")
     await eventually(lambda: dns.source.service("web"))
     assert await dns.addresses("web.service.consul") == ["10.0.0.1"]
@@ -67,7 +74,7 @@ async def test_a_registered_service_and_its_node_are_found(dns):
     assert str(reply.rr[0].rdata) == "n1.node.dc1.consul."
 
 
-async def test_a_change_of_health_is_in_the_answer_within_milliseconds(dns):
+async def test_a_change_of_health_is_in_the_answer_within_milliseconds(dns: Dns) -> None:
     dns.register("n1", "web")
     dns.register("n2", "web")
     await eventually(lambda: dns.source.service("web"))
@@ -83,7 +90,7 @@ async def test_a_change_of_health_is_in_the_answer_within_milliseconds(dns):
     assert sorted(took)[5] < 0.05
 
 
-async def test_a_service_is_found_whatever_its_spelling(dns):
+async def test_a_service_is_found_whatever_its_spelling(dns: Dns) -> None:
     dns.register("n1", "WebApp")
     dns.register("n2", "web")
     await eventually(lambda: dns.source.service("webapp"))
@@ -91,20 +98,20 @@ async def test_a_service_is_found_whatever_its_spelling(dns):
     assert await dns.addresses("WEB.service.consul") == ["10.0.0.2"]
 
 
-async def test_a_node_is_found_whatever_its_spelling(dns):
+async def test_a_node_is_found_whatever_its_spelling(dns: Dns) -> None:
     dns.register("Node1", "web")
     await eventually(lambda: dns.source.nodes.get("node1"))
     assert await dns.addresses("node1.node.consul") == ["10.0.0.1"]
 
 
-async def test_unknown_names_start_no_watch(dns):
+async def test_unknown_names_start_no_watch(dns: Dns) -> None:
     before = len(dns.results._lives)
     for n in range(100):
         assert (await dns.ask(f"r{n}.service.consul")).header.rcode == 3
     assert len(dns.results._lives) == before
 
 
-async def test_answers_go_on_without_servers_and_their_age_is_known(dns):
+async def test_answers_go_on_without_servers_and_their_age_is_known(dns: Dns) -> None:
     dns.register("n1", "web")
     await eventually(lambda: dns.source.service("web"))
     assert await dns.addresses("web.service.consul") == ["10.0.0.1"]
@@ -114,11 +121,11 @@ async def test_answers_go_on_without_servers_and_their_age_is_known(dns):
     await eventually(lambda: dns.source.age_s > 0)
     dns.servers.heal()
     dns.register("n1", "web", status="critical")
-    await eventually(lambda: dns.source.service("web").instances()[0].status != "passing")
+    await eventually(lambda: instances_of(dns, "web")[0].status != "passing")
     assert (await dns.ask("web.service.consul")).header.rcode == 3
 
 
-async def test_nothing_is_known_before_the_first_server():
+async def test_nothing_is_known_before_the_first_server() -> None:
     servers = LocalServers()
     servers.cut()
     results = Results(servers)
@@ -129,7 +136,7 @@ async def test_nothing_is_known_before_the_first_server():
     await results.close()
 
 
-async def test_a_deregistered_service_does_not_exist_and_its_watch_is_let_go(dns):
+async def test_a_deregistered_service_does_not_exist_and_its_watch_is_let_go(dns: Dns) -> None:
     dns.register("n1", "web")
     await eventually(lambda: dns.source.service("web"))
     await dns.ask("web.service.consul")
@@ -139,7 +146,7 @@ async def test_a_deregistered_service_does_not_exist_and_its_watch_is_let_go(dns
     assert not dns.resolver._watched
 
 
-async def test_a_large_service_is_converted_in_slices_and_then_only_where_it_changed(dns):
+async def test_a_large_service_is_converted_in_slices_and_then_only_where_it_changed(dns: Dns) -> None:
     count = SLICE_ROWS * 3
     for n in range(1, count + 1):
         dns.register(f"n{n}", "web")
@@ -164,10 +171,10 @@ async def test_a_large_service_is_converted_in_slices_and_then_only_where_it_cha
         (("maintenance",), "critical"),
     ],
 )
-def test_the_worst_check_decides(statuses, worst):
+def test_the_worst_check_decides(statuses: Any, worst: Any) -> None:
     assert worst_status([("n", "id", "name", status) for status in statuses]) == worst
 
 
-def test_a_row_of_an_older_server_makes_an_instance():
+def test_a_row_of_an_older_server_makes_an_instance() -> None:
     instance = make_instance((("n1", "", "10.0.0.1", ""), ("n1", "web", "web", "", 80, ("A",)), ()), "dc9")
     assert (instance.node, instance.datacenter, instance.port, instance.tags) == ("n1", "dc9", 80, frozenset({"a"}))

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ service { name = "api" port = 81 }
 """
 
 
-def test_a_typical_file_becomes_plain_data():
+def test_a_typical_file_becomes_plain_data() -> None:
     assert parse_hcl(TYPICAL).value == {
         "datacenter": "dc1",
         "data_dir": "/var/lib/rostra",
@@ -75,7 +76,7 @@ def test_a_typical_file_becomes_plain_data():
         ("\ufeffa = 1", 1),
     ],
 )
-def test_hcl_values(text, value):
+def test_hcl_values(text: str, value: Any) -> None:
     assert parse_hcl(text).value == {"a": value}
 
 
@@ -99,7 +100,7 @@ def test_hcl_values(text, value):
         ("a = " + "[" * 200, "x.hcl:1:105: nested more than 100 levels deep"),
     ],
 )
-def test_hcl_errors_name_line_and_column(text, message):
+def test_hcl_errors_name_line_and_column(text: str, message: str) -> None:
     with pytest.raises(SyntaxProblem) as e:
         parse_hcl(text, "x.hcl")
     assert str(e.value) == message
@@ -121,13 +122,13 @@ def test_hcl_errors_name_line_and_column(text, message):
         ("{} 1", "x.json:1:4: nothing may follow the object, found '1'"),
     ],
 )
-def test_json_errors_name_line_and_column(text, message):
+def test_json_errors_name_line_and_column(text: str, message: str) -> None:
     with pytest.raises(SyntaxProblem) as e:
         parse_json(text, "x.json")
     assert str(e.value) == message
 
 
-def test_keys_and_items_know_where_they_stand():
+def test_keys_and_items_know_where_they_stand() -> None:
     document = parse_hcl('a = 1\nservice {\n  name = "x"\n}\n  service { tags = ["p",\n "q"] }\n', "f.hcl")
     first, second = document.value["service"]
     assert document.where(document.value, "a") == "f.hcl:1:1"
@@ -137,7 +138,7 @@ def test_keys_and_items_know_where_they_stand():
     assert document.where() == "f.hcl"
 
 
-def test_scalars_given_twice_are_remembered_and_the_last_one_counts():
+def test_scalars_given_twice_are_remembered_and_the_last_one_counts() -> None:
     document = parse_hcl('a = 1\nb { a = 2 }\na = "3"', "f.hcl")
     assert document.value["a"] == "3"
     assert [key for _container, key in document.repeated] == ["a"]
@@ -151,24 +152,30 @@ JSON_VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(), JSON_VALUES, max_size=5), st.sampled_from([None, 2, "\t"]), st.booleans())
-def test_json_is_read_as_the_standard_library_reads_it(value, indent, ascii_only):
+def test_json_is_read_as_the_standard_library_reads_it(value: Any, indent: Any, ascii_only: Any) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
     assert parse_json(text).value == value
     assert parse_hcl(text).value == value
 
 
 @given(st.text(alphabet='a1 ={}[],"\\\n#/*<E$-.', max_size=40))
-def test_any_text_is_parsed_or_refused_with_a_position(text):
+def test_any_text_is_parsed_or_refused_with_a_position(text: str) -> None:
     for parse in (parse_hcl, parse_json):
         try:
             parse(text, "f")
         except SyntaxProblem as e:
-            assert e.line >= 1
-            assert e.column >= 1
-            assert "\n" not in str(e).replace("\\n", "")
+            problem = e
+        else:
+            continue
+        assert problem.line >= 1
+        assert problem.column >= 1
+        assert "\n" not in str(problem)
 
 
-def test_a_typical_file_is_parsed_in_milliseconds():
-    started = time.perf_counter()
-    parse_hcl(TYPICAL)
-    assert time.perf_counter() - started < 0.02
+def test_a_typical_file_is_parsed_in_milliseconds() -> None:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        parse_hcl(TYPICAL)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.005

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rostra.agent.local import LocalAgent, Scripts, ScriptsDisabled
 from rostra.wire.errors import BadRequest, Conflict, NotFound
-
 from tests.support.local_servers import eventually
 
 
@@ -62,6 +62,17 @@ async def test_a_new_check_runs_at_once() -> None:
         await eventually(lambda: statuses(local) == {"service:web": "passing"}, within_s=1.0)
 
 
+async def test_a_service_that_listens_only_after_its_registration_is_seen_soon() -> None:
+    async with agent() as local:
+        with socket.socket() as reserved:
+            reserved.bind(("127.0.0.1", 0))
+            port = reserved.getsockname()[1]
+            await local.register_service({"Name": "web", "Check": {"TCP": f"127.0.0.1:{port}", "Interval": "1h"}})
+            await eventually(lambda: "refused" in output(local, "service:web"))
+            reserved.listen()
+            await eventually(lambda: statuses(local) == {"service:web": "passing"}, within_s=3.0)
+
+
 async def test_a_check_that_turns_is_announced() -> None:
     async with agent() as local, listening() as address:
         seen: list[dict[str, str]] = []
@@ -106,7 +117,9 @@ async def test_checks_that_are_not_named_again_stay_unless_they_are_to_be_replac
         await local.service_maintenance("web", True)
         await local.register_service({"Name": "web", "Checks": [{"CheckID": "b", "TTL": "1h"}]})
         assert set(local.checks) == {"a", "b", "_service_maintenance:web"}
-        await local.register_service({"Name": "web", "Check": {"CheckID": "c", "TTL": "1h"}}, replace_existing_checks=True)
+        await local.register_service(
+            {"Name": "web", "Check": {"CheckID": "c", "TTL": "1h"}}, replace_existing_checks=True
+        )
         assert set(local.checks) == {"c", "_service_maintenance:web"}
 
 
@@ -220,12 +233,14 @@ async def test_a_sidecar_gets_a_port_a_listener_check_and_an_alias() -> None:
         assert proxy.sidecar_of == "web"
         listener = local.checks["service:web-sidecar-proxy:1"].spec
         alias = local.checks["service:web-sidecar-proxy:2"].spec
-        assert listener is not None and (listener.name, listener.tcp, listener.interval_s) == (
+        assert listener is not None
+        assert (listener.name, listener.tcp, listener.interval_s) == (
             "Connect Sidecar Listening",
             "127.0.0.9:21000",
             10.0,
         )
-        assert alias is not None and (alias.name, alias.alias_service) == ("Connect Sidecar Aliasing web", "web")
+        assert alias is not None
+        assert (alias.name, alias.alias_service) == ("Connect Sidecar Aliasing web", "web")
 
 
 async def test_a_sidecar_leaves_with_its_service() -> None:
@@ -249,10 +264,9 @@ async def test_ports_of_sidecars_skip_those_that_are_used_or_busy_and_are_kept()
 async def test_a_port_that_something_listens_on_is_busy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        local = LocalAgent(node="n", sidecar_ports=(port, port))
-        with pytest.raises(Conflict, match="no free port for a sidecar"):
-            await local.register_service(with_sidecar("web"))
-        await local.stop()
+        async with agent(sidecar_ports=(port, port), port_is_busy=None) as local:
+            with pytest.raises(Conflict, match="no free port for a sidecar"):
+                await local.register_service(with_sidecar("web"))
 
 
 # -- restarts ---------------------------------------------------------------------------------------------------------
@@ -260,7 +274,8 @@ async def test_a_port_that_something_listens_on_is_busy() -> None:
 
 async def test_everything_registered_survives_a_restart(tmp_path: Path) -> None:
     async with agent(tmp_path) as local:
-        await local.register_service({**with_sidecar("web"), "Meta": {"a": "b"}, "Token": "t", "Check": {"TTL": "1h"}})
+        web = with_sidecar("web", Checks=[{"TTL": "2h"}])
+        await local.register_service({**web, "Meta": {"a": "b"}, "Token": "t", "Check": {"TTL": "1h"}})
         await local.register_check({"Name": "disk", "TTL": "1h"})
         await local.service_maintenance("web", True, "why")
         await local.set_ttl_status("service:web", "passing", "fine")

@@ -11,7 +11,6 @@ from rostra.server.state.catalog import Deregister, NodeServices, Register
 from rostra.server.state.health import NodeChecks
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 from rostra.wire.errors import Denied
-
 from tests.support.local_servers import LocalServers, eventually
 
 NODE_ID = "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
@@ -19,7 +18,9 @@ IDENTITY = NodeIdentity("n", NODE_ID, "127.0.0.1", "dc1", {"lan": "127.0.0.1"}, 
 KNOWN = NodeRow("n", NODE_ID, "127.0.0.1", "dc1", {"lan": "127.0.0.1"}, {"rack": "1"}, 5, 6)
 
 
-def picture(node: NodeRow | None = KNOWN, services: tuple[ServiceRow, ...] = (), checks: tuple[CheckRow, ...] = ()) -> Picture:
+def picture(
+    node: NodeRow | None = KNOWN, services: tuple[ServiceRow, ...] = (), checks: tuple[CheckRow, ...] = ()
+) -> Picture:
     return Picture(node, {s.id: s for s in services}, {c.id: c for c in checks})
 
 

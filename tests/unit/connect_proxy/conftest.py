@@ -16,11 +16,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "support"))
 
-from mesh_certs import LeafPair, MeshCA, service_uri  # noqa: E402
+from mesh_certs import LeafPair, MeshCA, service_uri
 
-from rostra.connect_proxy.log import Log  # noqa: E402
-from rostra.connect_proxy.serve import Limits, Proxy  # noqa: E402
-from rostra.connect_proxy.snapshot import Address, Endpoint, Leaf, ProxySnapshot, Upstream  # noqa: E402
+from rostra.connect_proxy.log import Log
+from rostra.connect_proxy.serve import Limits, Proxy
+from rostra.connect_proxy.snapshot import Address, Endpoint, Leaf, ProxySnapshot, Upstream
 
 
 def eventually(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
@@ -149,7 +149,9 @@ class Mesh:
             assert running.apply(self.snapshot(service, **fields)), running.log
         return running
 
-    def snapshot(self, service: str, *, ca: MeshCA | None = None, leaf: LeafPair | None = None, **fields: Any) -> ProxySnapshot:
+    def snapshot(
+        self, service: str, *, ca: MeshCA | None = None, leaf: LeafPair | None = None, **fields: Any
+    ) -> ProxySnapshot:
         ca = ca or self.ca
         made: dict[str, Any] = {
             "proxy_id": f"{service}-sidecar-proxy",

@@ -46,6 +46,15 @@ def is_closed(connection: socket.socket) -> bool:
         return True
 
 
+def is_refused(client) -> bool:
+    """A new connection to `web` through this proxy comes to nothing. It may be reset even before connect() returns."""
+    try:
+        with client.connect("upstream:web") as connection:
+            return is_closed(connection)
+    except ConnectionError:
+        return True
+
+
 def mesh_context(mesh, service="caller", ca=None, leaf=None, tmp_path=None, with_leaf=True):
     """A foreign client's context: plain ssl module."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -97,6 +106,19 @@ def test_the_server_may_end_its_direction_and_still_receive(mesh):
         while not received and time.monotonic() < mesh_deadline:
             threading.Event().wait(0.01)
     assert received == [b"late" * 100_000]
+
+
+def test_an_application_that_speaks_and_ends_before_the_relay_begins_is_heard(mesh):
+    def speak_and_end(connection):
+        with connection:
+            connection.sendall(b"banner")
+            connection.shutdown(socket.SHUT_WR)
+            read_to_end(connection)
+
+    client = mesh.client(mesh.server(mesh.app(speak_and_end)))
+    for _ in range(100):  # the edge comes with the answer to connect() now and then
+        with client.connect("upstream:web") as connection:
+            assert read_to_end(connection) == b"banner"
 
 
 def test_a_closed_session_leaves_nothing_open(mesh, eventually):
@@ -185,20 +207,19 @@ def test_a_peer_of_another_trust_domain_is_refused(mesh, eventually):
     server = mesh.server(mesh.app())
     stranger = mesh.ca.leaf("caller", uris=[service_uri("caller", "99999999-2222-3333-4444-555555555555.consul")])
     client = mesh.client(server, leaf=stranger)
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     eventually(lambda: server.stats["denied"] == 1)
     assert "reason=wrong_trust_domain" in server.log
 
 
 @pytest.mark.parametrize(
-    "uris", [[], ["spiffe://x.consul/agent/client/dc/dc1/id/n"], ["https://a.example"], ["spiffe://a/b", "spiffe://a/c"]]
+    "uris",
+    [[], ["spiffe://x.consul/agent/client/dc/dc1/id/n"], ["https://a.example"], ["spiffe://a/b", "spiffe://a/c"]],
 )
 def test_a_certificate_that_names_no_service_is_refused(mesh, uris, eventually):
     server = mesh.server(mesh.app())
     client = mesh.client(server, leaf=mesh.ca.leaf("caller", uris=uris))
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     eventually(lambda: server.stats["denied"] == 1)
     assert "reason=not_a_service" in server.log
 
@@ -206,21 +227,18 @@ def test_a_certificate_that_names_no_service_is_refused(mesh, uris, eventually):
 def test_a_peer_with_an_unknown_ca_is_refused(mesh, eventually):
     server = mesh.server(mesh.app())
     client = mesh.client(server, ca=MeshCA())
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     eventually(lambda: server.stats["handshake_failures"].get("certificate_untrusted") == 1)
 
 
 def test_an_expired_leaf_is_refused_by_both_sides(mesh, eventually):
     server = mesh.server(mesh.app())
     client = mesh.client(server, leaf=mesh.ca.leaf("caller", lives_s=-5))
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     eventually(lambda: server.stats["handshake_failures"].get("certificate_expired") == 1)
     server.change(leaf=mesh.snapshot("web", leaf=mesh.ca.leaf("web", lives_s=-5)).leaf)
     honest = mesh.client(server)
-    with honest.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(honest)
     assert honest.stats["dial_failures"] == {"certificate_expired": 1}
 
 
@@ -230,16 +248,19 @@ def test_a_resumed_session_does_not_outlive_its_certificate(mesh, eventually):
     with client.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
     server.proxy.wall_s = lambda: time.time() + 3600
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     eventually(lambda: server.stats["handshake_failures"].get("certificate_expired") == 1)
 
 
 def test_a_client_without_certificate_is_refused(mesh, tmp_path, eventually):
     server = mesh.server(mesh.app())
     context = mesh_context(mesh, with_leaf=False)
-    with socket.create_connection(server.address(), 5) as raw, pytest.raises((ssl.SSLError, ConnectionError)):
-        secure = context.wrap_socket(raw)
+    # TLS 1.3: the client learns of it with its first read
+    with (
+        socket.create_connection(server.address(), 5) as raw,
+        context.wrap_socket(raw) as secure,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
         secure.recv(1)
     eventually(lambda: server.stats["handshake_failures"].get("no_certificate") == 1)
 
@@ -253,11 +274,40 @@ def test_a_foreign_client_of_either_tls_version_is_served(mesh, tmp_path, versio
         assert exchange(secure, b"hello") == b"hello"
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_data_that_comes_with_the_servers_last_flight_is_delivered(mesh, tmp_path, version):
+    path = tmp_path / "web.pem"
+    pair = mesh.ca.leaf("web")
+    path.write_text(pair.cert_pem + pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+    context.minimum_version = context.maximum_version = version
+
+    def speak_with_the_finished(connection):
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                connection.sendall(outgoing.read())
+                incoming.write(connection.recv(65536))
+        tls.write(b"banner")
+        connection.sendall(outgoing.read())
+        connection.recv(1)
+
+    server = mesh.app(speak_with_the_finished)
+    client = mesh.proxy("caller", upstreams=(mesh.upstream("web", server.address),))
+    with client.connect("upstream:web") as connection:
+        assert connection.recv(6) == b"banner"
+
+
 def test_tls_1_1_is_refused(mesh, tmp_path, eventually):
     server = mesh.server(mesh.app())
     context = mesh_context(mesh, tmp_path=tmp_path)
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     with socket.create_connection(server.address(), 5) as raw, pytest.raises((ssl.SSLError, ConnectionError)):
         context.wrap_socket(raw)
@@ -285,11 +335,13 @@ def test_garbage_on_the_public_port_harms_nobody(mesh, eventually):
                 raw.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
-            assert is_closed(raw) or True
+            try:
+                read_to_end(raw)  # an alert, perhaps, and the end
+            except ConnectionError:
+                pass
     with client.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
-    eventually(lambda: server.stats["inbound_open"] == 1 or server.stats["inbound_open"] == 0)
-    assert sum(server.stats["handshake_failures"].values()) == 4
+    eventually(lambda: sum(server.stats["handshake_failures"].values()) == 4)
 
 
 def test_a_peer_that_ends_without_close_notify_resets_the_application(mesh, tmp_path):
@@ -329,8 +381,7 @@ def test_an_intention_decides_and_the_refusal_names_it(mesh, eventually):
     rules = (Rule("caller", "deny", 9, "id-9"), Rule("*", "allow", 8, "id-8"))
     server = mesh.server(mesh.app(), intentions=rules)
     denied, allowed = mesh.client(server), mesh.client(server, service="other")
-    with denied.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(denied)
     with allowed.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
     eventually(lambda: server.stats["denied"] == 1)
@@ -343,8 +394,7 @@ def test_an_intention_decides_and_the_refusal_names_it(mesh, eventually):
 def test_without_a_fitting_intention_the_default_decides(mesh):
     server = mesh.server(mesh.app(), default_allow=False)
     client = mesh.client(server)
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     server.change(default_allow=True)
     with client.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
@@ -364,8 +414,7 @@ def test_a_deny_closes_the_open_connections_of_that_source_only(mesh):
     assert exchange(kept, b"still") == b"still"
     assert server.stats["cut_off"] == 5
     assert "connections closed by intention: source=caller connections=5 intention=the-id" in server.log
-    with caller.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(caller)
     server.change(intentions=())
     with caller.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
@@ -414,8 +463,7 @@ def test_a_removed_root_counts_for_new_connections_only(mesh):
     assert exchange(old, b"x") == b"x"
     server.change(roots=(new_ca.cert_pem,))
     assert exchange(old, b"goes on") == b"goes on"
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     old.close()
 
 
@@ -458,12 +506,11 @@ def test_an_endpoint_that_is_down_is_skipped_and_rests(mesh):
     assert client.stats["dial_failures"].get("refused", 0) <= 3
 
 
-def test_an_upstream_without_endpoint_refuses_and_gets_better(mesh):
+def test_an_upstream_without_endpoint_refuses_and_gets_better(mesh, eventually):
     server = mesh.server(mesh.app())
     client = mesh.proxy("caller", upstreams=(mesh.upstream("web"),))
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
-    assert "no endpoint: upstream=web" in client.log
+    assert is_refused(client)
+    eventually(lambda: "no endpoint: upstream=web" in client.log)
     before = client.address("upstream:web")
     client.change(upstreams=(mesh.upstream("web", server.address()),))
     assert client.address("upstream:web") == before
@@ -476,8 +523,7 @@ def test_an_application_that_is_down_is_told_and_counted(mesh, eventually):
         dead = gone.getsockname()
     server = mesh.proxy("web", public=Address("127.0.0.1", 0), local=Address(*dead))
     client = mesh.client(server)
-    with client.connect("upstream:web") as connection:
-        assert is_closed(connection)
+    assert is_refused(client)
     eventually(lambda: server.stats["dial_failures"] == {"refused": 1})
     assert f"application cannot be reached: address=127.0.0.1:{dead[1]} reason=refused" in server.log
 
@@ -500,7 +546,7 @@ def test_upstreams_come_and_go_without_touching_the_others(mesh):
     kept.close()
 
 
-def test_a_port_in_use_is_told_in_one_line_and_taken_when_free(mesh, eventually):
+def test_a_port_in_use_is_told_in_one_line_and_taken_when_free(mesh):
     blocker = socket.create_server(("127.0.0.1", 0))
     taken = Address(*blocker.getsockname())
     server = mesh.server(mesh.app())
@@ -510,7 +556,7 @@ def test_a_port_in_use_is_told_in_one_line_and_taken_when_free(mesh, eventually)
     assert f"address={taken}" in line
     assert 'change="LocalBindPort of upstream web"' in line
     blocker.close()
-    with eventually(lambda: client.address("upstream:web")) and client.connect("upstream:web") as connection:
+    with client.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
     assert client.log.count("cannot listen") == 1
 
@@ -521,9 +567,8 @@ def test_connections_above_the_limit_are_refused_and_counted(mesh, eventually):
     kept = [client.connect("upstream:web") for _ in range(2)]
     for connection in kept:
         assert exchange(connection, b"x") == b"x"
-    with client.connect("upstream:web") as third:
-        assert is_closed(third)
-    assert client.stats["over_limit"] == 1
+    assert is_refused(client)
+    eventually(lambda: client.stats["over_limit"] == 1)
     kept.pop().close()
     eventually(lambda: client.stats["outbound_open"] == 1)
     with client.connect("upstream:web") as connection:

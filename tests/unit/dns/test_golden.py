@@ -40,7 +40,7 @@ def row(rr: Any) -> list[Any]:
 
 
 @pytest.fixture
-def oracle_catalog(catalog):
+def oracle_catalog(catalog: Any) -> Any:
     for c in GOLDEN["catalog"]:
         catalog.add_node(c["node"], c["address"], **c["meta"])
         catalog.add(
@@ -60,7 +60,7 @@ def oracle_catalog(catalog):
 
 
 @pytest.mark.parametrize("golden", GOLDEN["answers"], ids=lambda g: " ".join(g["question"]))
-def test_an_answer_is_consuls_or_differs_for_a_reason(golden, oracle_catalog, asking):
+def test_an_answer_is_consuls_or_differs_for_a_reason(golden: Any, oracle_catalog: Any, asking: Any) -> None:
     name, qtype = golden["question"]
     ours = asking(oracle_catalog).ask(name, qtype, edns=4096, rd=0)
     found = {

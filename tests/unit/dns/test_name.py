@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ ZONES = (("consul",),)
 A = 1
 
 
-def meaning(name: str, qtype: int = A, zones=ZONES):
+def meaning(name: str, qtype: int = A, zones: Any = ZONES) -> Any:
     return parse_name(tuple(name.rstrip(".").split(".")) if name != "." else (), qtype, zones, "dc1")
 
 
@@ -61,18 +63,18 @@ def meaning(name: str, qtype: int = A, zones=ZONES):
         (".", Kind.OUTSIDE, "", ""),
     ],
 )
-def test_each_form_of_name_has_its_meaning(name, kind, subject, tag):
+def test_each_form_of_name_has_its_meaning(name: str, kind: Any, subject: str, tag: str) -> None:
     found = meaning(name)
     assert (found.kind, found.name, found.tag) == (kind, subject, tag)
 
 
-def test_rfc_2782_names_may_leave_out_service_where_srv_is_asked():
+def test_rfc_2782_names_may_leave_out_service_where_srv_is_asked() -> None:
     for name in ("_web._tcp.consul", "_web._tcp.dc1.consul"):
         assert meaning(name, TYPE_SRV)[:3] == (Kind.SERVICE, "web", "")
     assert meaning("_web._v1.consul", TYPE_SRV).tag == "v1"
 
 
-def test_the_domain_may_have_several_labels_and_an_alternative():
+def test_the_domain_may_have_several_labels_and_an_alternative() -> None:
     zones = (parse_zone("DC.Example.com."), parse_zone("consul"))
     assert meaning("web.service.dc.example.com", zones=zones).zone == ("dc", "example", "com")
     assert meaning("web.service.consul", zones=zones).zone == ("consul",)
@@ -80,7 +82,7 @@ def test_the_domain_may_have_several_labels_and_an_alternative():
 
 
 @pytest.mark.parametrize("domain", ["", "a..b", "x" * 64, "é"])
-def test_a_domain_that_is_no_name_is_refused(domain):
+def test_a_domain_that_is_no_name_is_refused(domain: str) -> None:
     with pytest.raises(ValueError):
         parse_zone(domain)
 
@@ -94,7 +96,7 @@ def test_a_domain_that_is_no_name_is_refused(domain):
     ),
     st.integers(0, 65535),
 )
-def test_every_name_means_something(labels, qtype):
+def test_every_name_means_something(labels: list[str], qtype: int) -> None:
     found = parse_name(tuple(labels), qtype, ZONES, "dc1")
     assert isinstance(found.kind, Kind)
     if found.kind is Kind.SERVICE:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dnslib
 import pytest
 
@@ -18,11 +20,11 @@ from rostra.dns.recurse import is_answer_to, parse_recursor
         ("[fd00::1]:5353", ("fd00::1", 5353)),
     ],
 )
-def test_a_recursor_has_an_address_and_perhaps_a_port(text, address):
+def test_a_recursor_has_an_address_and_perhaps_a_port(text: str, address: Any) -> None:
     assert parse_recursor(text) == address
 
 
-def test_only_the_answer_to_our_question_under_our_id_counts():
+def test_only_the_answer_to_our_question_under_our_id_counts() -> None:
     question = dnslib.DNSRecord.question("www.example.com")
     answer = question.reply()
     packed = bytes(answer.pack())

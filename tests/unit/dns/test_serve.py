@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 from collections.abc import AsyncIterator
+from typing import Any
 
 import dnslib
 import pytest
@@ -23,7 +24,9 @@ needs_dig = pytest.mark.skipif(shutil.which("dig") is None, reason="dig is not i
 
 
 @contextlib.asynccontextmanager
-async def serving(catalog, *, host: str = "127.0.0.1", tcp_idle_s: float = 10.0, **config) -> AsyncIterator[DnsServer]:
+async def serving(
+    catalog: Any, *, host: str = "127.0.0.1", tcp_idle_s: float = 10.0, **config: Any
+) -> AsyncIterator[DnsServer]:
     server = DnsServer(DnsConfig(**config), catalog, hosts=[host], port=0, tcp_idle_s=tcp_idle_s)
     await server.start()
     try:
@@ -44,15 +47,17 @@ class UdpClient(asyncio.DatagramProtocol):
     def __init__(self) -> None:
         self.received: asyncio.Queue[bytes] = asyncio.Queue()
 
-    def datagram_received(self, data: bytes, addr) -> None:
+    def connection_made(self, transport: Any) -> None:
+        self.send = transport.sendto
+        self.close = transport.close
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
         self.received.put_nowait(data)
 
     @classmethod
     async def connect(cls, server: DnsServer) -> UdpClient:
         loop = asyncio.get_running_loop()
-        transport, client = await loop.create_datagram_endpoint(cls, remote_addr=("127.0.0.1", server.port))
-        client.send = transport.sendto
-        client.close = transport.close
+        _, client = await loop.create_datagram_endpoint(cls, remote_addr=("127.0.0.1", server.port))
         return client
 
     async def next(self) -> dnslib.DNSRecord:
@@ -82,7 +87,7 @@ async def assert_closed(reader: asyncio.StreamReader) -> None:
 
 
 @needs_dig
-async def test_dig_finds_a_service_over_udp_and_tcp(web):
+async def test_dig_finds_a_service_over_udp_and_tcp(web: Any) -> None:
     async with serving(web) as server:
         assert sorted(await dig(server, "+short", "web.service.consul")) == ["10.0.0.1", "10.1.1.2"]
         assert sorted(await dig(server, "+short", "+tcp", "web.service.consul")) == ["10.0.0.1", "10.1.1.2"]
@@ -95,7 +100,7 @@ async def test_dig_finds_a_service_over_udp_and_tcp(web):
 
 
 @needs_dig
-async def test_dig_finds_nothing_to_complain_about(web):
+async def test_dig_finds_nothing_to_complain_about(web: Any) -> None:
     web.set("big", [Instance(f"m{i}", "dc1", f"10.0.0.{i}", port=i) for i in range(1, 101)])
     async with serving(web) as server:
         names = ("web.service.consul", "big.service.consul", "n1.node.consul", "consul", "none.consul")
@@ -108,13 +113,13 @@ async def test_dig_finds_nothing_to_complain_about(web):
 
 
 @needs_dig
-async def test_dig_comes_back_over_tcp_for_what_udp_cut(catalog):
+async def test_dig_comes_back_over_tcp_for_what_udp_cut(catalog: Any) -> None:
     catalog.set("big", [Instance(f"m{i}", "dc1", f"10.0.0.{i}", port=i) for i in range(1, 201)])
     async with serving(catalog) as server:
         assert len(await dig(server, "+short", "+bufsize=1232", "big.service.consul")) == 200
 
 
-async def test_a_flood_of_one_query_is_answered_with_every_id(web):
+async def test_a_flood_of_one_query_is_answered_with_every_id(web: Any) -> None:
     async with serving(web) as server:
         client = await UdpClient.connect(server)
         packet = question("web.service.consul")
@@ -124,7 +129,7 @@ async def test_a_flood_of_one_query_is_answered_with_every_id(web):
         client.close()
 
 
-async def test_garbage_changes_nothing_for_the_next_query(web):
+async def test_garbage_changes_nothing_for_the_next_query(web: Any) -> None:
     async with serving(web) as server:
         client = await UdpClient.connect(server)
         for junk in (b"", b"x", b"\0" * 11, b"\xff" * 600, question("web.service.consul")[:-3]):
@@ -136,7 +141,7 @@ async def test_garbage_changes_nothing_for_the_next_query(web):
         client.close()
 
 
-async def test_queries_that_came_before_the_instances_are_all_answered_when_these_arrive(web):
+async def test_queries_that_came_before_the_instances_are_all_answered_when_these_arrive(web: Any) -> None:
     view = web.services["web"]
     view.is_ready = False
     async with serving(web) as server:
@@ -151,7 +156,7 @@ async def test_queries_that_came_before_the_instances_are_all_answered_when_thes
         client.close()
 
 
-async def test_a_query_whose_instances_never_arrive_is_servfail(web, monkeypatch):
+async def test_a_query_whose_instances_never_arrive_is_servfail(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "READY_TIMEOUT_S", 0.05)
     web.services["web"].is_ready = False
     async with serving(web) as server:
@@ -161,7 +166,7 @@ async def test_a_query_whose_instances_never_arrive_is_servfail(web, monkeypatch
         client.close()
 
 
-async def test_parked_queries_are_bounded_and_the_rest_fail_at_once(web, monkeypatch):
+async def test_parked_queries_are_bounded_and_the_rest_fail_at_once(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "PARKED_MAX", 3)
     web.services["web"].is_ready = False
     async with serving(web) as server:
@@ -172,7 +177,7 @@ async def test_parked_queries_are_bounded_and_the_rest_fail_at_once(web, monkeyp
         client.close()
 
 
-async def test_tcp_answers_pipelined_queries(web):
+async def test_tcp_answers_pipelined_queries(web: Any) -> None:
     async with serving(web) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         packets = [struct.pack(">H", n) + question("web.service.consul")[2:] for n in range(100)]
@@ -181,7 +186,7 @@ async def test_tcp_answers_pipelined_queries(web):
         writer.close()
 
 
-async def test_tcp_reads_a_query_that_comes_byte_by_byte(web):
+async def test_tcp_reads_a_query_that_comes_byte_by_byte(web: Any) -> None:
     async with serving(web) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         for byte in framed(question("web.service.consul")):
@@ -191,7 +196,7 @@ async def test_tcp_reads_a_query_that_comes_byte_by_byte(web):
         writer.close()
 
 
-async def test_tcp_answers_all_before_it_closes_when_the_client_half_closes(web):
+async def test_tcp_answers_all_before_it_closes_when_the_client_half_closes(web: Any) -> None:
     web.set("big", [Instance(f"m{i}", "dc1", f"10.0.0.{i}", port=i) for i in range(1, 201)])
     async with serving(web) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -203,7 +208,7 @@ async def test_tcp_answers_all_before_it_closes_when_the_client_half_closes(web)
         writer.close()
 
 
-async def test_tcp_closes_on_a_length_that_no_query_has(web):
+async def test_tcp_closes_on_a_length_that_no_query_has(web: Any) -> None:
     async with serving(web) as server:
         for junk in (b"\0\x05hello", b"\xff\xff" + b"x" * 100, b"GET / HTTP/1.1\r\n\r\n"):
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -213,7 +218,7 @@ async def test_tcp_closes_on_a_length_that_no_query_has(web):
         assert not server.connections
 
 
-async def test_tcp_closes_a_connection_that_asks_nothing(web):
+async def test_tcp_closes_a_connection_that_asks_nothing(web: Any) -> None:
     async with serving(web, tcp_idle_s=0.1) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(b"\0")
@@ -221,7 +226,9 @@ async def test_tcp_closes_a_connection_that_asks_nothing(web):
         writer.close()
 
 
-async def test_tcp_connections_are_bounded_and_the_longest_silent_one_goes(web, monkeypatch):
+async def test_tcp_connections_are_bounded_and_the_longest_silent_one_goes(
+    web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serve, "TCP_CONNECTIONS_MAX", 2)
     async with serving(web) as server:
         streams = []
@@ -238,7 +245,7 @@ async def test_tcp_connections_are_bounded_and_the_longest_silent_one_goes(web, 
             writer.close()
 
 
-async def test_a_client_that_does_not_read_is_not_answered_further(web):
+async def test_a_client_that_does_not_read_is_not_answered_further(web: Any) -> None:
     web.set("big", [Instance(f"m{i}", "dc1", f"10.0.{i >> 8}.{i & 255}", port=i) for i in range(1000)])
     async with serving(web) as server:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -254,7 +261,7 @@ async def test_a_client_that_does_not_read_is_not_answered_further(web):
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-async def test_a_port_in_use_is_named_with_the_way_out(catalog, kind):
+async def test_a_port_in_use_is_named_with_the_way_out(catalog: Any, kind: Any) -> None:
     with socket.socket(socket.AF_INET, kind) as taken:
         taken.bind(("127.0.0.1", 0))
         if kind == socket.SOCK_STREAM:
@@ -266,7 +273,7 @@ async def test_a_port_in_use_is_named_with_the_way_out(catalog, kind):
         assert "ports.dns" in e.value.message
 
 
-async def test_one_port_serves_several_addresses(web):
+async def test_one_port_serves_several_addresses(web: Any) -> None:
     server = DnsServer(DnsConfig(), web, hosts=["127.0.0.1", "127.0.0.2"], port=0)
     await server.start()
     for host in ("127.0.0.1", "127.0.0.2"):
@@ -277,7 +284,7 @@ async def test_one_port_serves_several_addresses(web):
     await server.stop()
 
 
-async def test_stopping_leaves_the_port_free_and_no_task(web):
+async def test_stopping_leaves_the_port_free_and_no_task(web: Any) -> None:
     web.services["web"].is_ready = False
     server = DnsServer(DnsConfig(), web, port=0)
     await server.start()
@@ -293,7 +300,7 @@ async def test_stopping_leaves_the_port_free_and_no_task(web):
     client.close()
 
 
-async def test_recursors_are_asked_in_order_over_udp_and_tcp(web, catalog):
+async def test_recursors_are_asked_in_order_over_udp_and_tcp(web: Any, catalog: Any) -> None:
     catalog.add("www", "n1", "10.0.0.80")
     async with serving(catalog, domain="example") as other, serving(web, recursors=_recursors(other)) as server:
         client = await UdpClient.connect(server)
@@ -313,7 +320,7 @@ def _recursors(other: DnsServer) -> tuple[str, ...]:
     return (f"127.0.0.1:{dead}", f"127.0.0.1:{other.port}")
 
 
-async def test_recursors_that_are_all_dead_give_servfail(web):
+async def test_recursors_that_are_all_dead_give_servfail(web: Any) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.bind(("127.0.0.1", 0))
         dead = s.getsockname()[1]

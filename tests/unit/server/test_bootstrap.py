@@ -193,7 +193,7 @@ def test_islands_never_found_clusters_with_a_common_member(count, expect):
             for i in range(count):
                 if world.founders[i] is None and world.random.random() < 0.02:
                     world.start(i)
-        world.calm(4000)
+        world.calm(2500)
         assert world.clusters, f"seed {seed}: no cluster at all"
 
 
@@ -231,7 +231,7 @@ A, B, C, D = (server(n) for n in (1, 2, 3, 4))
 
 
 def founder(me=A, expect=3, stored=None, **more) -> Founder:
-    return Founder(me, expect, stored or Stored(), instance=me.name, new_id=lambda: "new", **more)
+    return Founder(me, expect, stored or Stored(), instance=f"{me.name} {me.key_hash}", new_id=lambda: "new", **more)
 
 
 def proposal(*members, cluster_id="p", datacenter="dc1"):
@@ -453,7 +453,7 @@ async def test_three_converge_soon_after_the_last_has_started(tmp_path):
     loop = asyncio.get_running_loop()
     began = loop.time()
     found = await asyncio.wait_for(asyncio.gather(*early, net.run(C, A.host_port)), 5)
-    assert loop.time() - began < 0.4
+    assert loop.time() - began < 1.0  # 0.06 s on an idle machine
     assert len(set(found)) == 1
     assert found[0].members == (A, B, C)
     files = {(tmp_path / i.name / bs.FILE_NAME).read_bytes() for i in (A, B, C)}

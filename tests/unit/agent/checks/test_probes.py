@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rostra.agent.checks import http, script, tcp, wrapper
 from rostra.agent.definition import CheckSpec
-
 from tests.support.local_servers import eventually
 
 
 @asynccontextmanager
-async def server(answer: bytes | Callable[[bytes], bytes], *, hang: bool = False) -> AsyncIterator[tuple[int, list[bytes]]]:
+async def server(
+    answer: bytes | Callable[[bytes], bytes], *, hang: bool = False
+) -> AsyncIterator[tuple[int, list[bytes]]]:
     """A server that sends `answer` to each request; what it was asked is in the list."""
     asked: list[bytes] = []
 
@@ -59,8 +61,14 @@ def closed_port() -> int:
 
 @pytest.mark.parametrize(
     ("line", "status"),
-    [("200 OK", "passing"), ("204 No Content", "passing"), ("429 Too Many Requests", "warning")]
-    + [("302 Found", "critical"), ("404 Not Found", "critical"), ("500 Internal Server Error", "critical")],
+    [
+        ("200 OK", "passing"),
+        ("204 No Content", "passing"),
+        ("429 Too Many Requests", "warning"),
+        ("302 Found", "critical"),
+        ("404 Not Found", "critical"),
+        ("500 Internal Server Error", "critical"),
+    ],
 )
 async def test_the_status_code_decides_an_http_check(line: str, status: str) -> None:
     async with server(f"HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n".encode()) as (port, _):

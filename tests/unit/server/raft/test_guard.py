@@ -33,7 +33,7 @@ class Server(Transport):  # type: ignore[misc]
         self.now_ns = 10**12
         self.sent: list[tuple[str, Message]] = []
         self.applied: list[int] = []
-        self.journal = journal or Journal.memory()
+        self.journal = Journal.memory() if journal is None else journal
         peers = list(others)
         self.core = Core(node_id, peers, journal=self.journal, transport=self, timing=TIMING, owner=self)
         self.replication = Replication(

@@ -1,0 +1,269 @@
+"""Does any step of a loop take longer than 2 ms while a large service changes under many watchers?
+
+    python bench/steps.py [--instances 1000] [--watchers 300] [--seconds 15] [--at c1,s2]
+
+Three servers and a client agent as processes; the service is registered through the catalog API; the watchers are
+blocking queries for its passing instances over keep-alive connections, at the client agent and then at a server's; one
+instance changes its health each second. Prints the histogram of the loop's steps of every agent and core after the
+warm-up, and how long a change took to reach the first and the last watcher. Exit status 1 for a step over 2 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import select
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from processes import Fleet, Node, Verdicts, eventually, guarded, parser
+
+SERVICE = "big"
+LIMIT_MS = 2.0
+changes = itertools.count()  # over all measurements: registering what is registered already is no change
+
+
+# -- the watchers, a process of their own ---------------------------------------------------------------------------
+
+
+class Watcher:
+    """One blocking query after the other on one connection. Bodies are counted, not kept."""
+
+    __slots__ = ("_head", "_left", "answers", "host", "index", "socket")
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.socket = socket.create_connection((host, port))
+        self.socket.setblocking(False)
+        self.index, self.answers = 0, 0
+        self._head, self._left = b"", 0
+
+    def ask(self) -> None:
+        path = f"/v1/health/service/{SERVICE}?passing&index={self.index}&wait=120s"
+        self.socket.send(f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n\r\n".encode())
+
+    def read(self, buffer: bytearray) -> bool:
+        """True when an answer is complete, and the next question has been asked."""
+        if not self._left:
+            try:
+                self._head += self.socket.recv(65536)
+            except BlockingIOError:
+                return False
+            head, mark, rest = self._head.partition(b"\r\n\r\n")
+            if not mark:
+                return False
+            lines = head.split(b"\r\n")
+            if b" 200 " not in lines[0]:
+                raise RuntimeError(head.decode())
+            fields = dict(line.lower().split(b": ", 1) for line in lines[1:])
+            self.index = int(fields[b"x-consul-index"])
+            self._left = int(fields[b"content-length"]) - len(rest)
+            self._head = b""
+        while self._left > 0:
+            try:
+                got = self.socket.recv_into(buffer)
+            except BlockingIOError:
+                return False
+            if not got:
+                raise RuntimeError("the agent closed a connection")
+            self._left -= got
+        self.answers += 1
+        self.ask()
+        return True
+
+
+def watch(host: str, port: int, watchers: int) -> None:
+    """Prints a line of JSON each time that all watchers were answered: when the first and when the last was."""
+    all_of_them = {}
+    poll = select.epoll()
+    for _ in range(watchers):
+        watcher = Watcher(host, port)
+        all_of_them[watcher.socket.fileno()] = watcher
+        poll.register(watcher.socket, select.EPOLLIN)
+        watcher.ask()
+    buffer = bytearray(1 << 20)
+    answered, first = 0, 0.0
+    while True:
+        for fd, _ in poll.poll():
+            if all_of_them[fd].read(buffer):
+                answered += 1
+                first = first or time.monotonic()
+                if answered == watchers:
+                    print(json.dumps({"first": first, "last": time.monotonic()}), flush=True)
+                    answered, first = 0, 0.0
+
+
+# -- histograms -------------------------------------------------------------------------------------------------------
+
+Buckets = dict[float, int]  # upper bound in ms → how many steps were not longer
+
+
+def steps_of(node: Node) -> dict[str, Buckets]:
+    """The loops that this node's agent knows of: its own, and its core's."""
+    found: dict[str, Buckets] = {}
+    for (name, labels), value in node.samples().items():
+        bound = next((part[4:-1] for part in labels.split(",") if part.startswith('le="')), "")
+        loop = {"consul_loop_step_bucket": "agent", "consul_server_steps_bucket": "core"}.get(name)
+        if loop and bound:
+            found.setdefault(f"{node.name} {loop}", {})[float(bound)] = int(value)
+    return found
+
+
+def all_steps(fleet: Fleet) -> dict[str, Buckets]:
+    return {loop: buckets for node in fleet.nodes.values() for loop, buckets in steps_of(node).items()}
+
+
+def between(before: Buckets, after: Buckets) -> dict[float, int]:
+    """Steps per bucket, not cumulative."""
+    out, below = {}, 0
+    for bound in sorted(after):
+        upto = after[bound] - before.get(bound, 0)
+        out[bound], below = upto - below, upto
+    return out
+
+
+def show(histograms: dict[str, dict[float, int]]) -> None:
+    bounds = sorted({bound for histogram in histograms.values() for bound in histogram})
+    used = [b for b in bounds if b <= 5 or any(h.get(b) for h in histograms.values())]
+    print("  steps by length, ms  " + "".join(f"{'more' if b == float('inf') else f'≤{b:g}':>8}" for b in used))
+    for loop, histogram in histograms.items():
+        print(f"  {loop:<21}" + "".join(f"{histogram.get(b, 0) or '.':>8}" for b in used))
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def register(fleet: Fleet, instances: int) -> None:
+    connection = fleet["s1"].socket(30)
+    for i in range(instances):
+        body = json.dumps(instance(i, "passing"))
+        connection.sendall(
+            f"PUT /v1/catalog/register HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        answer = connection.recv(4096)
+        if b" 200 " not in answer[:20]:
+            raise RuntimeError(answer.decode())
+    connection.close()
+
+
+def instance(i: int, status: str, output: str = "") -> dict[str, Any]:
+    node = f"host-{i:04}"
+    return {
+        "Node": node,
+        "Address": f"10.1.{i // 250}.{i % 250 + 1}",
+        "Service": {
+            "ID": f"{SERVICE}-{i}",
+            "Service": SERVICE,
+            "Port": 8000,
+            "Tags": ["v1", "blue"],
+            "Meta": {"n": str(i)},
+        },
+        "Checks": [
+            {
+                "CheckID": f"{SERVICE}-{i}",
+                "Name": "http",
+                "Status": status,
+                "ServiceID": f"{SERVICE}-{i}",
+                "Output": output,
+            }
+        ],
+    }
+
+
+def measure(fleet: Fleet, at: Node, options: argparse.Namespace, verdicts: Verdicts) -> None:
+    watchers = subprocess.Popen(
+        [sys.executable, __file__, "--be-the-watchers", at.address, str(options.watchers)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert watchers.stdout is not None
+        watchers.stdout.readline()  # the first answers
+        writer = fleet["s1"] if at.name != "s1" else fleet["s2"]
+        lags: list[tuple[float, float]] = []
+        before: dict[str, Buckets] = {}
+        warm_up = 3
+        for n in range(warm_up + options.seconds):
+            if n == warm_up:
+                before = all_steps(fleet)
+                time.sleep(0.2)
+            began = time.monotonic()
+            change = next(changes)
+            status = "critical" if change % 2 == 0 else "passing"
+            writer.put("/v1/catalog/register", instance(change * 37 % options.instances, status, f"change {change}"))
+            seen = json.loads(watchers.stdout.readline())
+            if n >= warm_up:
+                lags.append((seen["first"] - began, seen["last"] - began))
+            time.sleep(max(0.0, began + 1.0 - time.monotonic()))
+        after = all_steps(fleet)
+    finally:
+        watchers.kill()
+        watchers.wait()
+    histograms = {loop: between(before[loop], after[loop]) for loop in after}
+    print(f"\n{options.watchers} watchers at {at.name}, {options.instances} instances, {len(lags)} changes")
+    show(histograms)
+    over = {loop: sum(n for bound, n in h.items() if bound > LIMIT_MS) for loop, h in histograms.items()}
+    for loop, n in over.items():
+        if n:
+            verdicts.add(f"watchers at {at.name}: steps over {LIMIT_MS:g} ms in {loop}", str(n), "0", False)
+    if not any(over.values()):
+        verdicts.add(f"watchers at {at.name}: steps over {LIMIT_MS:g} ms in any loop", "0", "0", True)
+    verdicts.add(
+        f"watchers at {at.name}: change to first / last watcher",
+        f"{max(a for a, _ in lags) * 1000:.0f} / {max(b for _, b in lags) * 1000:.0f} ms at most",
+    )
+
+
+def first_srv(fleet: Fleet, at: Node, verdicts: Verdicts) -> None:
+    """The first SRV question for the service, on an agent that was not asked for it."""
+    before = steps_of(at)
+    question = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"".join(
+        bytes([len(label)]) + label for label in (SERVICE.encode(), b"service", b"consul", b"")
+    )
+    question += b"\x00\x21\x00\x01"
+    with socket.create_connection((at.address, 8600), 5) as tcp:
+        tcp.sendall(len(question).to_bytes(2, "big") + question)
+        size = int.from_bytes(tcp.recv(2, socket.MSG_WAITALL), "big")
+        reply = tcp.recv(size, socket.MSG_WAITALL)
+    answers = int.from_bytes(reply[6:8], "big")
+    time.sleep(0.1)
+    after = steps_of(at)
+    over = sum(sum(n for b, n in between(before[loop], after[loop]).items() if b > LIMIT_MS) for loop in after)
+    verdicts.add(f"first SRV question at {at.name} ({answers} answers): steps over 2 ms", str(over), "0", over == 0)
+
+
+def main() -> int:
+    if "--be-the-watchers" in sys.argv:
+        watch(sys.argv[-2], 8500, int(sys.argv[-1]))
+        return 0
+    arguments = parser(__doc__)
+    arguments.add_argument("--instances", type=int, default=1000)
+    arguments.add_argument("--watchers", type=int, default=300)
+    arguments.add_argument("--seconds", type=int, default=15)
+    arguments.add_argument("--at", default="c1,s2", help="the agents that the watchers ask, one after the other")
+    options = arguments.parse_args()
+
+    def run() -> int:
+        verdicts = Verdicts("Loop steps")
+        with Fleet(keep=options.keep, log_level="warn") as fleet:
+            register(fleet, options.instances)
+            for node in fleet.nodes.values():
+                eventually(
+                    f"all instances at {node.name}",
+                    10,
+                    lambda node=node: len(node.get(f"/v1/catalog/service/{SERVICE}")) == options.instances,
+                )
+            for name in options.at.split(","):
+                measure(fleet, fleet[name], options, verdicts)
+            first_srv(fleet, fleet["s3"], verdicts)
+        return verdicts.finish()
+
+    return guarded(run, within_s=60 + 2 * (options.seconds + 20) * len(options.at.split(",")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Real servers in one process: three `Core`s on loopback with everything but the processes, and an agent's session.
+
+What a test does to them is what happens to real ones: `kill` drops a server without a goodbye and keeps its data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from rostra.agent.servers import ServerAddress, ServerSession
+from rostra.runtime.service import Tasks
+from rostra.runtime.tls import client_context, peer_key_hash
+from rostra.server.run import Core
+from rostra.server.settings import CoreSettings
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "") -> Any:
+    """The condition's first true value. It may be a plain or an async function."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            value = condition()
+            if isinstance(value, Awaitable):
+                value = await value
+            if value:
+                return value
+            await asyncio.sleep(0.01)
+
+
+class Cluster:
+    """Use as `async with Cluster(tmp_path) as cluster`."""
+
+    def __init__(self, directory: Path, size: int = 3) -> None:
+        self.secret = base64.b64encode(os.urandom(32)).decode()
+        self.directory = directory
+        self.names = [f"s{i + 1}" for i in range(size)]
+        self.cores: dict[str, Core] = {}
+        self._ports: dict[str, int] = {}
+        self._tasks = Tasks("test")
+
+    async def __aenter__(self) -> Cluster:
+        for name in self.names:
+            await self.start(name)
+        addresses = [f"127.0.0.1:{c.rpc_port}" for c in self.cores.values()]
+        for core in self.cores.values():
+            core.learn(addresses)
+        await eventually(self.leader)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._tasks.stop()
+        for name in list(self.cores):
+            await self.stop(name)
+
+    async def start(self, name: str) -> Core:
+        core = Core(
+            CoreSettings(
+                node_name=name,
+                data_dir=str(self.directory / name),
+                bind="127.0.0.1",
+                advertise="127.0.0.1",
+                rpc_port=self._ports.get(name, 0),
+                bootstrap_expect=len(self.names),
+                secrets=(self.secret,),
+                version="test",
+            ),
+            lambda: None,
+        )
+        await core.start()
+        self._ports[name] = core.rpc_port
+        self.cores[name] = core
+        return core
+
+    async def stop(self, name: str) -> None:
+        await self.cores.pop(name).stop()
+
+    def leader(self) -> Core | None:
+        return next((c for c in self.cores.values() if c.node.is_leader and c.node.raft.lease_valid()), None)
+
+    def followers(self) -> list[Core]:
+        return [c for c in self.cores.values() if not c.node.is_leader]
+
+    def session(self, core: Core, name: str = "") -> ServerSession:
+        """What the agent on `core`'s own host holds; with a name, a client agent's over mTLS."""
+        path = str(self.directory / core.settings.node_name / "server" / "core.sock")
+
+        async def addresses() -> list[ServerAddress]:
+            if name:
+                return [ServerAddress(host="127.0.0.1", port=c.rpc_port) for c in self.cores.values()]
+            return [ServerAddress(path=path)]
+
+        context: Any = None
+        if name:
+            from rostra.runtime.identity import NodeIdentity, parse_secrets
+
+            identity = NodeIdentity.open(self.directory / f"agent-{name}", name, parse_secrets([self.secret]))
+            context = client_context(identity)
+        session = ServerSession(
+            addresses=addresses,
+            context=lambda: context,
+            about=lambda: {"name": name or core.settings.node_name, "role": "client", "address": "127.0.0.1"},
+            key_of=peer_key_hash,
+            spawn=lambda coro: self._tasks.start("session", coro),
+        )
+        self._tasks.start("session", session.run())
+        return session

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from rostra.agent.leaf import Leaf, Leaves, renewal_at_ms
+from rostra.agent.results import Results
+from rostra.wire.errors import BadRequest, Denied
+from tests.support.local_servers import TRUST_DOMAIN, LocalServers, eventually
+
+
+@asynccontextmanager
+async def leaves(servers: LocalServers, **options: Any) -> AsyncIterator[Leaves]:
+    results = Results(servers)
+    held = Leaves(servers, results, datacenter="dc1", **options)
+    try:
+        yield held
+    finally:
+        await held.stop()
+        await results.close()
+
+
+def test_a_leaf_is_renewed_between_60_and_90_percent_of_its_life() -> None:
+    leaf = Leaf("web", "", "", "", "", 1000, 2000, "", 1)
+    assert renewal_at_ms(leaf, 0.0) == 1600
+    assert renewal_at_ms(leaf, 0.5) == 1750
+    assert renewal_at_ms(leaf, 0.999999) == 1899
+
+
+async def test_a_leaf_has_the_key_that_was_signed_and_the_identity_of_its_service() -> None:
+    async with leaves(LocalServers()) as held:
+        leaf = await held.get("web")
+    certificate = x509.load_pem_x509_certificate(leaf.cert_pem.encode())
+    key = load_pem_private_key(leaf.key_pem.encode(), None)
+    assert certificate.public_key() == key.public_key()
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert leaf.uri == f"spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/web"
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == [leaf.uri]
+
+
+async def test_all_who_ask_share_one_leaf_and_another_token_gets_its_own() -> None:
+    servers = LocalServers()
+    async with leaves(servers) as held:
+        first = await asyncio.gather(*(held.get("web") for _ in range(20)))
+        assert set(first) == {await held.get("web")}
+        assert servers.signed == 1
+        assert await held.get("web", token="other") != first[0]
+        assert servers.signed == 2
+
+
+async def test_a_leaf_is_renewed_while_somebody_follows_it() -> None:
+    servers = LocalServers()
+    now_ms = 0
+    async with leaves(servers, wall_ms=lambda: now_ms, random=lambda: 0.0) as held:
+        changes: list[None] = []
+        stop = held.follow("web", lambda: changes.append(None))
+        first = await held.get("web")
+        now_ms = first.valid_before_ms  # long past the renewal point: the sleep is cut short by asking the clock
+        held._held[("web", "")].hurry.set()
+        second = await held.wait("web", first.index, 5.0)
+        assert second.index > first.index
+        assert second.serial != first.serial
+        assert len(changes) == 2
+        stop()
+
+
+async def test_a_new_root_replaces_the_leaf_soon() -> None:
+    servers = LocalServers()
+    async with leaves(servers, root_change_spread_s=0.05) as held:
+        held.follow("web", lambda: None)
+        first = await held.get("web")
+        servers.rotate_root()
+        second = await held.wait("web", first.index, 5.0)
+        assert second.root_id != first.root_id
+        assert second.index > first.index
+
+
+async def test_waiting_for_a_newer_leaf_ends_with_the_present_one() -> None:
+    async with leaves(LocalServers()) as held:
+        first = await held.get("web")
+        assert await held.wait("web", first.index, 0.02) is first
+
+
+async def test_a_refused_leaf_is_told_and_asked_for_again_next_time() -> None:
+    servers = LocalServers()
+    servers.refuse["connect.sign"] = Denied("service:write on web is needed")
+    async with leaves(servers) as held:
+        with pytest.raises(Denied, match="service:write"):
+            await held.get("web")
+        servers.refuse.clear()
+        assert (await held.get("web")).service == "web"
+
+
+async def test_a_failed_renewal_keeps_the_leaf_and_is_tried_again() -> None:
+    servers = LocalServers()
+    async with leaves(servers, root_change_spread_s=0.0) as held:
+        held.follow("web", lambda: None)
+        first = await held.get("web")
+        servers.refuse["connect.sign"] = Denied("not now")
+        servers.rotate_root()
+        await eventually(lambda: held._root_id != first.root_id)
+        assert await held.get("web") is first
+        servers.refuse.clear()
+        assert (await held.wait("web", first.index, 5.0)).root_id != first.root_id
+
+
+async def test_a_name_that_no_certificate_can_have_is_refused() -> None:
+    async with leaves(LocalServers()) as held:
+        with pytest.raises(BadRequest, match="cannot have a leaf certificate"):
+            await held.get("a/b")

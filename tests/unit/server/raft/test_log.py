@@ -1,0 +1,426 @@
+"""RaftLog alone, and among peers whose every word the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rostra.server.raft import Member, RaftLog, Timing
+from rostra.server.raft import core as core_module
+from rostra.server.raft.messages import Message, decode, encode
+from rostra.wire.errors import Internal, NoLeader, RostraError, Timeout, TooLarge
+
+TIMING = Timing(heartbeat_s=0.02, election_min_s=0.1, election_max_s=0.2)
+
+
+class Peer:
+    """The other end of a link: it hears what the server says and says what the test wants."""
+
+    def __init__(self, raft: RaftLog, peer_id: str) -> None:
+        self.id, self.heard, self.open = peer_id, [], True
+        self.on_frame: Callable[[bytes], None] | None = None
+        self.on_lost: Callable[[str], None] | None = None
+        self._something = asyncio.Event()
+        raft.accept(peer_id, self)  # type: ignore[arg-type]
+        if self.open:
+            self.say(type="ready")
+
+    heard: list[Message]
+
+    # FrameConnection
+    def send(self, payload: bytes) -> None:
+        message = decode("c1", payload)
+        assert message is not None
+        self.heard.append(message)
+        self._something.set()
+
+    def flush(self) -> None:
+        pass
+
+    def raise_bound(self, frame_bytes_max: int) -> None:
+        pass
+
+    def abort(self, reason: str = "") -> None:
+        self.open = False
+
+    close = abort
+
+    # the test
+    def say(self, **message: Any) -> None:
+        assert self.on_frame is not None
+        self.on_frame(encode("c1", message))
+
+    def hang_up(self) -> None:
+        self.open = False
+        assert self.on_lost is not None
+        self.on_lost("gone")
+
+    async def hears(self, kind: str, **wanted: Any) -> Message:
+        """The first message of that kind and content; drops what came before it."""
+        async with asyncio.timeout(5):
+            while True:
+                for at, message in enumerate(self.heard):
+                    if message["type"] == kind and all(message[name] == value for name, value in wanted.items()):
+                        del self.heard[: at + 1]
+                        return message
+                self._something.clear()
+                await self._something.wait()
+
+    async def votes(self) -> int:
+        """Grant a pre-vote and a vote; the term."""
+        asked = await self.hears("pre_vote")
+        self.say(type="pre_vote_reply", term=asked["term"], current=asked["term"] - 1, granted=True)
+        asked = await self.hears("request_vote", term=asked["term"])
+        self.say(type="response_vote", term=asked["term"])
+        return int(asked["term"])
+
+    def answers(self, append: Message) -> None:
+        last = append["entries"][-1][1] if append["entries"] else append["prevLogIdx"]
+        answer = {"term": append["term"], "r": append["r"], "next_node_idx": last + 1}
+        self.say(type="next_node_idx", reset=False, success=True, **answer)
+
+    async def follows(self) -> None:
+        """Answer all appends from now on."""
+        while True:
+            self.answers(await self.hears("append_entries"))
+
+
+class Machine:
+    """What is applied, and how the process would end."""
+
+    def __init__(self) -> None:
+        self.applied: list[bytes] = []
+        self.roles: list[tuple[bool, str | None, int]] = []
+        self.stops: list[str] = []
+        self.logs: list[RaftLog] = []
+
+    def apply(self, entries: Sequence[bytes]) -> list[Any]:
+        self.applied += entries
+        return [len(self.applied) - len(entries) + at + 1 for at in range(len(entries))]
+
+    async def start(self, directory: Path | None = None, others: Sequence[str] = (), **more: Any) -> RaftLog:
+        async def dial(member: Member) -> Any:
+            raise OSError("nobody there")
+
+        raft = RaftLog(
+            **{  # type: ignore[arg-type]
+                "directory": directory,
+                "node_id": "a",
+                "cluster_id": "c1",
+                "members": [Member(node, "127.0.0.1", 0, "", node) for node in ("a", *others)],
+                "apply": self.apply,
+                "dial": dial,
+                "timing": TIMING,
+                "on_role_change": lambda *role: self.roles.append(role),
+                "fail_stop": self.stops.append,
+                **more,
+            }
+        )
+        await raft.start()
+        self.logs.append(raft)
+        return raft
+
+
+@pytest.fixture
+async def machine() -> Any:
+    machine = Machine()
+    yield machine
+    for raft in machine.logs:
+        await raft.stop()
+
+
+# -- alone ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_alone_leads_at_once_and_applies_what_is_proposed(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path)
+    assert raft.is_leader
+    assert raft.leader_id == "a"
+    assert machine.roles == [(True, "a", 1)]
+    assert await asyncio.gather(*(raft.propose(b"%d" % number) for number in range(2000))) == list(range(1, 2001))
+    assert machine.applied == [b"%d" % number for number in range(2000)]
+    assert raft.lease_valid()
+    index = await raft.read_index()
+    assert raft.applied_is_at(index)
+    assert raft.metrics()["proposals"] == 2000
+
+
+async def test_a_restart_applies_everything_again_in_the_same_order(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path)
+    await asyncio.gather(*(raft.propose(b"%d" % number) for number in range(3000)))
+    await raft.stop()
+    again = Machine()
+    raft = await again.start(tmp_path)
+    await raft.read_index()
+    assert again.applied == machine.applied
+    assert raft.term == 2
+    await raft.stop()
+
+
+async def test_without_a_directory_it_works_and_forgets(machine: Machine) -> None:
+    raft = await machine.start(None)
+    assert await raft.propose(b"x") == 1
+    assert (await Machine().start(None)).applied_index <= 2
+
+
+async def test_a_result_is_given_only_when_the_disk_has_the_entry(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path)
+    write = raft._journal._file.write
+    written: list[bytes] = []
+
+    def slow(offset: int, data: bytes) -> None:
+        time.sleep(0.05)
+        write(offset, data)
+        written.append(data)
+
+    raft._journal._file.write = slow
+    await raft.propose(b"precious")
+    assert any(b"precious" in data for data in written)
+
+
+async def test_a_slow_apply_is_cut_into_turns(machine: Machine) -> None:
+    def apply(entries: Sequence[bytes]) -> list[Any]:
+        time.sleep(0.0001 * len(entries))
+        return machine.apply(entries)
+
+    raft = await machine.start(None, apply=apply)
+    results = asyncio.gather(*(raft.propose(b"%d" % number) for number in range(500)))
+    turns = 0
+    while not results.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert await results == list(range(1, 501))
+    assert turns > 15
+
+
+async def test_an_exception_in_apply_stops_the_process(machine: Machine) -> None:
+    def apply(entries: Sequence[bytes]) -> list[Any]:
+        raise MemoryError("no room")
+
+    raft = await machine.start(None, apply=apply)
+    future = raft.propose(b"x")
+    await asyncio.sleep(0.05)
+    assert machine.stops == ["MemoryError: no room"]
+    assert not future.done()
+    with pytest.raises(NoLeader):
+        await raft.propose(b"y")
+
+
+async def test_a_failed_disk_stops_the_process_and_nothing_is_acknowledged(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raft = await machine.start(tmp_path)
+
+    def no_space(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", no_space)
+    future = raft.propose(b"x")
+    async with asyncio.timeout(5):
+        while not machine.stops:
+            await asyncio.sleep(0.001)
+    assert machine.stops == ["journal: OSError: [Errno 28] No space left on device"]
+    assert not future.done()
+    assert machine.applied == []
+
+
+async def test_an_entry_that_is_too_large_is_refused(machine: Machine) -> None:
+    raft = await machine.start(None)
+    with pytest.raises(TooLarge):
+        await raft.propose(bytes(3 << 20))
+    assert await raft.propose(bytes(1 << 20)) == 1
+
+
+async def test_another_version_of_the_library_is_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_module, "LIBRARY_SHA256", "0" * 64)
+    with pytest.raises(Internal, match=r"pysyncobj==0\.3\.17"):
+        await machine.start(None)
+
+
+# -- among peers ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_without_a_leader_refuses_writes_and_reads(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    assert (raft.is_leader, raft.leader_id, raft.lease_valid()) == (False, None, False)
+    with pytest.raises(NoLeader):
+        await raft.propose(b"x")
+    with pytest.raises(NoLeader):
+        await raft.read_index()
+    with pytest.raises(Timeout):
+        await raft.wait_applied(5, 0.01)
+
+
+async def test_a_new_leader_reads_nothing_before_its_first_entry_is_committed(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    append = await peer.hears("append_entries")
+    assert raft.is_leader
+    read = asyncio.ensure_future(raft.read_index())
+    peer.say(type="next_node_idx", term=1, r=append["r"], next_node_idx=1, reset=False, success=False)
+    later = await peer.hears("append_entries")
+    peer.say(type="next_node_idx", term=1, r=later["r"], next_node_idx=1, reset=False, success=False)
+    await asyncio.sleep(0.01)
+    assert not read.done()
+    assert not raft.lease_valid()
+    following = asyncio.ensure_future(peer.follows())
+    peer.answers({**append, "entries": [(b"\1", 2, 1)]})
+    assert await read == 2
+    assert raft.lease_valid()
+    following.cancel()
+
+
+async def test_a_read_is_answered_by_a_round_that_began_after_it(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    peer.answers(await peer.hears("append_entries"))
+    await asyncio.sleep(0.02)
+    peer.heard.clear()
+    old = await peer.hears("append_entries")
+    read = asyncio.ensure_future(raft.read_index())
+    new = await peer.hears("append_entries")
+    peer.answers(old)
+    await asyncio.sleep(0.01)
+    assert not read.done()
+    peer.answers(new)
+    assert await read == 2
+
+
+async def test_a_vote_is_asked_and_given_only_when_the_disk_knows(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await asyncio.sleep(0.12)
+    release = asyncio.Event()
+    loop, write = asyncio.get_running_loop(), raft._journal._file.write
+
+    def slow(offset: int, data: bytes) -> None:
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=5)
+        write(offset, data)
+
+    raft._journal._file.write = slow
+    peer.say(type="request_vote", term=7, last_log_index=1, last_log_term=0)
+    await asyncio.sleep(0.05)
+    assert all(message["type"] in ("pre_vote", "ping") for message in peer.heard)
+    release.set()
+    assert (await peer.hears("response_vote"))["term"] == 7
+
+
+async def test_a_follower_answers_heartbeats_while_its_disk_is_slow(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    release = asyncio.Event()
+    loop, write = asyncio.get_running_loop(), raft._journal._file.write
+
+    def slow(offset: int, data: bytes) -> None:
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=5)
+        write(offset, data)
+
+    raft._journal._file.write = slow
+    append = {"type": "append_entries", "term": 3, "commit_index": 1, "prevLogIdx": 1, "prevLogTerm": 0}
+    peer.say(**append, r=1, entries=[(b"\0\x91\xc4\x01x", 2, 3)])
+    peer.say(**{**append, "prevLogIdx": 2, "prevLogTerm": 3}, r=2, entries=[])
+    heard = await peer.hears("next_node_idx")
+    assert (heard["r"], heard["success"], heard["next_node_idx"]) == (2, False, 1)
+    release.set()
+    heard = await peer.hears("next_node_idx", r=1)
+    assert (heard["success"], heard["next_node_idx"]) == (True, 3)
+
+
+async def test_writes_on_their_way_are_unknown_when_another_leader_appears(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    peer.answers(await peer.hears("append_entries"))
+    await asyncio.sleep(0.02)
+    on_its_way = raft.propose(b"first")
+    await asyncio.sleep(0.01)
+    not_yet, read = raft.propose(b"second"), asyncio.ensure_future(raft.read_index())
+    await asyncio.sleep(0)
+    other = Peer(raft, "c")
+    other.say(type="append_entries", term=5, commit_index=1, prevLogIdx=1, prevLogTerm=0, r=1, entries=[])
+    outcomes = await asyncio.gather(on_its_way, not_yet, read, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Timeout, NoLeader, NoLeader]
+    assert (raft.is_leader, raft.leader_id, raft.term, raft.lease_valid()) == (False, "c", 5, False)
+    assert machine.roles[-1] == (False, "c", 5)
+
+
+async def test_a_leader_that_hears_nobody_steps_down(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    peer.answers(await peer.hears("append_entries"))
+    write = raft.propose(b"lost?")
+    async with asyncio.timeout(1):
+        with pytest.raises(Timeout):
+            await write
+    assert not raft.is_leader
+    assert raft.term == 1
+
+
+async def test_the_lease_ends_while_the_leader_still_believes(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    peer.answers(await peer.hears("append_entries"))
+    async with asyncio.timeout(1):
+        while not raft.lease_valid():
+            await asyncio.sleep(0.001)
+        while raft.lease_valid():
+            await asyncio.sleep(0.001)
+    assert raft.is_leader
+
+
+async def test_a_new_connection_replaces_the_old_one(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    old, new = Peer(raft, "b"), Peer(raft, "b")
+    assert (old.open, new.open) == (False, True)
+    await new.votes()
+    assert raft.is_leader
+    assert not [message for message in old.heard if message["type"] == "append_entries"]
+
+
+async def test_strangers_and_the_wrong_side_are_refused(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    assert not Peer(raft, "x").open
+
+
+async def test_a_bad_message_closes_the_link_and_nothing_else(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    assert peer.on_frame is not None
+    peer.on_frame(b"\x80\x04\x95garbage")
+    assert not peer.open
+    assert machine.stops == []
+    await Peer(raft, "b").votes()
+
+
+async def test_a_silent_link_is_dropped(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    raft._links._silent_after_s = 0.2
+    peer = Peer(raft, "b")
+    await peer.hears("ping")
+    async with asyncio.timeout(2):
+        while peer.open:
+            await asyncio.sleep(0.01)
+
+
+async def test_stopping_answers_everyone_who_waits(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    peer.answers(await peer.hears("append_entries"))
+    await asyncio.sleep(0.02)
+    futures = [raft.propose(b"x"), asyncio.ensure_future(raft.read_index())]
+    futures.append(asyncio.ensure_future(raft.wait_applied(99, 30)))
+    await asyncio.sleep(0.01)
+    await raft.stop()
+    outcomes = await asyncio.gather(*futures, return_exceptions=True)
+    assert all(isinstance(outcome, RostraError) for outcome in outcomes)

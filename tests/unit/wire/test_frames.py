@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rostra.wire.frames import FrameDecoder, FrameTooLarge, frame, pack, unpack
+
+
+@given(st.lists(st.binary(max_size=50), max_size=8), st.lists(st.integers(1, 20), min_size=1))
+def test_frames_come_out_whole_however_the_stream_is_cut(payloads, cuts):
+    stream = b"".join(map(frame, payloads))
+    decoder, out, at, turn = FrameDecoder(), [], 0, 0
+    while at < len(stream):
+        size = cuts[turn % len(cuts)]
+        out += decoder.feed(stream[at : at + size])
+        at, turn = at + size, turn + 1
+    assert out == payloads
+    assert decoder.buffered == 0
+
+
+def test_a_frame_that_is_not_complete_waits():
+    decoder = FrameDecoder()
+    assert decoder.feed(frame(b"abc")[:-1]) == []
+    assert decoder.buffered == 6
+    assert decoder.feed(b"c") == [b"abc"]
+
+
+def test_an_announced_length_above_the_bound_is_refused_before_its_bytes_come():
+    decoder = FrameDecoder(10)
+    assert decoder.feed(frame(b"x" * 10)) == [b"x" * 10]
+    with pytest.raises(FrameTooLarge, match="11 bytes, at most 10"):
+        decoder.feed(b"\x00\x00\x00\x0b")
+
+
+def test_the_bound_can_be_raised_after_the_hello():
+    decoder = FrameDecoder(1)
+    decoder.raise_bound(100)
+    assert decoder.feed(frame(b"x" * 100)) == [b"x" * 100]
+
+
+@pytest.mark.parametrize("message", [None, 1, (), ("a", b"a", {"k": (1, None, True)}), {1: 2}, (1 << 64) - 1])
+def test_a_message_comes_back_as_it_was_sent(message):
+    assert unpack(pack(message)) == message
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\xc1", b"\x92\x01", b"\x01\x01", b"\xa1\xff", b"\xd9", b"\x81\x91\x01\x02"[:3]]
+)
+def test_anything_but_one_message_is_a_value_error(payload):
+    with pytest.raises(ValueError, match="not a msgpack message"):
+        unpack(payload)
+
+
+@given(st.binary(max_size=64))
+def test_hostile_bytes_raise_nothing_else(payload):
+    try:
+        unpack(payload)
+    except ValueError:
+        pass
