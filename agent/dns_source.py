@@ -33,6 +33,7 @@ class CatalogSource:
         self._spelling: _Spelling | None = None
         self._nodes: _Nodes | None = None
         self._removers: list[Callable[[], None]] = []
+        self.prepare: Callable[[str, Sequence[Instance]], None] = _nothing
 
     def start(self) -> None:
         if self._names is not None:
@@ -66,10 +67,11 @@ class CatalogSource:
         if self._spelling is None or not self._spelling.all_of(name):
             return None
         # The query pays no regard to case either, so one watch covers every spelling.
-        return _Service(self._results.live(ServiceInstances(name), token=self._token), self._datacenter)
+        live = self._results.live(ServiceInstances(name), token=self._token)
+        return _Service(live, self._datacenter, lambda instances: self.prepare(name, instances))
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -140,9 +142,10 @@ class _Nodes:
 class _Service:
     """The instances of one service."""
 
-    def __init__(self, live: Live, datacenter: str) -> None:
+    def __init__(self, live: Live, datacenter: str, prepare: Callable[[Sequence[Instance]], None] = _nothing) -> None:
         self._live = live
         self._datacenter = datacenter
+        self._prepare = prepare
         self._made: dict[Any, tuple[Any, Instance]] = {}
         self._version = -1
         self._instances: list[Instance] = []
@@ -155,10 +158,13 @@ class _Service:
     async def ready(self, timeout_s: float) -> bool:
         if not await _is_ready(self._live, timeout_s):
             return False
-        for at, (key, row) in enumerate(list(self._live.rows.items()), 1):
-            self._convert(key, row)
-            if at % SLICE_ROWS == 0:
-                await asyncio.sleep(0)
+        rows = list(self._live.rows.items())
+        for at in range(0, len(rows), SLICE_ROWS):
+            part = rows[at : at + SLICE_ROWS]
+            for key, row in part:
+                self._convert(key, row)
+            self._prepare([self._made[key][1] for key, _ in part])
+            await asyncio.sleep(0)
         self._is_sliced = True
         return True
 

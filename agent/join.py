@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks
-from rostra.runtime.tls import explain, peer_key_hash
+from rostra.runtime.tls import Handshakes, explain, peer_key_hash
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied, RostraError
 from rostra.wire.frames import pack, unpack
@@ -26,7 +26,7 @@ log = _log.get("join")
 
 PORT = 8301
 CONNECTIONS_MAX = 512
-#: More would hold the loop: each costs it a millisecond.
+#: Asked or answered at a time: more handshakes would hold the loop, each costs it a millisecond.
 HANDSHAKES_MAX = 16
 TIMEOUT_S = 3.0
 IDLE_S = 30.0
@@ -93,7 +93,7 @@ class JoinListener:
         self._sockets: list[socket.socket] = []
         self._tasks: Tasks | None = None
         self._open = 0
-        self._handshakes = asyncio.Semaphore(HANDSHAKES_MAX)
+        self._handshakes = Handshakes(identity.server_context, at_once=HANDSHAKES_MAX, timeout_s=timeout_s)
         self._rejects = _log.RateLimited(log, 10.0)
 
     async def start(self, host: str, port: int = PORT) -> int:
@@ -128,7 +128,7 @@ class JoinListener:
                 self._rejects.warn("connection not accepted", reason=str(e))
                 await asyncio.sleep(0.05)
                 continue
-            if self._open >= self._connections_max:
+            if self._open >= self._connections_max and not self._handshakes.make_room():
                 accepted.close()
                 self._reject(where[0], f"{self._open} connections are open")
                 continue
@@ -136,36 +136,20 @@ class JoinListener:
             tasks.start("connection", self._serve(accepted, where[0]))
 
     async def _serve(self, accepted: socket.socket, host: str) -> None:
-        session: _Session | None = None
+        session = _Session(self._info, self._servers)
         try:
-            accepted.setblocking(False)
-            # Whoever says nothing must not take one of the few places for handshakes.
-            async with asyncio.timeout(self._timeout_s):
-                await _readable(accepted)
-            async with self._handshakes:
-                session = await self._shake_hands(accepted)
+            await self._handshakes.shake(accepted, session)
             await session.until_idle(self._idle_s)
         except TimeoutError:
             self._reject(host, "no TLS handshake in time")
         except (OSError, ssl.SSLError) as e:
             self._reject(host, explain(e))
+        except Exception as e:
+            log.err("a connection failed in an unforeseen way", peer=host, exc_info=e)
         finally:
             self._open -= 1
-            if session is not None:
-                session.abort("closed")
-            else:
-                accepted.close()
-
-    async def _shake_hands(self, accepted: socket.socket) -> _Session:
-        session = _Session(self._info, self._servers)
-        await asyncio.get_running_loop().connect_accepted_socket(
-            lambda: session,
-            accepted,
-            ssl=self._identity.server_context(),
-            ssl_handshake_timeout=self._timeout_s,
-            ssl_shutdown_timeout=1.0,
-        )
-        return session
+            session.abort("closed")
+            accepted.close()
 
     def _reject(self, host: str, reason: str) -> None:
         self._rejects.warn("connection to the join port rejected", peer=host, reason=reason)
@@ -211,16 +195,6 @@ class _Session(FrameConnection):
         self.send(pack(reply))
         if self.queued_bytes > ANSWER_BYTES_MAX:
             self.abort("peer does not read")
-
-
-async def _readable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    arrived = asyncio.Event()
-    loop.add_reader(sock.fileno(), arrived.set)
-    try:
-        await arrived.wait()
-    finally:
-        loop.remove_reader(sock.fileno())
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------

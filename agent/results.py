@@ -322,7 +322,15 @@ class Live(RowSet):
         if delta.full or self._building is None:
             self._building = (delta.full, [], [])
         full, rows, removed = self._building
-        rows.extend(delta.rows)
+        if full:
+            # An answer that begins anew is compared chunk by chunk; rows that are as they were stay the same objects,
+            # so that whoever made something of them need not do it again.
+            old = self.rows
+            rows.extend(
+                (key, row if (known := old.get(key)) != row or known is None else known) for key, row in delta.rows
+            )
+        else:
+            rows.extend(delta.rows)
         removed.extend(delta.removed)
         if not delta.done:
             return
@@ -338,7 +346,7 @@ class Live(RowSet):
 
     def _replace(self, index: int, rows: list[tuple[Key, Row]]) -> None:
         new = dict(rows)
-        changed = [key for key, row in rows if self.rows.get(key) != row]
+        changed = [key for key, row in rows if self.rows.get(key) is not row]
         removed = [key for key in self.keys if key not in new]
         went_back = self.is_ready and index < self.index
         self.rows, self.keys, self.index = new, [key for key, _ in rows], max(1, index)

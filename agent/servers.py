@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
-from rostra.runtime.log import get
+from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import explain
 from rostra.wire.codec import encode_value
 from rostra.wire.connection import FrameConnection
@@ -31,8 +31,15 @@ log = get("servers")
 HOLD_S = 7.0
 DIAL_S = 3.0
 PING_EVERY_S = 0.5
-PING_TIMEOUT_S = 1.2
+#: With PING_EVERY_S, how long a cut cable can go unnoticed; writes are promised again 1.5 s after it.
+PING_TIMEOUT_S = 0.75
+#: A server that has known no leader for so long may be cut off from the others while we are not.
+LEADERLESS_S = 3.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 5.0
+#: How long to wait at most before the join addresses are asked again, while none of them knows a server.
+DISCOVER_MAX_S = 1.0
+#: A refusal is not a passing thing: an operator has to act, or another node has to be found dead.
+REFUSED_RETRY_S, REFUSED_TELL_S = 5.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,7 @@ class ServerSession:
         self._touched: list[Callable[[int, frozenset[int] | None], None]] = []
         self.on_connected: list[Callable[[], None]] = []
         self.server_hello: dict[str, Any] = {}
+        self._left: ServerAddress | None = None  # the server that fell silent or knew no leader: tried last
         self.last_error = ""
         self.reconnects = 0
 
@@ -191,29 +199,40 @@ class ServerSession:
         """Keep a session. Ends only by cancellation."""
         delay = RECONNECT_MIN_S
         told = 0.0
+        refusals = RateLimited(log, REFUSED_TELL_S)
         while True:
             tried: list[str] = []
-            for address in await self._addresses():
+            refused: dict[str, None] = {}
+            held = False
+            for address in sorted(await self._addresses(), key=lambda a: a == self._left):
                 try:
                     connection, server = await self._dial(address)
                 except (Conflict, Denied) as e:
-                    # Not a passing thing: an operator has to act.
-                    tried.append(f"{address}: {e.message}")
+                    refused[e.message] = None
                     continue
                 except RostraError as e:
                     tried.append(f"{address}: {e.message}")
                     continue
                 delay, tried, told, self.last_error = RECONNECT_MIN_S, [], 0.0, ""
+                refused, refusals = {}, RateLimited(log, REFUSED_TELL_S)
+                held = True
                 await self._hold(connection, server, address)
                 break
-            if tried:
+            if refused:
+                self.last_error = reason = "; ".join(refused)
+                refusals.err("the servers refuse this node, trying again", key=reason, reason=reason)
+                delay = REFUSED_RETRY_S
+            elif tried:
                 self.last_error = "; ".join(tried)
                 now = time.monotonic()
                 if now - told > 10.0:
                     told = now
                     log.warn("no server can be reached, trying again", tried=self.last_error)
             await asyncio.sleep(self._jitter(delay / 2, delay))
-            delay = min(delay * 1.6, RECONNECT_MAX_S) if tried else RECONNECT_MIN_S
+            if held or refused:
+                delay = RECONNECT_MIN_S
+            else:
+                delay = min(delay * 1.6, RECONNECT_MAX_S if tried else DISCOVER_MAX_S)
 
     async def _hold(self, connection: FrameConnection, server: dict[str, Any], address: ServerAddress) -> None:
         caller = Caller(connection)
@@ -235,17 +254,31 @@ class ServerSession:
         log.info("connected to a server", server=str(address), name=server.get("name", ""))
         for callback in self.on_connected:
             callback()
+        led = self._loop.time()
         try:
             while not lost.is_set():
-                await asyncio.wait_for(caller.call("ping"), PING_TIMEOUT_S)
+                asked = self._loop.time()
+                try:
+                    known_leader, _ = await asyncio.wait_for(caller.call("ping"), PING_TIMEOUT_S)
+                except TimeoutError:
+                    if self._loop.time() - asked > 2 * PING_TIMEOUT_S:
+                        continue  # it was this process that stood still; the answer may lie unread
+                    log.warn("the server does not answer, trying another", server=str(address))
+                    self._left = address
+                    return
+                now = self._loop.time()
+                if known_leader or address.path:
+                    led = now
+                elif now - led > LEADERLESS_S:
+                    log.warn("the server knows no leader, trying another", server=str(address))
+                    self._left = address
+                    return
                 try:
                     await asyncio.wait_for(lost.wait(), PING_EVERY_S)
                 except TimeoutError:
                     pass
-        except TimeoutError:
-            log.warn("the server does not answer, trying another", server=str(address))
         except RostraError:
-            pass
+            self._left = address
         finally:
             self._changed.clear()
             self._caller = self._connection = None
@@ -269,7 +302,7 @@ class ServerSession:
                         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     assert connection.ssl_object is not None
                     if address.key_hash and self._key_of(connection.ssl_object) != address.key_hash:
-                        raise Denied("it showed another key than the servers' list names")
+                        raise Denied(f"{address} showed another key than the servers' list names")
                 connection.send(hello("rpc", **self._about()))
                 return connection, check_hello(await first)
         except (OSError, ssl.SSLError, TimeoutError) as e:

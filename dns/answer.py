@@ -143,14 +143,10 @@ def plan_service(lookup: Lookup, qtype: int, instances: Sequence[Instance], conf
 
 
 def encode_ahead(instances: Sequence[Instance], zone: Labels, config: DnsConfig, name: str) -> None:
-    """Make the SRV records that `plan_service` will want, for a part of the instances."""
+    """Make the SRV records of some instances of the service `name`; `plan_service` finds them made."""
     ttl_s = config.ttl_of(name)
     for instance in instances:
         _srv_record(instance, zone, ttl_s, config)
-
-
-def is_encoded(instance: Instance, zone: Labels) -> bool:
-    return (TYPE_SRV, zone) in instance.encoded
 
 
 def _address_records(found: Sequence[Instance] | Sequence[Node], qtype: int, ttl_s: int) -> tuple[list[Record], bool]:

@@ -8,7 +8,6 @@ A name that nobody registered is refused from memory and remembered nowhere: a f
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 import time
@@ -21,7 +20,6 @@ from rostra.dns.answer import (
     Plan,
     encode_ahead,
     encode_soa,
-    is_encoded,
     plan_address,
     plan_apex,
     plan_empty,
@@ -48,7 +46,6 @@ from rostra.dns.message import (
     TYPE_ANY,
     TYPE_AXFR,
     TYPE_IXFR,
-    TYPE_SRV,
     UDP_PLAIN_BYTES_MAX,
     Query,
     Record,
@@ -66,8 +63,6 @@ SIZE_CLASSES = (4096, 2048, 1452, 1400, 1232, 1024, 512)
 SERVERS_SERVICE = "consul"
 #: Answers from knowledge older than this are counted as stale.
 STALE_AFTER_S = 5.0
-#: SRV records encoded in one step of the loop.
-SLICE_RECORDS = 200
 
 Draw = Callable[[], bytes]
 Count = Callable[[str, int], None]
@@ -85,34 +80,13 @@ class Forward(NamedTuple):
     query: Query
 
 
-class _Ahead:
-    """The view of a large service whose SRV records are being encoded, a slice per turn of the loop."""
-
-    def __init__(self, watched: _Watched, instances: Sequence[Instance], lookup: Lookup, config: DnsConfig) -> None:
-        self._watched, self._instances, self._lookup, self._config = watched, instances, lookup, config
-        self.is_ready = False
-
-    async def ready(self, timeout_s: float) -> bool:
-        for at in range(0, len(self._instances), SLICE_RECORDS):
-            part = self._instances[at : at + SLICE_RECORDS]
-            encode_ahead(part, self._lookup.zone, self._config, self._lookup.name)
-            await asyncio.sleep(0)
-        self.is_ready = True
-        self._watched.ahead = None
-        return True
-
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._watched.view.on_change(callback)
-
-
 class _Watched:
     """A live view and what was encoded from it."""
 
-    __slots__ = ("ahead", "keys", "remove", "used", "view")
+    __slots__ = ("keys", "remove", "used", "view")
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.ahead: _Ahead | None = None
         self.keys: set[_Key] = set()
         self.used = 0
         self.remove: Callable[[], None] = lambda: None
@@ -234,6 +208,7 @@ class Resolver:
         if not self._zones:
             raise ValueError("the DNS domain is empty")
         self._source = source
+        source.prepare = self._prepare
         self._count = count or (lambda _name, _n: None)
         self._counts: dict[str, int] = {}
         self._clock = clock
@@ -378,11 +353,6 @@ class Resolver:
             return _Planned(plan_apex(lookup, query.qtype, instances, config, soa))
         if watched is None and not source.is_ready:
             return SERVFAIL
-        if watched is not None and query.qtype == TYPE_SRV and len(instances) > SLICE_RECORDS:
-            if watched.ahead is None and sum(not is_encoded(i, lookup.zone) for i in instances) > SLICE_RECORDS:
-                watched.ahead = _Ahead(watched, instances, lookup, config)
-            if watched.ahead is not None:
-                return Wait(watched.ahead)
         return _Planned(plan_service(lookup, query.qtype, instances, config, soa), watched)
 
     def _plan_reverse(self, lookup: Lookup, query: Query) -> _Planned | Wait | Forward | int:
@@ -449,6 +419,10 @@ class Resolver:
             self.hot.pop(hot_key, None)
 
     # -- encoding -----------------------------------------------------------------------------------------------
+
+    def _prepare(self, name: str, instances: Sequence[Instance]) -> None:
+        """Called for a large service slice by slice, so that its first SRV answer needs not encode all in one step."""
+        encode_ahead(instances, self._zones[-1], self._config, name)
 
     def _encode(self, query: Query, rcode: int, sections: Sections, is_cut: bool, tcp: bool) -> bytes:
         flags = FLAG_AA | self._ra

@@ -94,6 +94,9 @@ class NodesView(View, Protocol):
 
 
 class Source(Protocol):
+    #: Set by the resolver: a source that builds a large service in slices calls `prepare(name, instances)` with each.
+    prepare: Callable[[str, Sequence[Instance]], None]
+
     @property
     def is_ready(self) -> bool:
         """Whether the names of services are known. They stay known when the servers go away."""

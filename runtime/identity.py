@@ -210,6 +210,10 @@ def is_loopback(address: str) -> bool:
 # -- the data directory ----------------------------------------------------------------------------------------------
 
 
+class NewerFormat(Conflict):
+    """The directory was written by a newer version. Nothing in it was touched."""
+
+
 class DataDirectory:
     """A data directory that this process holds the lock of. Released by `release`, `with`, or the process's end."""
 
@@ -283,7 +287,7 @@ def _check_format(directory: Path) -> None:
     except (ValueError, KeyError, TypeError):
         raise BadRequest(f"data directory {directory}: its file `format` is damaged") from None
     if newer:
-        raise Conflict(
+        raise NewerFormat(
             f"data directory {directory} has format {found} of a newer Rostra; this one knows up to {FORMAT}."
             " Nothing was changed"
         )
@@ -412,7 +416,7 @@ class NodeIdentity:
         trust = _read_trust(self._directory / "trust.json")
         enrolment = [enrolment_authority(s) for s in self._secrets] if trust["enrolment"] else []
         cluster_pem: list[str] = trust["anchors_pem"]
-        chain, self.renew_at = self._issued_chain(cluster_pem, enrolment)
+        chain, renew_at = self._issued_chain(cluster_pem, enrolment)
         if not chain:
             if not enrolment:
                 raise BadRequest(
@@ -427,6 +431,7 @@ class NodeIdentity:
         if (anchors, chain) != (self._anchors_pem, self._chain_pem):
             self._anchors_pem, self._chain_pem = anchors, chain
             self.version += 1
+        self.renew_at = renew_at  # last: others may look while a thread is in here
 
     def _issued_chain(self, cluster_pem: list[str], enrolment: list[_Authority]) -> tuple[str, float]:
         """What to present of the cluster CA's, and when it should be renewed; ("", 0) where there is nothing of use."""

@@ -133,12 +133,18 @@ class Handshakes:
     def pending(self) -> int:
         return len(self._pending)
 
+    def make_room(self) -> bool:
+        """Send away who has been at the door longest. False: nobody is there."""
+        if not self._pending:
+            return False
+        self._pending.pop(next(iter(self._pending))).reschedule(asyncio.get_running_loop().time())
+        return True
+
     async def shake(self, accepted: socket.socket, protocol: asyncio.Protocol) -> None:
         """Returns when `protocol` is connected by TLS. Raises OSError, ssl.SSLError or TimeoutError, and closes it."""
         loop = asyncio.get_running_loop()
         if len(self._pending) >= self._strangers_max:
-            oldest = next(iter(self._pending))
-            self._pending.pop(oldest).reschedule(loop.time())
+            self.make_room()
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
                 self._pending[accepted] = limit

@@ -136,7 +136,7 @@ class Acts:
         return await self.certificate_for(self._bound(peer), peer.public_key)
 
     async def certificate_for(self, member: MemberRow, public_key: bytes) -> dict[str, Any]:
-        """A certificate for a member and its key, which the caller has proof of. Raises NoLeader before there is a CA."""
+        """A certificate for a member and its key, which the caller has proof of. NoLeader: there is no CA yet."""
         from rostra.server.ca.issue import sign_node
 
         store = self._node.store

@@ -283,6 +283,8 @@ class Founder:
     def _answer_refuse(self, cluster_id: str) -> tuple[Stored, str]:
         if self._is_mine(cluster_id):
             return self.stored, f"{self.me.name} holds this proposal"
+        if self.stored.committed is not None:
+            return self.stored, ""  # being in a cluster is a refusal of all others: nothing needs to be remembered
         stored = self._refuse(cluster_id)
         return stored, "" if cluster_id in stored.refused else "too many refused proposals"
 
@@ -476,7 +478,10 @@ class Bootstrap:
                 " was the data directory copied, or its tls/node.key replaced?"
             )
         if stored.committed is None and has_data:
-            raise Conflict(f"{self._path}: lost, although this server has data; it never founds a cluster again")
+            raise Conflict(
+                f"{self._path}: lost, although this server has data: it does not know its cluster any more and never"
+                " founds another; restore this file from a backup, or start with an empty data directory"
+            )
         self._founder = Founder(me, expect, stored, has_data=has_data)
         self._limited = _log.RateLimited(log, now=now)
         self._lines: dict[tuple[str, str], _Line] = {}

@@ -182,22 +182,7 @@ class ServerNode:
     ) -> Any:
         """Ask the leader; give up as soon as another leads, because the old one may never answer."""
         call = peer.call("propose", origin, kind, args, actor, source)
-        try:
-            while True:
-                changed = asyncio.ensure_future(self._leader_changed.wait())
-                try:
-                    left = max(0.0, deadline - time.monotonic())
-                    await asyncio.wait((call, changed), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    changed.cancel()
-                if call.done():
-                    return unwrap(call.result())
-                if time.monotonic() >= deadline:
-                    raise Timeout("the leader did not answer in time; the write may or may not have been done")
-                if self.leader_id != leader_id:
-                    raise NoLeader
-        finally:
-            call.cancel()
+        return unwrap(await self._while_leader(call, leader_id, deadline))
 
     def propose(
         self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str
@@ -297,12 +282,21 @@ class ServerNode:
             await self._leader_settled(deadline)
 
     async def _while_leader(self, call: asyncio.Future[Any], leader_id: str | None, deadline: float) -> Any:
+        """What the leader answers. NoLeader as soon as it does not lead any more, for it may never answer."""
         try:
-            while not call.done():
-                if self.leader_id != leader_id or time.monotonic() >= deadline:
+            while True:
+                changed = asyncio.ensure_future(self._leader_changed.wait())
+                try:
+                    left = max(0.0, deadline - time.monotonic())
+                    await asyncio.wait((call, changed), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+                if call.done():
+                    return call.result()
+                if time.monotonic() >= deadline:
+                    raise Timeout("the leader did not answer in time; a write may or may not have been done")
+                if self.leader_id != leader_id:
                     raise NoLeader
-                await asyncio.wait((call,), timeout=0.1)
-            return call.result()
         finally:
             call.cancel()
 

@@ -3,7 +3,7 @@
     data directory, identity, listeners  →  bootstrap (once in a cluster's life)  →  log and state  →  duties
 
 It stops in the reverse order. Exit status 70: a promise could not be kept (disk, log, apply), start again; 78: the
-data is damaged or of a newer version, do not.
+data is damaged, of a newer version or of another node, do not; 1: it cannot start as things are (a port in use).
 """
 
 from __future__ import annotations
@@ -19,33 +19,45 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rostra.runtime import log as logging
-from rostra.runtime.identity import DataDirectory, NodeIdentity, parse_secrets
+from rostra.runtime.identity import DataDirectory, NewerFormat, NodeIdentity, parse_secrets, read_node_id
 from rostra.runtime.service import Tasks
 from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
-from rostra.server.bootstrap import Bootstrap, Membership, ServerInfo
-from rostra.server.endpoint import Endpoint, Peer
+from rostra.server.bootstrap import FILE_NAME, Bootstrap, Membership, ServerInfo, load
+from rostra.server.endpoint import Endpoint, Peer, about_node
 from rostra.server.leader import Leader
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, ask, dial
-from rostra.server.raft.journal import DamagedJournal
+from rostra.server.raft.journal import has_journal
 from rostra.server.raft.log import Member, RaftLog, Timing
 from rostra.server.settings import CoreSettings
 from rostra.server.state import cluster as cluster_commands
 from rostra.server.state.rows import MemberRow
-from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
-from rostra.wire.frames import pack
+from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError, Timeout
+from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import Caller, hello
 
 log = logging.get("server")
 
+EXIT_CANNOT = 1
 EXIT_FAIL_STOP = 70
 EXIT_DAMAGED = 78
+
+#: How often this server looks whether its certificate is due and its report still true.
+CERTIFICATE_EVERY_S = 60.0
+CERTIFICATE_RETRY_S = 1.0
+#: A refused node comes again and again; it is answered from memory for this long.
+REFUSED_S = 1.0
+REFUSED_MAX = 1024
+
+
+class UnusableData(Conflict):
+    """What lies in the data directory must not be started from: a person has to look at it."""
 
 
 class Core:
@@ -62,6 +74,7 @@ class Core:
         self._raft: RaftLog | None = None
         self._steps = LoopSteps()
         self._started = time.monotonic()
+        self._refused: dict[tuple[str, str], tuple[float, RostraError]] = {}  # (name, key) -> (until, why)
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -75,9 +88,18 @@ class Core:
             directory = self._temporary
         self._directory = directory
         self._lock = DataDirectory.lock(directory / "server")
-        self._identity = NodeIdentity.open(directory, s.node_name, parse_secrets(s.secrets))
-        listener = _bind(s.bind, s.rpc_port)
-        self.rpc_port = listener.getsockname()[1]
+        listener: socket.socket | None = None
+        try:
+            self._check_identity(directory)
+            self._identity = NodeIdentity.open(directory, s.node_name, parse_secrets(s.secrets), node_id=s.node_id)
+            listener = _bind(s.bind, s.rpc_port)
+            self.rpc_port = listener.getsockname()[1]
+            self._bootstrap = self._open_bootstrap(directory)
+        except BaseException:
+            if listener is not None:
+                listener.close()
+            self._release()
+            raise
         node = self.node = ServerNode(
             node_id=self._identity.node_id, name=s.node_name, datacenter=s.datacenter, spawn=self._spawn
         )
@@ -88,24 +110,15 @@ class Core:
             spawn=self._spawn,
         )
         node.peer = self._peers.caller
-        me = ServerInfo(
-            node_id=self._identity.node_id,
-            name=s.node_name,
-            address=s.advertise,
-            rpc_port=self.rpc_port,
-            key_hash=self._identity.key_hash,
-            datacenter=s.datacenter,
-        )
-        self._bootstrap = Bootstrap(directory / "server", me, expect=s.bootstrap_expect)
         self._leader = Leader(
             node,
-            sessions=lambda: self._endpoint.sessions.keys(),
+            sessions=lambda: self._endpoint.heard(),
             peer=self._peers.caller,
             probe=self._probe,
             ensure_roots=self._ensure_roots,
             spawn=self._spawn,
         )
-        acts = Acts(
+        acts = self._acts = Acts(
             node,
             self._leader,
             self._peers.caller,
@@ -130,6 +143,7 @@ class Core:
         (directory / "server" / "socket").write_text(str(path))
         self._steps.start()
         self._tasks.start("join the cluster", self._join())
+        self._tasks.start("own certificate", self._keep_certificate())
         return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
 
     async def stop(self) -> None:
@@ -141,9 +155,56 @@ class Core:
             self._socket_path.unlink()
             if self._socket_path.parent != self._directory / "server":
                 self._socket_path.parent.rmdir()  # made for it alone, see _socket_path
+        self._release()
+
+    def _release(self) -> None:
         self._lock.release()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _check_identity(self, directory: Path) -> None:
+        """A server is who it was when it voted: its node id and name stand in the log of the others. Raises."""
+        s = self.settings
+        on_disk = read_node_id(directory)
+        with _refusing():
+            stored = load(directory / "server" / FILE_NAME)
+        has_past = stored.committed or stored.prepared or has_journal(directory / "server" / "raft")
+        if s.node_id and on_disk and s.node_id.lower() != on_disk and has_past:
+            raise Conflict(
+                f"-node-id {s.node_id}: this server is {on_disk} in its cluster and stays so; remove -node-id,"
+                " or start with an empty data directory"
+            )
+        if stored.committed is not None:
+            me = next((m for m in stored.committed.members if m.node_id == on_disk), None)
+            if me is not None and me.name != s.node_name:
+                raise Conflict(
+                    f"node name {s.node_name!r}: this server is {me.name!r} in its cluster and stays so;"
+                    f" start it with -node={me.name}"
+                )
+            if me is not None and me.address != s.advertise:
+                log.warn(
+                    "the cluster knows this server under another address and will look for it there",
+                    known=me.host_port,
+                    now=s.advertise,
+                )
+
+    def _open_bootstrap(self, directory: Path) -> Bootstrap:
+        s = self.settings
+        me = ServerInfo(
+            node_id=self._identity.node_id,
+            name=s.node_name,
+            address=s.advertise,
+            rpc_port=self.rpc_port,
+            key_hash=self._identity.key_hash,
+            datacenter=s.datacenter,
+        )
+        with _refusing():
+            return Bootstrap(
+                directory / "server",
+                me,
+                expect=s.bootstrap_expect,
+                has_data=not s.dev and has_journal(directory / "server" / "raft"),
+            )
 
     def _spawn(self, coro: Any) -> asyncio.Task[Any]:
         if self._tasks.stopped:
@@ -187,11 +248,8 @@ class Core:
         )
         try:
             await raft.start()
-        except DamagedJournal as e:
-            log.err("the log on disk is damaged, this server does not start", reason=str(e))
-            os._exit(EXIT_DAMAGED)
         except RostraError as e:
-            log.err("this server does not start", reason=e.message)
+            log.err("this server's log cannot be used, it does not start", reason=e.message)
             os._exit(EXIT_DAMAGED)
         self._raft = self.node.raft = raft
         self._peers.follow(self._members)
@@ -252,39 +310,79 @@ class Core:
 
     async def _enrol(self, peer: Peer) -> None:
         """Bind a node's name to its key the first time it is seen; refuse another key. Raises Conflict, NoLeader."""
-        about = peer.about
-        if about.get("datacenter", self.settings.datacenter) != self.settings.datacenter:
+        s = self.settings
+        about = about_node(peer.about, s.datacenter, peer.address)
+        if about.datacenter != s.datacenter:
             raise BadRequest(
-                f"node {peer.name} is in datacenter {about['datacenter']!r}, this server in {self.settings.datacenter!r}"
+                f"node {peer.name} is in datacenter {about.datacenter!r}, this server in {s.datacenter!r}:"
+                " -datacenter has to be the same"
             )
         if peer.local:
-            if peer.name != self.settings.node_name:
-                raise Conflict(f"the server of this host is called {self.settings.node_name}, not {peer.name}")
+            if peer.name != s.node_name:
+                raise Conflict(f"the server of this host is called {s.node_name}, not {peer.name}")
             return
+        refused = self._refused.get((peer.name, peer.key_hash))
+        if refused is not None and time.monotonic() < refused[0]:
+            raise refused[1]
+        role = "client" if self._server_ids.get(peer.key_hash) is None else "server"
         known = self.node.store.tables.members.get(peer.name)
-        address = str(about.get("address") or peer.address)
-        serf_port = int(about.get("serf_port", 8301))
-        version = str(about.get("version", ""))
-        if (
-            known is not None
-            and known.key_hash == peer.key_hash
-            and known.status == "alive"
-            and (known.address, known.serf_port, known.version) == (address, serf_port, version)
-        ):
-            return
-        await self.node.own_write(
-            cluster_commands.BindNode(
-                name=peer.name,
-                key_hash=peer.key_hash,
-                role="client" if self._server_ids.get(peer.key_hash) is None else "server",
-                address=address,
-                node_id=peer.node_id,
-                serf_port=serf_port,
-                version=version,
-            ),
-            hold_s=5.0,
-        )
+        if known is not None and known.key_hash == peer.key_hash and known.status == "alive":
+            seen = (known.node_id, known.role, known.address, known.serf_port, known.version)
+            if seen == (peer.node_id, role, about.address, about.serf_port, about.version):
+                return
+        await self.node.barrier("default")
+        try:
+            if problem := enrolment_problem(self.node.store.tables.members.rows, peer):
+                raise Conflict(problem)
+            await self.node.own_write(
+                cluster_commands.BindNode(
+                    name=peer.name,
+                    key_hash=peer.key_hash,
+                    role=role,
+                    address=about.address,
+                    node_id=peer.node_id,
+                    serf_port=about.serf_port,
+                    version=about.version,
+                ),
+                hold_s=5.0,
+            )
+        except Conflict as e:
+            if len(self._refused) >= REFUSED_MAX:
+                self._refused.clear()
+            self._refused[peer.name, peer.key_hash] = (time.monotonic() + REFUSED_S, e)
+            raise
         self._leader.kick()
+
+    # -- this server's own certificate ------------------------------------------------------------------------
+
+    async def _keep_certificate(self) -> None:
+        """Hold a certificate of the cluster CA, renewed in time, and report the anchors that this server trusts."""
+        limited = logging.RateLimited(log, 600.0)
+        while True:
+            try:
+                is_done = await self._certify()
+            except (NoLeader, Timeout):
+                is_done = False
+            except Exception as e:
+                reason = e.message if isinstance(e, RostraError) else repr(e)
+                limited.warn("this server has no new certificate of the cluster CA yet", reason=reason)
+                is_done = False
+            await asyncio.sleep(CERTIFICATE_EVERY_S if is_done else CERTIFICATE_RETRY_S)
+
+    async def _certify(self) -> bool:
+        """True when certificate and report are as they should be."""
+        identity, tables = self._identity, self.node.store.tables
+        cluster, member = tables.cluster.get(""), tables.members.get(self.settings.node_name)
+        if cluster is None or member is None or member.key_hash != identity.key_hash:
+            return False
+        if time.time() >= identity.renew_at or cluster.ca_cert_pem not in identity.anchors_pem:
+            answer = await self._acts.certificate_for(member, identity.public_key)
+            await asyncio.to_thread(
+                identity.install_certificate, answer["cert_pem"], answer["anchors_pem"], trust_enrolment=True
+            )
+            log.info("has a new certificate of the cluster CA", renew_at=_date(identity.renew_at))
+        await self._acts.report(member, identity.anchor_hashes)
+        return True
 
     async def _ensure_roots(self) -> None:
         """The first leader of a cluster writes down who its servers are and makes the mesh's first root."""
@@ -337,9 +435,9 @@ class Core:
         log.info("founded the cluster", cluster=self._cluster_id, servers=len(self._members))
 
     async def _probe(self, member: MemberRow) -> bool:
-        """Does the agent on `member` still answer on its join port?"""
+        """Does the agent on `member` still answer on its join port, under the same name and key?"""
         try:
-            connection, _, _ = await ask(
+            connection, answer, _ = await ask(
                 member.address,
                 member.serf_port,
                 self._identity.client_context(),
@@ -350,7 +448,10 @@ class Core:
         except RostraError:
             return False
         connection.close()
-        return True
+        try:
+            return bool(unpack(answer)["self"]["name"] == member.name)
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def metrics(self) -> dict[str, Any]:
         """Numbers of this core, for /v1/agent/metrics: {"gauges": {name: n}, "counters": …, "histograms": …}."""
@@ -371,6 +472,56 @@ class Core:
             "rss_bytes": usage.ru_maxrss * 1024,
             "uptime_s": time.monotonic() - self._started,
         }
+
+
+def enrolment_problem(members: Mapping[str, MemberRow], peer: Peer) -> str:
+    """Why `peer` may not have its name and node id at present, or "". The log decides; this spares it the refusals."""
+    known = members.get(peer.name)
+    if known is not None and known.key_hash != peer.key_hash and (known.voter or known.status == "alive"):
+        gone = (
+            "remove that server from the cluster first, or restore its node key"
+            if known.voter
+            else f"choose another node name, or run `rostra force-leave {peer.name}` if that node is gone for good"
+        )
+        return (
+            f"{_of(peer.name)} belongs to another node key ({known.address}),"
+            f" and that node is {'a server' if known.voter else 'alive'}: {gone}"
+        )
+    folded = peer.name.lower()
+    for other in members.values():
+        if other.name == peer.name or not (other.voter or other.status == "alive"):
+            continue
+        if other.name.lower() == folded:
+            return f"{_of(peer.name)} differs only by case from that of node {other.name} ({other.address})"
+        if other.key_hash == peer.key_hash:
+            return (
+                f"{_of(peer.name)} shows the key of node {other.name} ({other.address}), which is alive: if this data"
+                " directory is a copy, remove node-id and tls/ in it; if the node was renamed, wait until its old name"
+                " has failed"
+            )
+        if other.node_id == peer.node_id:
+            return (
+                f"{_of(peer.name)} has the node id {peer.node_id} of node {other.name} ({other.address}), which is"
+                " alive: remove the file node-id in one's data directory, or give it another -node-id"
+            )
+    return ""
+
+
+def _of(name: str) -> str:
+    return f"node name {name!r}"
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong in here is wrong with the data."""
+    try:
+        yield
+    except RostraError as e:
+        raise UnusableData(e.message) from None
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -431,7 +582,7 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
             runner.run(main())
     except RostraError as e:
         ready({"error": [e.code, e.message]})
-        return EXIT_DAMAGED
+        return EXIT_DAMAGED if isinstance(e, (UnusableData, NewerFormat)) else EXIT_CANNOT
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a server process is told at its start: by the agent that spawned it (as msgpack, over the lifeline) or by flags."""
+"""What a server process is told at its start: by the agent that spawned it (msgpack, over the lifeline) or by flags."""
 
 from __future__ import annotations
 

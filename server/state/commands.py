@@ -6,10 +6,12 @@ the cluster itself; `EDGE_COMMANDS` is what may come from an agent.
 
 from __future__ import annotations
 
+from typing import Any
+
 from rostra.server.state import ca, catalog, cluster, health, intention, kv, session
 from rostra.wire.codec import Vocabulary
 
-COMMANDS: tuple[type, ...] = (
+COMMANDS: tuple[type[Any], ...] = (
     kv.SetKey,
     kv.DeleteKey,
     kv.DeleteTree,
@@ -35,7 +37,7 @@ COMMANDS: tuple[type, ...] = (
     cluster.ReapTombstones,
 )
 
-QUERIES: tuple[type, ...] = (
+QUERIES: tuple[type[Any], ...] = (
     kv.GetKey,
     kv.ListKeys,
     kv.KeyNames,
@@ -57,7 +59,7 @@ QUERIES: tuple[type, ...] = (
     cluster.ClusterInfo,
 )
 
-EDGE_COMMANDS: tuple[type, ...] = tuple(c for c in COMMANDS if not getattr(c, "servers_only", False))
+EDGE_COMMANDS: tuple[type[Any], ...] = tuple(c for c in COMMANDS if not getattr(c, "servers_only", False))
 
 COMMAND_VOCABULARY = Vocabulary(COMMANDS)
 EDGE_VOCABULARY = Vocabulary(EDGE_COMMANDS)

@@ -61,7 +61,8 @@ class Server:
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()
         self.listener = await loop.create_server(lambda: self.wire(on_made=self._greet), "127.0.0.1", 0)
-        self.member = Member(self.node, *self.listener.sockets[0].getsockname(), "", self.node)
+        host, port = self.listener.sockets[0].getsockname()
+        self.member = Member(self.node, host, port, "", self.node)
 
     def wire(self, **more: Any) -> Wire:
         wire = Wire(**more)

@@ -79,7 +79,11 @@ class Cluster:
         await self.cores.pop(name).stop()
 
     def leader(self) -> Core | None:
-        return next((c for c in self.cores.values() if c.node.is_leader and c.node.raft.lease_valid()), None)
+        def leads(core: Core) -> bool:
+            raft = core.node.raft
+            return raft is not None and raft.is_leader and raft.lease_valid()
+
+        return next(filter(leads, self.cores.values()), None)
 
     def followers(self) -> list[Core]:
         return [c for c in self.cores.values() if not c.node.is_leader]

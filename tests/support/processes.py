@@ -520,6 +520,60 @@ def processes() -> Iterator[Processes]:
     assert not stayed, f"processes were left: {stayed}"
 
 
+class Cluster:
+    """Servers and clients of one cluster, each on an address of its own, all with the same ports and secret."""
+
+    def __init__(self, processes: Processes, servers: Sequence[str], clients: Sequence[str] = (), *flags: str) -> None:
+        self._processes = processes
+        self.server_names, self.client_names = list(servers), list(clients)
+        self.hosts = {name: new_host() for name in (*servers, *clients)}
+        self.ports = Ports.free(self.hosts[servers[0]])
+        self.secret = base64.b64encode(os.urandom(32)).decode()
+        self._flags = [*flags, "-retry-interval=1s", f"-encrypt={self.secret}"]
+        self._flags += [f"-retry-join={self.hosts[name]}:{self.ports.serf}" for name in servers]
+        self.agents: dict[str, Agent] = {}
+
+    def start(self, *names: str) -> None:
+        """Start (again) all or these; they need not answer yet."""
+        for name in names or self.hosts:
+            role = ["-server", f"-bootstrap-expect={len(self.server_names)}"] if name in self.server_names else []
+            self.agents[name] = self._processes.agent(
+                name,
+                *role,
+                *self._flags,
+                host=self.hosts[name],
+                ports=self.ports,
+                data_dir=self._processes.directory / name,
+            )
+
+    def wait_until_healthy(self, within_s: float = 25.0) -> None:
+        """Until every agent answers and sees everyone alive and passing."""
+
+        def healthy() -> bool:
+            for agent in self.agents.values():
+                assert agent.answers(), agent.name
+                nodes = agent.api.get("/v1/health/state/passing").json()
+                passing = {row["Node"] for row in nodes if row["CheckID"] == "serfHealth"}
+                assert passing == set(self.hosts), f"{agent.name} sees {passing}"
+            return True
+
+        eventually("the cluster is healthy", healthy, within_s)
+
+    def leader(self) -> Agent:
+        """Whom the servers that run agree upon. Raises AssertionError while they do not."""
+        said = set()
+        for name in self.server_names:
+            if self.agents[name].process.popen.poll() is None:
+                said.add(self.agents[name].api.get("/v1/status/leader", timeout_s=2).json())
+        assert len(said) == 1, said
+        host = said.pop().rpartition(":")[0]
+        return self.agents[next(name for name, h in self.hosts.items() if h == host)]
+
+    def others(self, agent: Agent) -> list[Agent]:
+        """The other servers."""
+        return [self.agents[n] for n in self.server_names if n != agent.name]
+
+
 # -- things to talk to -----------------------------------------------------------------------------------------------
 
 

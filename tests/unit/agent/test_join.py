@@ -10,6 +10,7 @@ import uvloop
 
 from rostra.agent import join
 from rostra.agent.join import AgentInfo, JoinListener, ServerAddress, discover, parse_address, probe
+from rostra.runtime import tls
 from rostra.runtime.identity import NodeIdentity, Secret
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied
@@ -46,7 +47,7 @@ async def test_discovery_finds_the_servers_that_others_know_each_once(tmp_path):
     a, b, c = (node(tmp_path, n) for n in "abc")
     known = [ServerAddress("10.0.0.1", 8300, "k1", "id1", "s1", "dc1"), ServerAddress("10.0.0.2", 8300)]
     more = [ServerAddress("10.0.0.2", 8300, "k2"), ServerAddress("10.0.0.3", 8300, "k3")]
-    agents = {}
+    agents: dict[str, AgentInfo] = {}
     async with listening(a, servers=known) as (_, first), listening(b, servers=more) as (_, second):
         found = await discover([first, second, first], c, on_agent=agents.__setitem__)
     assert [(s.host, s.key_hash) for s in found] == [("10.0.0.1", "k1"), ("10.0.0.2", "k2"), ("10.0.0.3", "k3")]
@@ -63,7 +64,7 @@ async def test_the_agent_of_a_server_names_itself_with_the_key_that_tls_proved(t
 
 async def test_addresses_that_do_not_answer_are_told_with_a_reason_and_hurt_nobody(tmp_path):
     a, b, stranger = node(tmp_path, "a"), node(tmp_path, "b"), node(tmp_path, "x", Secret(os.urandom(32)))
-    failures = {}
+    failures: dict[str, str] = {}
     async with listening(a, servers=[ServerAddress("h", 1)]) as (_, good), listening(stranger) as (_, foreign):
         silent = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
         mute = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
@@ -80,8 +81,10 @@ async def test_addresses_that_do_not_answer_are_told_with_a_reason_and_hurt_nobo
 
 async def test_a_node_whose_secret_the_listener_does_not_know_is_told_so(tmp_path):
     a, stranger = node(tmp_path, "a"), node(tmp_path, "x", Secret(os.urandom(32)))
-    stranger.client_context()._newest().load_verify_locations(cadata=a.anchors_pem)
-    failures = {}
+    context = stranger.client_context()
+    assert isinstance(context, tls._Reloading)
+    context._newest().load_verify_locations(cadata=a.anchors_pem)
+    failures: dict[str, str] = {}
     async with listening(a) as (_, address):
         assert await discover([address], stranger, on_failure=failures.__setitem__) == []
     assert "encrypt" in failures[address]
@@ -152,22 +155,35 @@ async def test_silent_connections_are_closed_in_time(tmp_path):
         await eventually(lambda: listener.connections == 0)
 
 
-async def test_connections_are_bounded_and_places_are_given_back(tmp_path):
+async def test_who_says_nothing_gives_way_to_who_comes_when_all_places_are_taken(tmp_path):
     a, b = node(tmp_path, "a"), node(tmp_path, "b")
     async with listening(a, connections_max=2, timeout_s=30) as (listener, address):
         held = [await asyncio.open_connection(*parse_address(address)) for _ in range(2)]
         await eventually(lambda: listener.connections == 2)
-        with pytest.raises(OSError):
-            await probe(address, a.key_hash, b, timeout_s=2)
+        assert (await probe(address, a.key_hash, b, timeout_s=2)).name == "a"
+        assert await asyncio.wait_for(held[0][0].read(), 5) == b""
         for _, writer in held:
             writer.close()
+
+
+async def test_connections_are_bounded_and_places_are_given_back(tmp_path):
+    a, b = node(tmp_path, "a"), node(tmp_path, "b")
+    async with listening(a, connections_max=2) as (listener, address):
+        held = [await session(address, b) for _ in range(2)]
+        for connection, got, _ in held:
+            connection.send(pack({"kind": "ping"}))
+            await eventually(lambda got=got: got)
+        with pytest.raises(OSError):
+            await probe(address, a.key_hash, b, timeout_s=2)
+        for connection, _, _ in held:
+            connection.close()
         await eventually(lambda: listener.connections == 0)
         await probe(address, a.key_hash, b)
 
 
 async def session(address, identity):
     """A raw connection of an enrolled node: (connection, frames received, lost)."""
-    got, lost = [], asyncio.Event()
+    got, lost = list[bytes](), asyncio.Event()
     connection = FrameConnection(got.append, lambda _: lost.set())
     host, port = parse_address(address)
     loop = asyncio.get_running_loop()
@@ -229,7 +245,7 @@ async def test_a_node_that_answers_nonsense_is_a_failure_of_its_address_only(tmp
 
     server = await asyncio.get_running_loop().create_server(answering, "127.0.0.1", 0, ssl=a.server_context())
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    failures = {}
+    failures: dict[str, str] = {}
     assert await discover([address], b, on_failure=failures.__setitem__) == []
     assert list(failures) == [address]
     server.close()

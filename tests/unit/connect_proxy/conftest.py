@@ -61,8 +61,13 @@ class RunningProxy:
         return self.proxy.snapshot
 
     def on_loop(self, call: Callable[[], Any]) -> Any:
-        done, result = threading.Event(), []
-        self.proxy.loop.post(lambda: (result.append(call()), done.set()))
+        done, result = threading.Event(), list[Any]()
+
+        def answer() -> None:
+            result.append(call())
+            done.set()
+
+        self.proxy.loop.post(answer)
         assert done.wait(5), "the loop hangs"
         return result[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from rostra.connect_proxy.balance import REST_MAX_S, Balancer
+from rostra.connect_proxy.balance import REST_MAX_S, Balancer, Target
 from rostra.connect_proxy.snapshot import Endpoint
 
 
@@ -46,7 +46,7 @@ def test_there_is_nothing_to_pick_from_nothing():
 
 
 def test_each_endpoint_is_tried_once_and_then_none():
-    chosen, tried = balancer(1, 1, 1), []
+    chosen, tried = balancer(1, 1, 1), list[Target]()
     while target := chosen.pick(0.0, tried):
         tried.append(target)
     assert len(tried) == 3

@@ -345,7 +345,7 @@ def test_garbage_on_the_public_port_harms_nobody(mesh, eventually):
 
 
 def test_a_peer_that_ends_without_close_notify_resets_the_application(mesh, tmp_path):
-    ends = []
+    ends: list[bytes | str] = []
 
     def note_the_end(connection):
         try:
@@ -385,7 +385,9 @@ def test_an_intention_decides_and_the_refusal_names_it(mesh, eventually):
     with allowed.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
     eventually(lambda: server.stats["denied"] == 1)
-    line = re.search(r".*connection denied.*", server.log)[0]
+    found = re.search(r".*connection denied.*", server.log)
+    assert found
+    line = found[0]
     assert "intention=id-9" in line
     assert "precedence=9" in line
     assert "*:allow(8)" in line
@@ -552,7 +554,9 @@ def test_a_port_in_use_is_told_in_one_line_and_taken_when_free(mesh):
     server = mesh.server(mesh.app())
     upstream = dataclasses.replace(mesh.upstream("web", server.address()), bind=taken)
     client = mesh.proxy("caller", upstreams=(upstream,))
-    line = re.search(r".*cannot listen.*", client.log)[0]
+    found = re.search(r".*cannot listen.*", client.log)
+    assert found
+    line = found[0]
     assert f"address={taken}" in line
     assert 'change="LocalBindPort of upstream web"' in line
     blocker.close()

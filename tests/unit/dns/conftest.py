@@ -58,6 +58,7 @@ class FakeCatalog:
         self.services: dict[str, FakeView] = {}
         self.nodes = FakeView()
         self.asked: list[str] = []
+        self.prepare: Callable[[str, Sequence[Instance]], None] = lambda name, instances: None
 
     def service(self, name: str) -> FakeView | None:
         view = self.services.get(name)

@@ -190,6 +190,7 @@ def test_the_lock_ends_with_the_process(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
+        assert child.stdout is not None
         assert child.stdout.readline() == b"held\n"
         with pytest.raises(Conflict, match=f"process {child.pid}"):
             DataDirectory.lock(tmp_path)
@@ -326,8 +327,8 @@ def test_an_enrolling_node_that_does_not_know_the_cluster_ca_can_verify_the_chai
     node = NodeIdentity.open(tmp_path / "a", "web-1", [FIXED])
     node.install_certificate(*cluster_certificate(node))
     new = NodeIdentity.open(tmp_path / "b", "web-2", [FIXED])
-    argv = ["openssl", "verify", "-CAfile", new.anchors_path, "-untrusted", node.cert_path, node.cert_path]
-    run = subprocess.run(argv, capture_output=True)
+    argv: list[str | Path] = ["openssl", "verify", "-CAfile", new.anchors_path, "-untrusted"]
+    run = subprocess.run([*argv, node.cert_path, node.cert_path], capture_output=True)
     assert run.returncode == 0, run.stderr
 
 

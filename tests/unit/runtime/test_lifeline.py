@@ -126,6 +126,7 @@ def test_a_child_ends_when_its_parent_is_killed():
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", parent, CHILD], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         pid = int(process.stdout.readline())
         process.kill()
     assert gone(pid)

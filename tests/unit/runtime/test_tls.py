@@ -37,6 +37,12 @@ def node(tmp_path, name, secrets=(SECRET,)):
     return NodeIdentity.open(tmp_path / name, name, secrets)
 
 
+def newest(context: ssl.SSLContext) -> ssl.SSLContext:
+    """What a context that follows its node's certificate uses now."""
+    assert isinstance(context, tls._Reloading)
+    return context._newest()
+
+
 async def exchange(server_ssl, client_ssl):
     """One connection: (what the server saw of the client, what the client saw of the server)."""
     loop = asyncio.get_running_loop()
@@ -96,7 +102,7 @@ def test_another_secret_is_refused_by_both_sides_with_a_hint(tmp_path, run):
     # A client that trusts the server, but is not trusted: it learns at its first read.
     trusting = node(tmp_path, "c", [Secret(os.urandom(32))])
     context = tls.client_context(trusting)
-    context._newest().load_verify_locations(cadata=a.anchors_pem)
+    newest(context).load_verify_locations(cadata=a.anchors_pem)
     with pytest.raises((ssl.SSLError, ConnectionError)) as refused:
         run(exchange(tls.server_context(a), context))
     assert "refused" in str(refused.value) or "does not trust our certificate" in tls.explain(refused.value)
@@ -125,7 +131,7 @@ def test_an_expired_certificate_is_refused(tmp_path, run):
     b.cert_path.write_text(certificate(now_ms - 9_000_000, 60))
     context = tls.client_context(b)
     a_trusts = tls.server_context(a)
-    a_trusts._newest().load_verify_locations(cadata=ca_cert)
+    newest(a_trusts).load_verify_locations(cadata=ca_cert)
     with pytest.raises((ssl.SSLError, ConnectionError)) as e:
         run(exchange(a_trusts, context))
     assert "refused" in str(e.value) or "expired" in tls.explain(e.value)
@@ -181,7 +187,7 @@ def test_contexts_follow_certificate_and_anchors_without_being_made_again(tmp_pa
 
 
 def test_no_session_is_kept_for_resumption(tmp_path):
-    context = tls.server_context(node(tmp_path, "a"))._newest()
+    context = newest(tls.server_context(node(tmp_path, "a")))
     assert context.num_tickets == 0
     assert context.verify_mode == ssl.CERT_REQUIRED
 

@@ -5,6 +5,7 @@ import os
 import random
 import uuid
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,7 @@ class World:
     def store(self, i: int, stored: Stored) -> bool:
         """False: it crashed, before or after the write reached the disk."""
         founder = self.founders[i]
+        assert founder is not None
         if stored == founder.stored:
             return True
         dies = self.random.random() < self.dying
@@ -113,7 +115,8 @@ class World:
         except Exception:
             return
         if self.store(j, stored):
-            self.send(j, i, "reply", reply, address, self.founders[i].instance if self.founders[i] else None)
+            sender = self.founders[i]
+            self.send(j, i, "reply", reply, address, sender.instance if sender else None)
         self.check()
 
     def check(self) -> None:
@@ -155,7 +158,9 @@ def test_servers_that_see_each_other_found_one_cluster(expect):
         world.calm()
         found = {d.committed for d in world.disks}
         assert len(found) == 1, f"seed {seed}"
-        assert [m.node_id for m in found.pop().members] == sorted(i.node_id for i in world.infos)
+        (membership,) = found
+        assert membership is not None
+        assert [m.node_id for m in membership.members] == sorted(i.node_id for i in world.infos)
 
 
 @pytest.mark.parametrize("expect", [2, 3])
@@ -208,7 +213,7 @@ def test_a_proposer_lost_for_ever_is_replaced_when_another_server_takes_its_plac
         world.start(i)
     for _ in range(9000):
         world.step()
-    assert {d.committed.cluster_id for d in world.disks[1:]} == set(world.clusters)
+    assert {d.committed and d.committed.cluster_id for d in world.disks[1:]} == set(world.clusters)
     assert "dead" not in world.clusters
     assert "dead" in world.disks[2].refused
 
@@ -308,7 +313,9 @@ def test_servers_that_contradict_each_other_found_nothing_and_say_why(other, exp
 def test_of_too_many_servers_the_lowest_ids_found_the_cluster():
     one = founder(A, 2)
     meet(one, founder(C, 2), founder(B, 2))
-    assert one.plan(0).stored.prepared.members == (A, B)
+    prepared = one.plan(0).stored.prepared
+    assert prepared is not None
+    assert prepared.members == (A, B)
 
 
 def test_expect_zero_never_founds():
@@ -374,8 +381,8 @@ def test_a_server_in_a_cluster_answers_with_it_and_prepares_nothing_else():
 
 def test_whatever_a_stranger_sends_is_a_bad_request_or_harmless():
     chance = random.Random(7)
-    junk = [None, 1, "", "x" * 300, [], {}, ["a"], {"members": 1}, b"x", True, -1, 1 << 70, "\n"]
-    base = {**founder(B).hello(), **proposal(A, B, C), "cluster_id": "p"}
+    junk: list[Any] = [None, 1, "", "x" * 300, [], {}, ["a"], {"members": 1}, b"x", True, -1, 1 << 70, "\n"]
+    base: dict[str, Any] = {**founder(B).hello(), **proposal(A, B, C), "cluster_id": "p"}
     for _ in range(3000):
         args = {k: chance.choice(junk) if chance.random() < 0.2 else v for k, v in base.items()}
         if isinstance(args.get("proposal"), dict) and chance.random() < 0.5:
@@ -417,9 +424,13 @@ class Net:
         return self.servers[info.host_port].run(lambda: list(candidates), call, **more)
 
 
+async def ask_nobody(address, kind, args):
+    raise AssertionError("there is nobody to ask")
+
+
 async def test_one_server_that_expects_itself_commits_at_once(tmp_path):
     net = Net(tmp_path, [A], 1)
-    membership = await asyncio.wait_for(net.start(A).run(lambda: [A.host_port], None), 0.5)
+    membership = await asyncio.wait_for(net.start(A).run(lambda: [A.host_port], ask_nobody), 0.5)
     assert membership.members == (A,)
     path = tmp_path / "s1" / bs.FILE_NAME
     assert path.stat().st_mode & 0o777 == 0o600
@@ -491,6 +502,7 @@ async def test_servers_that_die_around_each_write_converge_after_restarts(tmp_pa
 
     class Mortal(Bootstrap):
         deaths = 4
+        dead: asyncio.Event
 
         def _save(self, stored):
             dies = Mortal.deaths > 0 and chance.random() < 0.7
@@ -563,7 +575,7 @@ def test_what_is_stored_is_read_back(tmp_path):
 async def test_data_without_a_founding_and_a_founding_with_another_key_are_refused(tmp_path):
     with pytest.raises(Conflict, match="has data"):
         Bootstrap(tmp_path, A, 1, has_data=True)
-    await Bootstrap(tmp_path, A, 1).run(list, None)
+    await Bootstrap(tmp_path, A, 1).run(list, ask_nobody)
     with pytest.raises(Conflict, match="key"):
         Bootstrap(tmp_path, replace(A, key_hash=B.key_hash), 1)
     assert Bootstrap(tmp_path, A, 1, has_data=True).committed
@@ -577,7 +589,12 @@ def test_expect_is_bounded(tmp_path):
 def test_the_file_is_synced_before_the_answer(tmp_path, monkeypatch):
     order = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), real(fd)))
+
+    def fsync(fd) -> None:
+        order.append("fsync")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     b = Bootstrap(tmp_path, B, 2)
     b.handle(bs.PREPARE, proposal(A, B), A.key_hash)
     assert order == ["fsync", "fsync"]  # the file, then its name

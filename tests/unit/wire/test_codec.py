@@ -39,7 +39,7 @@ class Row(NamedTuple):
     name: str
     port: int = 0
     tags: tuple[str, ...] = ()
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # named as in the rows, over tuple.index
 
 
 VOCABULARY = Vocabulary([Write, Ask])

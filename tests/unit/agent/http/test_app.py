@@ -263,7 +263,7 @@ async def test_close_lets_an_answer_in_flight_finish():
 
 
 async def test_write_turns_let_the_loop_turn_between_large_writes():
-    turns, order = WriteTurns(bytes_per_turn=10), []
+    turns, order = WriteTurns(bytes_per_turn=10), list[int | str]()
 
     async def writer(name: int) -> None:
         for _ in range(3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 REGISTRATION = {
@@ -87,7 +89,7 @@ async def test_services_can_be_restricted_to_nodes_by_their_meta(filled):
 
 async def test_a_service_s_instances_are_flat_objects(filled):
     first, second = (await filled.get("/v1/catalog/service/web")).json
-    common = {
+    common: dict[str, Any] = {
         "ID": "",
         "Node": "n1",
         "Address": "10.0.0.1",

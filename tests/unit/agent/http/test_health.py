@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.unit.agent.http.test_catalog import REGISTRATION, strip
 
-CHECK_C8 = {
+CHECK_C8: dict[str, Any] = {
     "CheckID": "c8",
     "Name": "C8",
     "Definition": {

@@ -37,7 +37,8 @@ def root():
 
 def leaf(root, uri=WEB, *, csr=None, **more):
     key_pem, csr_pem = create_csr(uri)
-    return sign_leaf(*root, csr or csr_pem, uri=uri, **{"now_ms": NOW_MS, "serial": 8, **more}), key_pem
+    row, root_key_pem = root
+    return sign_leaf(row, root_key_pem, csr or csr_pem, uri=uri, **{"now_ms": NOW_MS, "serial": 8, **more}), key_pem
 
 
 def openssl(*argv) -> str:
@@ -208,6 +209,7 @@ def test_names_of_any_length_fit_into_the_common_name(service):
     issued, _ = leaf(ROOT, uri)
     certificate = x509.load_pem_x509_certificate(issued.cert_pem.encode())
     (name,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    assert isinstance(name.value, str)
     assert len(name.value) <= 64
     assert name.value.endswith(".svc.default.6ed03719.consul")
 

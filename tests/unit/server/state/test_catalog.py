@@ -235,10 +235,10 @@ def test_connect_answers_with_proxies_and_native_instances(log):
 def test_queries_that_share_a_granule_have_no_row_for_each_others_keys(log):
     log.register("n1", "web", UP)
     view = log.store.view()
-    assert NodeServices("n1").row(view, "serfHealth") is None
-    assert NodeServices("n1").row(view, "sh") is None
-    assert NodeChecks("n1").row(view, ("",)) is None
-    assert NodeChecks("n1").row(view, ("s", "web")) is None
+    assert NodeServices("n1").row(view, "serfHealth") is None  # type: ignore[arg-type]  # the other query's key
+    assert NodeServices("n1").row(view, "sh") is None  # type: ignore[arg-type]  # the other query's key
+    assert NodeChecks("n1").row(view, ("",)) is None  # type: ignore[arg-type]  # the other query's key
+    assert NodeChecks("n1").row(view, ("s", "web")) is None  # type: ignore[arg-type]  # the other query's key
     assert ServiceInstances("db").row(view, ("n1", "web")) is None
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -36,9 +37,10 @@ class Nothing:
 
 
 def sample(cls):
-    values = {"str": "x", "bytes": b"x", "int": 1, "bool": True}
+    values: dict[str, Any] = {"str": "x", "bytes": b"x", "int": 1, "bool": True}
     required = (f for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING)
-    return cls(**{f.name: values.get(f.type, () if f.type.startswith("tuple") else {}) for f in required})
+    types = {f.name: str(f.type) for f in required}
+    return cls(**{name: values.get(kind, () if kind.startswith("tuple") else {}) for name, kind in types.items()})
 
 
 @pytest.mark.parametrize("cls", [*COMMANDS, *QUERIES], ids=lambda cls: cls.__name__)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -53,7 +53,7 @@ def explosive(log, founding):
 
 def derived(store):
     """Everything that is derived from rows, in a form that can be compared."""
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in vars(store.tables).items():
         if name == "kv_names":
             out[name] = list(value)
