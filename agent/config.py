@@ -441,10 +441,6 @@ class Config:
         "Port on which agents answer probes and joins.")
     sidecar_min_port: int = setting(21000, PORT, "ports.sidecar_min_port", "", "First of the ports given to sidecars.")
     sidecar_max_port: int = setting(21255, PORT, "ports.sidecar_max_port", "", "Last of the ports given to sidecars.")
-    expose_min_port: int = setting(21500, PORT, "ports.expose_min_port", "",
-        "First of the ports given to exposed check paths.")
-    expose_max_port: int = setting(21755, PORT, "ports.expose_max_port", "",
-        "Last of the ports given to exposed check paths.")
 
     # Joining
     retry_join: tuple[str, ...] = setting((), JOINS, "retry_join", "retry-join",
@@ -463,7 +459,6 @@ class Config:
     log_level: str = setting("info", LOG_LEVEL, "log_level", "log-level",
         "trace, debug, info, warn or error.", reloadable=True)
     log_json: bool = setting(False, SWITCH, "log_json", "log-json", "Write the log as JSON lines.")
-    log_file: str = setting("", TEXT, "log_file", "log-file", "File to write the log to as well.")
 
     # HTTP
     http_response_headers: dict[str, str] = setting({}, TEXT_MAP,
@@ -477,22 +472,14 @@ class Config:
     http_max_conns_per_client: int = setting(200, WHOLE, "limits.http_max_conns_per_client", "",
         "Connections that one client address may have open to HTTP.", reloadable=True)
     kv_max_value_bytes: int = setting(512 * 1024, WHOLE, "limits.kv_max_value_size", "", "Largest KV value, in bytes.")
-    txn_max_bytes: int = setting(512 * 1024, WHOLE, "limits.txn_max_req_len", "", "Largest transaction body, in bytes.")
     default_query_time_s: float = setting(300.0, DURATION, "default_query_time", "default-query-time",
         "How long a blocking query without 'wait' waits.")
     max_query_time_s: float = setting(600.0, DURATION, "max_query_time", "max-query-time",
         "How long a blocking query may wait.")
-    ui: bool = setting(False, SWITCH, "ui ui_config.enabled", "ui", "Serve the web UI.")
-    ui_content_path: str = setting("/ui/", TEXT, "ui_content_path ui_config.content_path", "ui-content-path",
-        "Path of the web UI.")
 
     # DNS
     recursors: tuple[str, ...] = setting((), TEXTS, "recursors", "recursor",
         "Upstream DNS server for other names. Repeatable.", reloadable=True)
-    dns_allow_stale: bool = setting(True, SWITCH, "dns_config.allow_stale", "",
-        "Answer DNS from any server's state.", reloadable=True)
-    dns_max_stale_s: float = setting(87600 * 3600.0, DURATION, "dns_config.max_stale", "",
-        "Oldest state to answer DNS from.", reloadable=True)
     dns_node_ttl_s: float = setting(0.0, DURATION, "dns_config.node_ttl", "", "TTL of node answers.", reloadable=True)
     dns_service_ttl_s: dict[str, float] = setting({}, DURATIONS, "dns_config.service_ttl", "",
         "TTL of service answers, by name or prefix*.", reloadable=True)
@@ -504,12 +491,6 @@ class Config:
         "Most answers to a UDP client without EDNS.", reloadable=True)
     dns_a_record_limit: int = setting(0, WHOLE, "dns_config.a_record_limit", "",
         "Most address records in an answer; 0 is no limit.", reloadable=True)
-    dns_disable_compression: bool = setting(False, SWITCH, "dns_config.disable_compression", "",
-        "Do not compress names in answers.", reloadable=True)
-    dns_node_meta_txt: bool = setting(True, SWITCH, "dns_config.enable_additional_node_meta_txt", "",
-        "Add node metadata as TXT records.", reloadable=True)
-    dns_recursor_timeout_s: float = setting(2.0, DURATION, "dns_config.recursor_timeout", "",
-        "How long to wait for an upstream DNS server.", reloadable=True)
     dns_soa_refresh_s: int = setting(3600, WHOLE, "dns_config.soa.refresh", "", "SOA refresh.", reloadable=True)
     dns_soa_retry_s: int = setting(600, WHOLE, "dns_config.soa.retry", "", "SOA retry.", reloadable=True)
     dns_soa_expire_s: int = setting(86400, WHOLE, "dns_config.soa.expire", "", "SOA expire.", reloadable=True)
@@ -533,8 +514,6 @@ class Config:
     # Mesh
     ca_provider: str = setting("consul", _one_of("consul"), "connect.ca_provider", "",
         "Only the built-in CA ('consul').")
-    ca_config: dict[str, Any] = setting({}, MAP, "connect.ca_config", "",
-        "Settings of the CA at its first start, such as leaf_cert_ttl.")
     default_intention_policy: str = setting("", _one_of("allow", "deny"), "default_intention_policy", "",
         "What holds where no intention matches.", reloadable=True)
     acl_enabled: bool = setting(False, SWITCH, "acl.enabled", "", "Access control by tokens (not yet enforced).")
@@ -571,39 +550,43 @@ UNUSED: tuple[str, ...] = tuple(  # one word each, as prose: a list would be 170
     autopilot.cleanup_dead_servers autopilot.disable_upgrade_migration autopilot.last_contact_threshold
     autopilot.max_trailing_logs autopilot.min_quorum autopilot.redundancy_zone_tag
     autopilot.server_stabilization_time autopilot.upgrade_version_tag ca_file ca_path cert_file
-    check_deregister_interval_min check_reap_interval cloud.* config_entries.*
+    check_deregister_interval_min check_reap_interval cloud.* config_entries.* connect.ca_config.*
     connect.enable_mesh_gateway_wan_federation connect.enable_serverless_plugin connect.enabled
     connect.test_ca_leaf_root_change_spread disable_anonymous_signature disable_coordinates disable_host_node_id
     disable_http_unprintable_char_filter disable_keyring_file disable_remote_exec disable_update_check
-    discovery_max_stale dns_config.cache_max_age dns_config.prefer_namespace dns_config.recursor_strategy
-    dns_config.use_cache enable_acl_replication enable_agent_tls_for_checks enable_central_service_config
-    enable_debug enable_syslog encrypt_verify_incoming encrypt_verify_outgoing experiments gossip_lan.* gossip_wan.*
-    http_config.max_header_bytes http_config.use_cache key_file leave_drain_time leave_on_terminate license_path
-    limits.http_max_header_bytes limits.https_handshake_timeout limits.request_limits.* limits.rpc_client_timeout
-    limits.rpc_handshake_timeout limits.rpc_max_burst limits.rpc_max_conns_per_client limits.rpc_rate locality.*
+    discovery_max_stale dns_config.allow_stale dns_config.cache_max_age dns_config.disable_compression
+    dns_config.enable_additional_node_meta_txt dns_config.max_stale dns_config.prefer_namespace
+    dns_config.recursor_strategy dns_config.recursor_timeout dns_config.use_cache enable_acl_replication
+    enable_agent_tls_for_checks enable_central_service_config enable_debug enable_syslog encrypt_verify_incoming
+    encrypt_verify_outgoing experiments gossip_lan.* gossip_wan.* http_config.max_header_bytes http_config.use_cache
+    key_file leave_drain_time leave_on_terminate license_path limits.http_max_header_bytes
+    limits.https_handshake_timeout limits.request_limits.* limits.rpc_client_timeout limits.rpc_handshake_timeout
+    limits.rpc_max_burst limits.rpc_max_conns_per_client limits.rpc_rate limits.txn_max_req_len locality.* log_file
     log_rotate_bytes log_rotate_duration log_rotate_max_files log_sublevels.* non_voting_server partition peering.*
     performance.grpc_keepalive_interval performance.grpc_keepalive_timeout performance.leave_drain_time
-    performance.rpc_hold_timeout ports.grpc ports.grpc_tls ports.https ports.serf_wan primary_datacenter
-    primary_gateways primary_gateways_interval protocol raft_boltdb.* raft_logstore.* raft_protocol
-    raft_snapshot_interval raft_snapshot_threshold raft_trailing_logs read_replica reconnect_timeout
-    reconnect_timeout_wan rejoin_after_leave reporting.* retry_interval_wan retry_join_wan retry_max_wan rpc.*
-    rpc_hold_timeout segment segment_limit segment_name_limit segments serf_lan serf_lan_allowed_cidrs serf_wan
-    serf_wan_allowed_cidrs server_name server_rejoin_age_max skip_leave_on_interrupt snapshot_agent.* start_join_wan
-    sync_coordinate_interval_min sync_coordinate_rate_target syslog_facility telemetry.* tls.* tls_cipher_suites
-    tls_min_version tls_prefer_server_cipher_suites translate_wan_addrs ui_config.dashboard_url_templates.*
-    ui_config.dir ui_config.metrics_provider ui_config.metrics_provider_files
-    ui_config.metrics_provider_options_json ui_config.metrics_proxy.* ui_dir unix_sockets.* use_streaming_backend
-    verify_incoming verify_incoming_https verify_incoming_rpc verify_outgoing verify_server_hostname version
-    version_prerelease watches xds.*
+    performance.rpc_hold_timeout ports.expose_max_port ports.expose_min_port ports.grpc ports.grpc_tls ports.https
+    ports.serf_wan primary_datacenter primary_gateways primary_gateways_interval protocol raft_boltdb.*
+    raft_logstore.* raft_protocol raft_snapshot_interval raft_snapshot_threshold raft_trailing_logs read_replica
+    reconnect_timeout reconnect_timeout_wan rejoin_after_leave reporting.* retry_interval_wan retry_join_wan
+    retry_max_wan rpc.* rpc_hold_timeout segment segment_limit segment_name_limit segments serf_lan
+    serf_lan_allowed_cidrs serf_wan serf_wan_allowed_cidrs server_name server_rejoin_age_max skip_leave_on_interrupt
+    snapshot_agent.* start_join_wan sync_coordinate_interval_min sync_coordinate_rate_target syslog_facility
+    telemetry.* tls.* tls_cipher_suites tls_min_version tls_prefer_server_cipher_suites translate_wan_addrs ui
+    ui_config.content_path ui_config.dashboard_url_templates.* ui_config.dir ui_config.enabled
+    ui_config.metrics_provider ui_config.metrics_provider_files ui_config.metrics_provider_options_json
+    ui_config.metrics_proxy.* ui_content_path ui_dir unix_sockets.* use_streaming_backend verify_incoming
+    verify_incoming_https verify_incoming_rpc verify_outgoing verify_server_hostname version version_prerelease
+    watches xds.*
     """.split()  # noqa: SIM905
 )
 _UNUSED_FLAGS = """
-    advertise-wan grpc-port grpc-tls-port https-port join-wan log-rotate-bytes log-rotate-duration
+    advertise-wan grpc-port grpc-tls-port https-port join-wan log-file log-rotate-bytes log-rotate-duration
     log-rotate-max-files primary-gateway protocol raft-protocol retry-interval-wan retry-join-wan retry-max-wan
-    segment serf-lan-allowed-cidrs serf-lan-bind serf-wan-allowed-cidrs serf-wan-bind serf-wan-port ui-dir
+    segment serf-lan-allowed-cidrs serf-lan-bind serf-wan-allowed-cidrs serf-wan-bind serf-wan-port ui-content-path
+    ui-dir
     """.split()  # noqa: SIM905
 _UNUSED_SWITCHES = """
-    disable-host-node-id disable-keyring-file non-voting-server read-replica rejoin syslog
+    disable-host-node-id disable-keyring-file non-voting-server read-replica rejoin syslog ui
     """.split()  # noqa: SIM905
 
 
@@ -1038,7 +1021,7 @@ def _settle_addresses(loading: _Loading) -> None:
     v["dns_addrs"] = v["dns_addrs"] or tuple(a for a in v["client_addrs"] if not a.startswith("unix://"))
     if any(a.startswith("unix://") for a in v["dns_addrs"]):
         loading.complain("dns_addrs", "DNS is not served on unix sockets")
-    for kind in ("sidecar", "expose"):
+    for kind in ("sidecar",):
         if v[f"{kind}_min_port"] > v[f"{kind}_max_port"]:
             loading.complain(f"{kind}_min_port", f"{v[f'{kind}_min_port']} is above ports.{kind}_max_port")
     _refuse_shared_ports(loading)
@@ -1067,8 +1050,7 @@ def _refuse_shared_ports(loading: _Loading) -> None:
 
 def _settle_rest(loading: _Loading) -> None:
     v = loading.values
-    v["ui_content_path"] = "/" + str(v["ui_content_path"]).strip("/") + "/" if v["ui_content_path"].strip("/") else "/"
-    for name in ("http_max_conns_per_client", "kv_max_value_bytes", "txn_max_bytes", "retry_max"):
+    for name in ("http_max_conns_per_client", "kv_max_value_bytes", "retry_max"):
         if v[name] < 0:
             loading.complain(name, f"cannot be {v[name]}")
     if v["check_output_bytes_max"] < 1:

@@ -131,7 +131,6 @@ class RowSet:
         until = time.perf_counter() + seconds_max
         for _ in range(min(rows_max, len(stale))):
             key = next(iter(stale))
-            del stale[key]
             row = rows[key]
             if keep is not None and not keep(key, row):
                 parts[key] = b""
@@ -140,6 +139,7 @@ class RowSet:
                 if part is None:
                     part = shape[key] = encode(key, row)
                 parts[key] = part
+            del stale[key]  # not before: where `encode` fails, the next caller tries again
             if time.perf_counter() > until:
                 return
 

@@ -26,7 +26,7 @@ from rostra import __version__
 from rostra.agent.config import Config, ConfigErrors, load
 from rostra.agent.core_process import CoreProcess
 from rostra.runtime import log as logging
-from rostra.wire.errors import Conflict, RostraError
+from rostra.wire.errors import Conflict, NoLeader, RostraError
 
 if TYPE_CHECKING:
     from rostra.agent.servers import ServerAddress
@@ -188,14 +188,20 @@ async def _serve(config: Config, core: CoreProcess | None) -> int:
     loop.add_signal_handler(
         signal.SIGHUP, lambda: log.warn("reload is not available yet: restart the agent; a core of its own goes on")
     )
-    running = RunningAgent(config, core)
+    running = RunningAgent(config, core, give_up=stop.set)
+    starting = asyncio.ensure_future(running.start())
+    stopping = asyncio.ensure_future(stop.wait())
     try:
-        await running.start()
-        waiting = asyncio.ensure_future(stop.wait())
-        await waiting
+        # A signal must end a start that waits for something, too.
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await stopping
         log.info("stopping")
-        return 0
+        return running.status
     finally:
+        starting.cancel()
+        stopping.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_S):
                 await running.stop()
@@ -204,10 +210,13 @@ async def _serve(config: Config, core: CoreProcess | None) -> int:
 class RunningAgent:
     """All parts of one agent. `start` raises RostraError for what an operator has to mend."""
 
-    def __init__(self, config: Config, core: CoreProcess | None) -> None:
+    def __init__(self, config: Config, core: CoreProcess | None, give_up: Callable[[], None]) -> None:
         from rostra.runtime.service import Tasks
 
         self.config, self._core = config, core
+        self._give_up = give_up
+        self.status = 0  # the process's exit status, once it stops
+        self._joining_since: float | None = None
         self._tasks = Tasks("agent")
         self._ends: list[tuple[str, Callable[[], Awaitable[Any]]]] = []
         self._identity: NodeIdentity | None = None
@@ -218,6 +227,7 @@ class RunningAgent:
         from rostra.agent.context import Agent
         from rostra.agent.dns_source import CatalogSource
         from rostra.agent.http.app import HttpServer
+        from rostra.agent.http.gate import Gate
         from rostra.agent.leaf import Leaves
         from rostra.agent.local import LocalAgent, Scripts
         from rostra.agent.metrics import Metrics
@@ -237,6 +247,8 @@ class RunningAgent:
         steps = LoopSteps(lambda ms: metrics.observe("loop.step", ms))
         steps.start()
         node_id = await self._open_identity()
+        if config.start_join:
+            await self._join_now()
         advertise = config.advertise_addr or config.bind_addr
         session = self._session = ServerSession(
             addresses=self._addresses,
@@ -301,6 +313,7 @@ class RunningAgent:
             agent,
             connections_per_client=config.http_max_conns_per_client,
             kv_value_bytes_max=config.kv_max_value_bytes,
+            gate=Gate(config.http_block_endpoints, config.allow_write_http_from, config.http_response_headers),
         )
         await http.start()
         # After HTTP and before the core, so that nobody looks for a core that was told to end.
@@ -433,10 +446,40 @@ class RunningAgent:
         assert self._identity is not None
         joins = [*self.config.retry_join, *self.config.start_join]
         found = await discover(joins, self._identity, on_failure=self._not_joined)
+        self._count_attempts(bool(found or known))
         # Servers whose keys are known come first: what others say of new ones is hearsay.
         seen = {(k.host, k.port, key) for k in known for key in (k.key_hash, "")}
         addresses = [ServerAddress(host=s.host, port=s.port, key_hash=s.key_hash) for s in found]
         return known + [a for a in addresses if (a.host, a.port, a.key_hash) not in seen]
+
+    def _count_attempts(self, joined: bool) -> None:
+        """End the agent where `retry_max` says so; an attempt is what fits into a retry interval."""
+        config, now = self.config, time.monotonic()
+        if joined or not config.retry_max:
+            self._joining_since = None
+        elif self._joining_since is None:
+            self._joining_since = now
+        elif now - self._joining_since >= config.retry_max * config.retry_interval_s:
+            log.err("no server could be joined, giving up", attempts=config.retry_max, change="-retry-max")
+            self.status = 1
+            self._give_up()
+
+    async def _join_now(self) -> None:
+        """`-join`: somebody has to answer now. Raises NoLeader with what each address said."""
+        from rostra.agent.join import discover
+
+        if self._identity is None:
+            self._identity = await asyncio.to_thread(self._identity_in, Path(self.config.data_dir))
+        answered: list[str] = []
+        reasons: list[str] = []
+        await discover(
+            self.config.start_join,
+            self._identity,
+            on_agent=lambda address, info: answered.append(address),
+            on_failure=lambda address, reason: reasons.append(f"{address}: {reason}"),
+        )
+        if not answered:
+            raise NoLeader(f"cannot join: {'; '.join(reasons)} (-retry-join would keep trying)")
 
     def _not_joined(self, address: str, reason: str) -> None:
         self._unreachable.warn("cannot join there, trying again", key=address, address=address, reason=reason)

@@ -82,7 +82,7 @@ class ServerSession:
         self._touched: list[Callable[[int, frozenset[int] | None], None]] = []
         self.on_connected: list[Callable[[], None]] = []
         self.server_hello: dict[str, Any] = {}
-        self._left: ServerAddress | None = None  # the server that fell silent or knew no leader: tried last
+        self._left: ServerAddress | None = None  # the server of the last session: tried last
         self.last_error = ""
         self.reconnects = 0
 
@@ -264,22 +264,21 @@ class ServerSession:
                     if self._loop.time() - asked > 2 * PING_TIMEOUT_S:
                         continue  # it was this process that stood still; the answer may lie unread
                     log.warn("the server does not answer, trying another", server=str(address))
-                    self._left = address
                     return
                 now = self._loop.time()
                 if known_leader or address.path:
                     led = now
                 elif now - led > LEADERLESS_S:
                     log.warn("the server knows no leader, trying another", server=str(address))
-                    self._left = address
                     return
                 try:
                     await asyncio.wait_for(lost.wait(), PING_EVERY_S)
                 except TimeoutError:
                     pass
         except RostraError:
-            self._left = address
+            pass
         finally:
+            self._left = address
             self._changed.clear()
             self._caller = self._connection = None
             connection.abort("session over")

@@ -33,6 +33,9 @@ HTTP, DNS = 8500, 8600
 PR_SET_CHILD_SUBREAPER = 36
 CLONE_NEWNET = 0x40000000
 
+#: What is installed has its bytecode; an environment that forbids to write it measures the compiler.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,7 +74,12 @@ class Node:
             command = ["ip", "netns", "exec", self.namespace, *command]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=ENVIRONMENT,
             )
         self.pids.add(self.process.pid)
 

@@ -29,6 +29,7 @@ from aiohttp.web_server import Server
 from rostra.agent.context import Agent
 from rostra.agent.http import catalog, connect, health, kv, session, status
 from rostra.agent.http.errors import HttpError, error_response
+from rostra.agent.http.gate import Gate
 from rostra.agent.http.hot import HotConnection, HotReads, StoredAnswer, insides_fit
 from rostra.agent.http.reads import WAIT_MAX_S
 from rostra.agent.http.routing import JSON_TYPE, TEXT_TYPE, Match, Request, Response, Route, Router
@@ -75,8 +76,10 @@ class HttpServer:
         routes: Iterable[Route] | None = None,
         connections_per_client: int = CONNECTIONS_PER_CLIENT,
         kv_value_bytes_max: int = kv.VALUE_BYTES_MAX,
+        gate: Gate | None = None,
     ) -> None:
         self._agent = agent
+        self._gate = gate or Gate()
         chosen = list(routes) if routes is not None else all_routes()
         self._router = Router(
             replace(r, body_bytes_max=kv_value_bytes_max) if r.path == "/v1/kv/{key}" else r for r in chosen
@@ -195,6 +198,8 @@ class HttpServer:
                 keep_alive = False
         finally:
             self._deadlines.end()
+        if self._gate.headers:
+            response.headers = {**response.headers, **self._gate.headers}
         if keep_alive and raw is not None and response.hot is not None and base.version == (1, 1):
             self._remember(raw, response)
         self._histogram(name).add((time.perf_counter() - started) * 1000.0)
@@ -210,6 +215,7 @@ class HttpServer:
             clean = _clean(path)
             if clean != path:
                 return _moved(clean, target), "redirect"
+        self._gate.check(method, path, base.remote or "")
         match = self._router.find(raw_path)
         if match is None:
             return (_moved("/ui/", "") if path == "/" else Response(404)), "unknown"

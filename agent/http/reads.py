@@ -63,13 +63,16 @@ def read_options(request: Request, agent: Agent) -> ReadOptions:
     if query.get("filter"):
         raise BadRequest("?filter is not supported yet: filter the answer, or use ?tag, ?node-meta, ?passing")
     index, wait = query.get("index"), query.get("wait")
-    wait_s = WAIT_DEFAULT_S
+    config = agent.config
+    wait_default_s = getattr(config, "default_query_time_s", WAIT_DEFAULT_S)
+    wait_max_s = getattr(config, "max_query_time_s", WAIT_MAX_S)
+    wait_s = wait_default_s
     if wait:
         try:
             wait_s = parse_duration(wait) / SECOND
         except ValueError:
             raise BadRequest("Invalid wait time") from None
-        wait_s = min(wait_s, WAIT_MAX_S) if wait_s > 0 else WAIT_DEFAULT_S
+        wait_s = min(wait_s, wait_max_s) if wait_s > 0 else wait_default_s
     if index and (not _DIGITS.fullmatch(index) or int(index) >= 2**64):
         raise BadRequest("Invalid index")
     mode: Mode = "stale" if stale else "consistent" if consistent else "default"

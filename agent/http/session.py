@@ -14,7 +14,7 @@ from rostra.agent.http.shapes import as_array, session_json
 from rostra.agent.results import View
 from rostra.server.state.session import CreateSession, DestroySession, NodeSessions, SessionInfo, Sessions
 
-TTL_MIN_NS, TTL_MAX_NS = 10 * SECOND, 24 * HOUR
+TTL_MAX_NS = 24 * HOUR
 #: A LockDelay given as a number below this is seconds, else nanoseconds.
 _SECONDS_BELOW = 1000
 
@@ -39,7 +39,7 @@ async def create(request: Request, agent: Agent) -> Response:
         name=body.text("Name"),
         lock_delay_ms=_round_up_ms(body.duration_ns("LockDelay", 15 * SECOND, seconds_below=_SECONDS_BELOW)),
         behavior=behavior,
-        ttl_ms=_ttl_ms(body.text("TTL")),
+        ttl_ms=_ttl_ms(body.text("TTL"), agent),
         node_checks=checks,
         service_checks=tuple(c.text("ID") for c in body.objects("ServiceChecks")),
     )
@@ -80,15 +80,17 @@ def _session_id(request: Request) -> str:
     return session_id
 
 
-def _ttl_ms(text: str) -> int:
+def _ttl_ms(text: str, agent: Agent) -> int:
     if not text:
         return 0
     try:
         ns = parse_duration(text)
     except ValueError as e:
         raise HttpError(500, f"Session TTL '{text}' invalid: {e}") from None
-    if ns and not TTL_MIN_NS <= ns <= TTL_MAX_NS:
-        raise HttpError(500, f"Invalid Session TTL '{ns}', must be between [10s={format_duration(TTL_MAX_NS)}]")
+    min_ns = int(float(getattr(agent.config, "session_ttl_min_s", 10.0)) * SECOND)
+    if ns and not min_ns <= ns <= TTL_MAX_NS:
+        allowed = f"[{format_duration(min_ns)}={format_duration(TTL_MAX_NS)}]"
+        raise HttpError(500, f"Invalid Session TTL '{ns}', must be between {allowed}")
     return _round_up_ms(ns)
 
 

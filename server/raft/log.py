@@ -577,7 +577,7 @@ class RaftLog:
         role = (self._core.is_leader(), self._core.leader_id(), self._core.term())
         if role != self._role:
             self._role = role
-            log.info("raft role", is_leader=role[0], leader=role[1], term=role[2])
+            log.debug("raft role", is_leader=role[0], leader=role[1], term=role[2])
             self._on_role_change(*role)
 
     def _abandon(self, why: str) -> None:

@@ -160,7 +160,7 @@ class Links(Transport):  # type: ignore[misc]
             return
         link.is_up = True
         self.reconnects += 1
-        log.info("raft link up", peer=link.member.name)
+        log.debug("raft link up", peer=link.member.name)
         self._onNodeConnected(link.node)
         self._on_link(link.member.id, True)
 
@@ -174,7 +174,7 @@ class Links(Transport):  # type: ignore[misc]
         link.lost.set()
         if link.is_up:
             link.is_up = False
-            log.info("raft link down", peer=link.member.name, reason=reason)
+            log.debug("raft link down", peer=link.member.name, reason=reason)
             self._onNodeDisconnected(link.node)
             self._on_link(link.member.id, False)
 

@@ -347,8 +347,9 @@ async def test_requests_of_the_founding_are_answered_after_it_too_and_change_not
             assert said["ok"] is True
             said = await caller.call("bootstrap.commit", {"cluster_id": "another"})
             assert said["reason"] == "in another cluster"
+            junk: list[Any] = [{}, None, [1], {"cluster_id": 7}, {"proposal": {}}]
             for kind in ("bootstrap.refuse", "bootstrap.commit", "bootstrap.prepare", "bootstrap.hello", "elect me"):
-                for args in ({}, None, [1], {"cluster_id": 7}, {"proposal": {}}):
+                for args in junk:
                     with pytest.raises(BadRequest):
                         await caller.call(kind, args)
         assert file == (tmp_path / core.settings.node_name / "server" / "bootstrap.json").read_bytes()
@@ -422,8 +423,9 @@ async def test_requests_that_make_no_sense_are_answered_and_the_server_lives_on(
         core = leader(cluster)
         write = ("c", 1, 1)
         node = {"node": "n", "address": "127.0.0.1"}
+        junk: list[Any] = [{}, None, 7, {"id": []}, {"names": 1}]
         requests: list[tuple[Any, ...]] = [
-            *(("act", kind, args, "") for kind in core._acts.table for args in ({}, None, 7, {"id": []}, {"names": 1})),
+            *(("act", kind, args, "") for kind in core._acts.table for args in junk),
             ("act", "node.report", {"anchors": ("x",)}, ""),
             ("act", "node.report", {"anchors": ("a" * 64,) * 99}, ""),
             ("act", ["x"], {}, ""),

@@ -9,6 +9,7 @@ import re
 import resource
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ def agent(module_processes: Processes) -> Agent:
 _FILES = [
     ("unknown.hcl", 'bind_addr = "127.0.0.1"\ndatacentre = "x"\n',
      '2:1: datacentre: unknown configuration key; did you mean "datacenter"?'),
-    ("unknown.json", '{\n  "ports": {"htpp": 1}\n}', '2:13: ports.htpp: unknown configuration key; did you mean "http"?'),
+    ("unknown.json", '{\n  "ports": {"htpp": 1}\n}',
+     '2:13: ports.htpp: unknown configuration key; did you mean "http"?'),
     ("comma.json", '{\n  "ports": {"http": 8500,}\n}\n', "2:25: a comma after the last entry is not JSON"),
     ("cut.json", '{\n  "node_name": "x"\n', "3:1: expected"),
     ("value.hcl", "ports {\n  http = \n}\n", "3:1: expected a value for 'http', found '}'"),
     ("open.hcl", 'node_name = "x"\nports {\n', "3:1: expected"),
     ("type.hcl", 'server = "yes"\n', "1:1: server: must be true or false, not a string"),
-    ("range.hcl", "ports { http = 70000 }\n", "1:9: ports.http: invalid port 70000: 1 to 65535, or -1 to switch it off"),
+    ("range.hcl", "ports { http = 70000 }\n",
+     "1:9: ports.http: invalid port 70000: 1 to 65535, or -1 to switch it off"),
     ("duration.hcl", 'retry_interval = "soon"\n',
      '1:1: retry_interval: invalid duration "soon": write it like "30s", "5m" or "1h30m"'),
     ("nameless.hcl", "\nservice {\n  port = 80\n}\n", "2:1: service: a service definition needs a name"),
@@ -287,6 +290,10 @@ def _open_files(pid: int) -> tuple[int, int]:
     return int(soft), int(hard)
 
 
+def _has_limit(pid: int, limit: int) -> bool:
+    return _open_files(pid) == (limit, limit)
+
+
 def test_too_few_file_descriptors_are_raised_to_what_is_allowed(processes: Processes) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     agent = processes.agent("x", "-dev", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)))
@@ -294,7 +301,7 @@ def test_too_few_file_descriptors_are_raised_to_what_is_allowed(processes: Proce
     agent.api.done("/v1/agent/service/register", {"Name": "w", "Port": 1, "Connect": {"SidecarService": {}}})
     eventually("its sidecar runs", agent.proxy_pids, 5)
     for pid in (agent.process.pid, *descendants(agent.process.pid)):
-        eventually(f"{pid} raised its limit", lambda p=pid: _open_files(p) == (hard, hard), 5)
+        eventually(f"{pid} raised its limit", partial(_has_limit, pid, hard), 5)
     assert "few file descriptors" not in agent.process.log
 
 

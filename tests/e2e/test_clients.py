@@ -1,4 +1,4 @@
-"""py-consul, a client that knows nothing of Rostra, against a dev agent: keys, sessions, services, checks, intentions."""
+"""py-consul, a client that knows nothing of Rostra, against a dev agent: keys, sessions, services, intentions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Later(threading.Thread):
 
     def __init__(self, work: Any) -> None:
         super().__init__(daemon=True)
-        self._work, self._found, self._error = work, None, None
+        self._work, self._found = work, None
+        self._error: Exception | None = None
         self.started_at = time.monotonic()
         self.start()
 

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ def test_traffic_flows_both_ways_and_half_closes(mesh: Mesh) -> None:
 def test_the_agent_runs_both_sidecars_with_checks_that_pass(mesh: Mesh) -> None:
     assert len(mesh.agent.proxy_pids()) == 2
     for name in ("web-sidecar-proxy", "api-sidecar-proxy"):
-        eventually(f"{name} passes", lambda n=name: mesh.agent.api.passing(n) == [n], 10)
+        eventually(f"{name} passes", partial(mesh.agent.api.passing, name), 10)
     rows = mesh.agent.api.get("/v1/health/connect/api?passing").json()
     assert [(r["Service"]["ID"], r["Service"]["Port"]) for r in rows] == [("api-sidecar-proxy", mesh.public[1])]
 

@@ -89,8 +89,8 @@ class World:
             if j != i:
                 self.send(i, j, bs.HELLO, founder.hello(), info.host_port)
         for call in plan.calls:
-            if (j := self.index(call.address)) is not None:
-                self.send(i, j, call.kind, call.args, call.address)
+            if (called := self.index(call.address)) is not None:
+                self.send(i, called, call.kind, call.args, call.address)
 
     def send(self, i, j, kind, args, address, reply_to=None):
         if frozenset((i, j)) in self.cut or self.random.random() < self.loss:
