@@ -23,6 +23,7 @@ from rostra.runtime.tls import explain
 from rostra.wire.codec import encode_value
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError, Timeout
+from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX
 from rostra.wire.rpc import DONE, END, FULL, Caller, Lost, check_hello, hello
 
 log = get("servers")
@@ -191,7 +192,8 @@ class ServerSession:
             if left <= 0:
                 raise NoLeader
             try:
-                await asyncio.wait_for(self._changed.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
             except TimeoutError:
                 raise NoLeader from None
 
@@ -259,7 +261,8 @@ class ServerSession:
             while not lost.is_set():
                 asked = self._loop.time()
                 try:
-                    known_leader, _ = await asyncio.wait_for(caller.call("ping"), PING_TIMEOUT_S)
+                    async with asyncio.timeout(PING_TIMEOUT_S):
+                        known_leader, _ = await caller.call("ping")
                 except TimeoutError:
                     if self._loop.time() - asked > 2 * PING_TIMEOUT_S:
                         continue  # it was this process that stood still; the answer may lie unread
@@ -272,7 +275,8 @@ class ServerSession:
                     log.warn("the server knows no leader, trying another", server=str(address))
                     return
                 try:
-                    await asyncio.wait_for(lost.wait(), PING_EVERY_S)
+                    async with asyncio.timeout(PING_EVERY_S):
+                        await lost.wait()
                 except TimeoutError:
                     pass
         except RostraError:
@@ -284,7 +288,7 @@ class ServerSession:
             connection.abort("session over")
 
     async def _dial(self, address: ServerAddress) -> tuple[FrameConnection, dict[str, Any]]:
-        connection = FrameConnection()
+        connection = FrameConnection(frame_bytes_max=ANSWER_FRAME_BYTES_MAX)
         first: asyncio.Future[bytes] = self._loop.create_future()
         connection.on_frame = lambda payload: None if first.done() else first.set_result(payload)
         connection.on_lost = lambda reason: None if first.done() else first.set_exception(ConnectionError(reason))

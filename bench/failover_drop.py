@@ -221,7 +221,7 @@ def main() -> int:
     def run() -> int:
         verdicts = Verdicts("Failover")
         if "kill" in kinds:
-            with Fleet(keep=options.keep, prefix="127.0.2.", first=21, log_level="info") as fleet:
+            with Fleet(keep=options.keep, prefix=options.network, first=21) as fleet:
                 rounds(fleet, "kill", options.rounds, verdicts, KILL_BAR_S, lambda node: node.kill(), restart)
         if "drop" in kinds or "link" in kinds:
             hosts = ["s1", "s2", "s3", "c1"]

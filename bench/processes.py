@@ -408,6 +408,7 @@ def median(values: Sequence[float]) -> float:
 def parser(doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
     made.add_argument("--keep", action="store_true", help="leave logs and data behind")
+    made.add_argument("--network", default="127.0.2.", help="the agents' addresses begin so (default 127.0.2.)")
     return made
 
 

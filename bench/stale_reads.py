@@ -145,7 +145,7 @@ def main() -> int:
 
     def run() -> int:
         verdicts = Verdicts("Stale reads")
-        with Fleet(keep=options.keep, log_level="warn", prefix="127.0.2.", first=11) as fleet:
+        with Fleet(keep=options.keep, log_level="warn", prefix=options.network, first=11) as fleet:
             it = Run(fleet, options.reads)
             took_s = asyncio.run(it.run())
         verdicts.add(

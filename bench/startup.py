@@ -19,14 +19,12 @@ import time
 
 from processes import ENVIRONMENT, ROSTRA, Failure, Verdicts, alive, descendants, guarded, parser, rss_mb, send, spread
 
-HOST = "127.0.2.40"
 
-
-def free_ports(n: int) -> list[int]:
+def free_ports(host: str, n: int) -> list[int]:
     sockets = [socket.socket() for _ in range(n)]
     try:
         for s in sockets:
-            s.bind((HOST, 0))
+            s.bind((host, 0))
         return [s.getsockname()[1] for s in sockets]
     finally:
         for s in sockets:
@@ -36,16 +34,17 @@ def free_ports(n: int) -> list[int]:
 class Dev:
     """One `agent -dev`, from exec on."""
 
-    def __init__(self) -> None:
-        self.http, dns, server, serf = free_ports(4)
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self.http, dns, server, serf = free_ports(host, 4)
         ports = f"ports {{ http = {self.http} dns = {dns} server = {server} serf_lan = {serf} }}"
-        command = [str(ROSTRA), "agent", "-dev", f"-bind={HOST}", f"-client={HOST}", "-log-level=warn", "-hcl", ports]
+        command = [str(ROSTRA), "agent", "-dev", f"-bind={host}", f"-client={host}", "-log-level=warn", "-hcl", ports]
         self.began = time.monotonic()
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=ENVIRONMENT)
         self.pids = {self.process.pid}
 
     def ask(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        connection = http.client.HTTPConnection(HOST, self.http, timeout=2)
+        connection = http.client.HTTPConnection(self.host, self.http, timeout=2)
         try:
             connection.request("GET", path)
             response = connection.getresponse()
@@ -110,7 +109,7 @@ def main() -> int:
         ends: dict[str, list[float]] = {"SIGINT": [], "SIGTERM": [], "SIGKILL": []}
         statuses: set[int] = set()
         for i in range(1 + max(options.runs, 3)):
-            dev = Dev()
+            dev = Dev(options.network + "40")
             try:
                 first, health = dev.up()
                 names = ["agent" if pid == dev.process.pid else "core" for pid in sorted(dev.pids)]

@@ -186,7 +186,8 @@ class Child:
         """SIGTERM, then after `grace_s` SIGKILL. The exit status."""
         self.signal(signal.SIGTERM)
         try:
-            status = await asyncio.wait_for(self.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                status = await self.wait()
         except TimeoutError:
             self.signal(signal.SIGKILL)
             status = await self.wait()

@@ -9,6 +9,7 @@ strangers keep others out. Knows neither who is a server nor what a peer may do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import resource
 import socket
@@ -22,7 +23,7 @@ NODE_URI = "rostra://node/"
 #: Each handshake costs the loop a millisecond, so few run at once (1,700 agents that reconnect: 13 ms pauses, not 597).
 HANDSHAKES_AT_ONCE = 16
 HANDSHAKE_S = 3.0
-#: Most take less. Whoever dawdles goes on, but makes room for the next: 800 a second come to their turn whatever happens.
+#: Most take less. Whoever dawdles goes on, but makes room for the next: 800 a second get their turn whatever happens.
 PLACE_S = 0.02
 #: That many may have begun and dawdle; each costs 50 KiB. One more, and the first of them must go.
 DAWDLERS_MAX = 256
@@ -140,7 +141,7 @@ class Handshakes:
         """Send away who has been at the door longest. False: nobody is there."""
         if not self._pending:
             return False
-        self._pending.pop(next(iter(self._pending))).reschedule(asyncio.get_running_loop().time())
+        _end_oldest(self._pending)
         return True
 
     async def shake(self, accepted: socket.socket, protocol: asyncio.Protocol) -> None:
@@ -157,7 +158,7 @@ class Handshakes:
                 back = loop.call_later(PLACE_S, place.give_back)
                 self._dawdling[accepted] = limit
                 if len(self._dawdling) > DAWDLERS_MAX:
-                    self._dawdling.pop(next(iter(self._dawdling))).reschedule(loop.time())
+                    _end_oldest(self._dawdling)
                 try:
                     await loop.connect_accepted_socket(
                         lambda: protocol,
@@ -175,6 +176,11 @@ class Handshakes:
         finally:
             self._pending.pop(accepted, None)
             self._dawdling.pop(accepted, None)
+
+
+def _end_oldest(limits: dict[socket.socket, asyncio.Timeout]) -> None:
+    with contextlib.suppress(RuntimeError):  # its time is up already
+        limits.pop(next(iter(limits))).reschedule(asyncio.get_running_loop().time())
 
 
 class _Place:

@@ -92,7 +92,8 @@ class Acts:
                 leader_id = self._node.leader_id
                 other = self._peer(leader_id) if leader_id else None
                 if other is not None:
-                    return await asyncio.wait_for(other.call("act", "session.renew", {"id": session_id}), 2.0)
+                    async with asyncio.timeout(2.0):
+                        return await other.call("act", "session.renew", {"id": session_id})
             except (NoLeader, TimeoutError):
                 pass
             if time.monotonic() >= deadline:

@@ -27,10 +27,11 @@ from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, 
 from rostra.server.node import ServerNode
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
+from rostra.server.watches import bytes_of
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, TooLarge
-from rostra.wire.frames import RPC_FRAME_BYTES_MAX
-from rostra.wire.rpc import DONE, END, FULL, Served, check_hello, hello, hello_error, pack_rows
+from rostra.wire.frames import PEER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX
+from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, Served, check_hello, hello, hello_error, pack_rows
 
 log = get("rpc")
 
@@ -226,7 +227,8 @@ class Endpoint:
     async def _greet(self, connection: FrameConnection, first: asyncio.Future[bytes], peer: Peer) -> None:
         where = peer.address or "local"
         try:
-            message = check_hello(await asyncio.wait_for(first, HELLO_S))
+            async with asyncio.timeout(HELLO_S):
+                message = check_hello(await first)
             await self._serve(connection, peer, message)
         except RostraError as e:
             self._reject(where, e.message)
@@ -307,7 +309,7 @@ class Endpoint:
 
         connection.on_frame = frame
         connection.on_lost = lost
-        connection.raise_bound(RPC_FRAME_BYTES_MAX)
+        connection.raise_bound(PEER_FRAME_BYTES_MAX if peer.role == "server" else RPC_FRAME_BYTES_MAX)
         connection.send(hello("ok", **self._about()))
         while not peer.local and len(of_node) > CONNECTIONS_OF_A_NODE_MAX:
             next(iter(of_node)).abort("too many connections of one node")
@@ -456,6 +458,9 @@ class Endpoint:
                 self._node.watches.subscribe(query, stream, once=True)
                 return
             rows = evaluation.step(SMALL_ANSWER_ROWS)
+            if sum(bytes_of(row) for _, row in rows) > CHUNK_BYTES:
+                self._node.watches.subscribe(query, stream, once=True)
+                return
         except RostraError as e:
             stream.fail(e)
             return

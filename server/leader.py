@@ -128,7 +128,8 @@ class Leader:
                 log.err("a duty of the leader failed", exc_info=e)
                 await asyncio.sleep(1.0)
             try:
-                await asyncio.wait_for(self._kick.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._kick.wait()
             except TimeoutError:
                 pass
             self._kick.clear()
@@ -170,7 +171,8 @@ class Leader:
         if peer is not None and peer.open:
             names = tuple(self._sessions())
             try:
-                await asyncio.wait_for(peer.call("act", "heard", {"names": names}), 1.0)
+                async with asyncio.timeout(1.0):
+                    await peer.call("act", "heard", {"names": names})
             except (TimeoutError, RostraError):
                 pass
 

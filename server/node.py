@@ -127,7 +127,8 @@ class ServerNode:
         if left <= 0:
             raise NoLeader
         try:
-            await asyncio.wait_for(self._leader_changed.wait(), min(left, 0.1))
+            async with asyncio.timeout(min(left, 0.1)):
+                await self._leader_changed.wait()
         except TimeoutError:
             pass
 

@@ -18,6 +18,7 @@ from rostra.runtime.tls import explain, peer_key_hash
 from rostra.server.raft.log import Member
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Denied, NoLeader, RostraError
+from rostra.wire.frames import PEER_FRAME_BYTES_MAX
 from rostra.wire.rpc import Caller, check_hello, hello
 
 log = get("peers")
@@ -122,12 +123,13 @@ class Peers:
         connection, _, _ = await dial(
             member.host, member.port, self._context(), hello("peer", **self._about()), key_hash=member.key_hash
         )
-        caller = Caller(connection)
+        caller = Caller(connection, request_bytes_max=PEER_FRAME_BYTES_MAX)
         connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
         self._callers[member.id] = caller
         try:
             while caller.open:
-                await asyncio.wait_for(caller.call("act", "ping", {}), PING_TIMEOUT_S)
+                async with asyncio.timeout(PING_TIMEOUT_S):
+                    await caller.call("act", "ping", {})
                 await asyncio.sleep(PING_EVERY_S)
         except TimeoutError:
             log.warn("server does not answer, dropping the connection", server=member.name)

@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,7 @@ from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
 from rostra.server.bootstrap import FILE_NAME, Bootstrap, Membership, ServerInfo, load
 from rostra.server.endpoint import Endpoint, Peer, about_node
-from rostra.server.leader import Leader
+from rostra.server.leader import SERF_CHECK, Leader
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, ask, dial
 from rostra.server.raft.journal import has_journal
@@ -38,6 +38,7 @@ from rostra.server.raft.log import Member, RaftLog, Timing
 from rostra.server.settings import CoreSettings
 from rostra.server.state import cluster as cluster_commands
 from rostra.server.state.rows import MemberRow
+from rostra.server.state.tables import Tables
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError, Timeout
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import Caller, hello
@@ -332,7 +333,7 @@ class Core:
                 return
         await self.node.barrier("default")
         try:
-            if problem := enrolment_problem(self.node.store.tables.members.rows, peer):
+            if problem := enrolment_problem(self.node.store.tables, peer):
                 raise Conflict(problem)
             await self.node.own_write(
                 cluster_commands.BindNode(
@@ -435,7 +436,7 @@ class Core:
         log.info("founded the cluster", cluster=self._cluster_id, servers=len(self._members))
 
     async def _probe(self, member: MemberRow) -> bool:
-        """Does the agent on `member` still answer on its join port, under the same name and key?"""
+        """Does the agent on `member` still answer on its join port, under the same name, id and key?"""
         try:
             connection, answer, _ = await ask(
                 member.address,
@@ -449,7 +450,8 @@ class Core:
             return False
         connection.close()
         try:
-            return bool(unpack(answer)["self"]["name"] == member.name)
+            said = unpack(answer)["self"]
+            return (said["name"], said["node_id"]) == (member.name, member.node_id)
         except (ValueError, TypeError, KeyError):
             return False
 
@@ -474,8 +476,9 @@ class Core:
         }
 
 
-def enrolment_problem(members: Mapping[str, MemberRow], peer: Peer) -> str:
+def enrolment_problem(tables: Tables, peer: Peer) -> str:
     """Why `peer` may not have its name and node id at present, or "". The log decides; this spares it the refusals."""
+    members = tables.members.rows
     known = members.get(peer.name)
     if known is not None and known.key_hash != peer.key_hash and (known.voter or known.status == "alive"):
         gone = (
@@ -503,6 +506,15 @@ def enrolment_problem(members: Mapping[str, MemberRow], peer: Peer) -> str:
             return (
                 f"{_of(peer.name)} has the node id {peer.node_id} of node {other.name} ({other.address}), which is"
                 " alive: remove the file node-id in one's data directory, or give it another -node-id"
+            )
+    listed = tables.nodes.get(tables.node_name(peer.name))
+    if listed is not None and listed.id and listed.id != peer.node_id:
+        # The leader could not register it under this id, see `catalog.Register`.
+        check = tables.checks.get((listed.name, SERF_CHECK))
+        if check is not None and check.status == "passing":
+            return (
+                f"{_of(peer.name)} is listed in the catalog with node id {listed.id} ({listed.address}) and passing:"
+                " wait until that one has failed, or deregister it"
             )
     return ""
 
@@ -588,8 +600,11 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
 
 def main_child() -> NoReturn:
     """Started by the agent: settings come down the lifeline, readiness goes up."""
-    from rostra.runtime.lifeline import FLAG, Lifeline
+    from rostra.runtime.lifeline import FLAG, Lifeline, LifelineClosed
 
     lifeline = Lifeline(int(sys.argv[sys.argv.index(FLAG) + 1]))
-    settings = CoreSettings.from_map(lifeline.receive())
+    try:
+        settings = CoreSettings.from_map(lifeline.receive())
+    except LifelineClosed:  # the agent was stopped while both were starting
+        sys.exit(0)
     sys.exit(run(settings, lifeline.send, lambda on_end: lifeline.watch(on_end, grace_s=1.0)))

@@ -2,33 +2,39 @@
 
 A watch keeps the rows of its last answer. What apply touched says which row keys to look at again; the changed rows go
 to every subscriber as one packed chunk. A first answer is filled in slices between which the loop runs, and what was
-touched meanwhile is looked at again before it counts as complete, so an answer is always that of one index.
+touched meanwhile is looked at again before it counts as complete, so an answer is always that of one index. For a
+subscriber that cannot take changes as they come, only the keys that it missed are kept.
 Large one-shot reads are watches that end after the first answer. Called on the loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.store import Store
-from rostra.wire.errors import RostraError
+from rostra.wire.errors import RostraError, Timeout
 from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, ServedStream, pack_rows
 
 #: Rows looked at in one step of the loop: about 0.3 ms for joined rows.
 SLICE_ROWS = 100
 #: Deltas are sent to this many subscribers in one step of the loop.
 SLICE_SUBSCRIBERS = 64
+#: A subscriber that owes credit for this many chunks gets no more until it has taken some.
+LAG_CHUNKS = 64
+#: One that has missed more keys than this has to begin anew.
+MISSED_MAX = 65_536
 
 
 class _Subscriber:
-    __slots__ = ("once", "pending", "started", "stream")
+    __slots__ = ("missed", "once", "started", "stream")
 
     def __init__(self, stream: ServedStream, once: bool) -> None:
         self.stream, self.once, self.started = stream, once, False
-        self.pending: list[bytes] | None = []  # deltas that arrived before the first answer was out
+        #: keys that changed while the first answer went out, or while it took nothing; None: it gets every change
+        self.missed: set[Any] | None = set()
 
 
 class SharedWatch:
@@ -43,11 +49,14 @@ class SharedWatch:
         self.granules: tuple[str, ...] = ()
         self.index = 0
         self._touched_index = 0
-        self.subscribers: set[_Subscriber] = set()
+        self.subscribers: dict[_Subscriber, None] = {}
         self._dirty: set[Any] = set()
         self._dirty_all = True
         self._filled = False
         self._busy = False
+        #: (who gets a change, its chunks, how many have it): the next change waits, so that nobody gets it before
+        self._sending: tuple[list[_Subscriber], list[bytes], int] | None = None
+        self._is_due = False  # a refresh waits for that
 
     # -- being told -------------------------------------------------------------------------------------------
 
@@ -64,7 +73,7 @@ class SharedWatch:
 
     def subscribe(self, stream: ServedStream, *, once: bool) -> None:
         subscriber = _Subscriber(stream, once)
-        self.subscribers.add(subscriber)
+        self.subscribers[subscriber] = None
         stream.on_cancel = lambda: self._unsubscribe(subscriber)
         if self._busy:
             return  # answered when the refresh is done
@@ -75,14 +84,18 @@ class SharedWatch:
             self._refresh()
 
     def _unsubscribe(self, subscriber: _Subscriber) -> None:
-        self.subscribers.discard(subscriber)
+        self.subscribers.pop(subscriber, None)
         if not self.subscribers:
             self._hub.forget(self)
 
     # -- evaluating -------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        if self._filled and not self._dirty_all and len(self._dirty) <= SLICE_ROWS:
+        if not self.subscribers:
+            return  # forgotten meanwhile
+        if self._sending is not None:
+            self._is_due = True
+        elif self._filled and not self._dirty_all and len(self._dirty) <= SLICE_ROWS:
             keys, self._dirty = self._dirty, set()
             changed, removed = self._look_again(keys)
             self._busy = False
@@ -97,7 +110,7 @@ class SharedWatch:
         removed: set[Any] = set()
         first = not self._filled
         try:
-            while self._dirty_all or self._dirty:
+            while self.subscribers and (self._dirty_all or self._dirty):
                 if self._dirty_all:
                     self._dirty_all = False
                     self._dirty.clear()
@@ -113,6 +126,8 @@ class SharedWatch:
                     self.rows = fresh
                 dirty, self._dirty = list(self._dirty), set()
                 for at in range(0, len(dirty), SLICE_ROWS):
+                    if at:  # and not after the last: where something is touched in every turn, this has to end
+                        await asyncio.sleep(0)
                     some, gone = self._look_again(dirty[at : at + SLICE_ROWS])
                     for key, row in some:
                         changed[key] = row
@@ -120,13 +135,14 @@ class SharedWatch:
                     for key in gone:
                         removed.add(key)
                         changed.pop(key, None)
-                    await asyncio.sleep(0)
         except RostraError as e:
             for subscriber in list(self.subscribers):
                 subscriber.stream.fail(e)
             self.subscribers.clear()
             self._hub.forget(self)
             return
+        if not self.subscribers:
+            return  # forgotten meanwhile
         self._filled = True
         self._busy = False
         if not first:
@@ -134,11 +150,11 @@ class SharedWatch:
         self._answer_waiting()
 
     async def _evaluate(self) -> dict[Any, tuple[Any, ...]]:
+        rows: dict[Any, tuple[Any, ...]] = {}
         evaluation = self._hub.store.evaluate(self.query)
         self._listen(evaluation.granules)
         if not self._filled:
             self.index = evaluation.index
-        rows: dict[Any, tuple[Any, ...]] = {}
         while part := evaluation.step(SLICE_ROWS):
             rows.update(part)
             await asyncio.sleep(0)
@@ -146,12 +162,12 @@ class SharedWatch:
 
     def _answer_waiting(self) -> None:
         for subscriber in self.subscribers:
-            if subscriber.pending is not None and not subscriber.started:
+            if not subscriber.started:
                 self._hub.spawn(self._first_answer(subscriber))
 
     def _listen(self, granules: Iterable[str]) -> None:
         new = tuple(granules)
-        if new != self.granules:
+        if new != self.granules and self.subscribers:
             self._hub.move(self, self.granules, new)
             self.granules = new
 
@@ -177,64 +193,120 @@ class SharedWatch:
         if not changed and not removed:
             return
         self.index = max(self.index, self._touched_index)
-        hashes = tuple(map(granule_hash, self.granules))
-        parts = list(_slices(changed)) or [[]]
-        chunks = [
-            pack_rows(DONE if last else 0, self.index, hashes, part, removed if last else ())
-            for part, last in ((p, i == len(parts) - 1) for i, p in enumerate(parts))
-        ]
+        chunks = list(self._delta(changed, removed))
         self._hub.deltas += 1
         ready: list[_Subscriber] = []
+        lost: list[_Subscriber] = []
         for subscriber in self.subscribers:
-            if subscriber.pending is None:
-                ready.append(subscriber)
-            else:
-                subscriber.pending.extend(chunks)
-        self._send_paced(ready, chunks, 0)
+            if subscriber.missed is None:
+                if subscriber.stream.credit > -LAG_CHUNKS:
+                    ready.append(subscriber)
+                    continue
+                subscriber.missed = set()
+                self._hub.spawn(self._catch_up(subscriber))
+            if subscriber.started and not subscriber.once:
+                subscriber.missed.update(key for key, _ in changed)
+                subscriber.missed.update(removed)
+                if len(subscriber.missed) > MISSED_MAX:
+                    lost.append(subscriber)
+        for subscriber in lost:
+            subscriber.stream.fail(Timeout("the watch fell too far behind its changes"))
+            self._unsubscribe(subscriber)
+        if ready:
+            self._sending = ready, chunks, 0
+            self._send_some()
 
-    def _send_paced(self, subscribers: list[_Subscriber], chunks: list[bytes], at: int) -> None:
+    def _delta(self, changed: list[tuple[Any, Any]], removed: list[Any], *, done: bool = True) -> Iterator[bytes]:
+        hashes = tuple(map(granule_hash, self.granules))
+        parts: list[tuple[Any, Any]] = [(part, ()) for part in _slices(changed)]
+        parts += [((), [key for key, _ in part]) for part in _slices([(key, ()) for key in removed])]
+        for i, (rows, gone) in enumerate(parts, 1):
+            yield pack_rows(DONE if done and i == len(parts) else 0, self.index, hashes, rows, gone)
+
+    def _send_some(self) -> None:
+        assert self._sending is not None
+        subscribers, chunks, at = self._sending
         for subscriber in subscribers[at : at + SLICE_SUBSCRIBERS]:
             for chunk in chunks:
                 subscriber.stream.send(chunk)
-        if at + SLICE_SUBSCRIBERS < len(subscribers):
-            self._hub.loop.call_soon(self._send_paced, subscribers, chunks, at + SLICE_SUBSCRIBERS)
+        at += SLICE_SUBSCRIBERS
+        if at < len(subscribers):
+            self._sending = subscribers, chunks, at
+            self._hub.loop.call_soon(self._send_some)
+            return
+        self._sending = None
+        if self._is_due:
+            self._is_due = False
+            self._hub.loop.call_soon(self._refresh)
 
     async def _first_answer(self, subscriber: _Subscriber) -> None:
         if subscriber.started or subscriber.stream.cancelled:
             return
         subscriber.started = True
-        subscriber.pending = []
         stream, index = subscriber.stream, self.index
         hashes = tuple(map(granule_hash, self.granules))
-        parts = list(_slices(list(self.rows.items()))) or [[]]
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            flags = (FULL if i == 0 else 0) | (DONE if last else 0) | (END if last and subscriber.once else 0)
+        slices = iter(_slices(list(self.rows.items())))
+        part, flags = next(slices, []), FULL
+        while True:
+            following = next(slices, None)
+            if following is None:
+                flags |= DONE | (END if subscriber.once else 0)
             if not await stream.more():
                 return
             stream.send(pack_rows(flags, index, hashes, part, ()), end=bool(flags & END))
-            if not last:
-                await asyncio.sleep(0)
+            if following is None:
+                break
+            part, flags = following, 0
+            await asyncio.sleep(0)
         if subscriber.once:
             self._unsubscribe(subscriber)
-            return
-        pending, subscriber.pending = subscriber.pending, None
-        for chunk in pending or ():
-            stream.send(chunk)
+        else:
+            await self._catch_up(subscriber)
+
+    async def _catch_up(self, subscriber: _Subscriber) -> None:
+        """Send what `subscriber` missed, as it is now, at the pace at which it takes it."""
+        stream = subscriber.stream
+        while missed := subscriber.missed:
+            subscriber.missed = set()  # a key comes once in a delta: what it misses meanwhile is for the next
+            keys = list(missed)
+            for at in range(0, len(keys), SLICE_ROWS):
+                if not await stream.more():
+                    return
+                part = keys[at : at + SLICE_ROWS]
+                changed = [(key, self.rows[key]) for key in part if key in self.rows]
+                removed = [key for key in part if key not in self.rows]
+                for chunk in self._delta(changed, removed, done=at + SLICE_ROWS >= len(keys)):
+                    stream.send(chunk)
+                await asyncio.sleep(0)
+        subscriber.missed = None
 
 
 def _slices(rows: list[tuple[Any, Any]]) -> Iterable[list[tuple[Any, Any]]]:
-    """`rows` cut so that a chunk stays near CHUNK_BYTES; sizes are guessed from the values that can be large."""
+    """`rows` cut so that a chunk stays near CHUNK_BYTES."""
     part: list[tuple[Any, Any]] = []
     size = 0
     for key, row in rows:
         part.append((key, row))
-        size += 300 + sum(len(v) for v in row if isinstance(v, (bytes, str)))
+        size += 100 + len(key) + bytes_of(row)
         if size >= CHUNK_BYTES or len(part) >= SLICE_ROWS:
             yield part
             part, size = [], 0
     if part:
         yield part
+
+
+def bytes_of(row: Any) -> int:
+    """About how many bytes `row` is on the wire; what lies inside its lists and maps counts too."""
+    size = 0
+    for value in row.values() if type(row) is dict else row:
+        kind = type(value)
+        if kind is str or kind is bytes:
+            size += 2 + len(value)
+        elif value and isinstance(value, (tuple, list, dict)):
+            size += 3 + bytes_of(value)
+        else:
+            size += 3
+    return size
 
 
 class Watches:

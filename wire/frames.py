@@ -13,8 +13,12 @@ from typing import Any
 import msgpack
 
 HEADER_BYTES = 4
-#: Requests and answers of the RPC. Answers are streamed in chunks far below it.
+#: Requests of the RPC.
 RPC_FRAME_BYTES_MAX = 1 << 20
+#: A request that a server passes on, with what it adds to it.
+PEER_FRAME_BYTES_MAX = RPC_FRAME_BYTES_MAX + (64 << 10)
+#: Answers of the RPC. They are streamed in chunks far below it, but a row is never cut.
+ANSWER_FRAME_BYTES_MAX = 16 << 20
 #: One append_entries message; the group commit keeps a log entry far below it.
 RAFT_FRAME_BYTES_MAX = 16 << 20
 

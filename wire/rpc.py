@@ -23,8 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import BadRequest, NoLeader, RostraError, from_wire
-from rostra.wire.frames import pack, unpack
+from rostra.wire.errors import BadRequest, NoLeader, RostraError, TooLarge, from_wire
+from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX, pack, unpack
 
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 64 << 10
@@ -115,8 +115,9 @@ class Stream:
 class Caller:
     """The asking side of a connection. The owner has exchanged hellos already and passes frames to `on_frame`."""
 
-    def __init__(self, connection: FrameConnection) -> None:
+    def __init__(self, connection: FrameConnection, *, request_bytes_max: int = RPC_FRAME_BYTES_MAX) -> None:
         self._connection = connection
+        self._request_bytes_max = request_bytes_max
         self._loop = asyncio.get_running_loop()
         self._next_id = 0
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -133,8 +134,14 @@ class Caller:
             future.set_exception(Lost())
             return future
         self._next_id += 1
+        request = pack((self._next_id, verb, *arguments))
+        if len(request) > self._request_bytes_max:  # the server would end the connection, and with it all other work
+            future.set_exception(
+                TooLarge(f"a request of {len(request)} bytes; at most {self._request_bytes_max} are allowed")
+            )
+            return future
         self._calls[self._next_id] = future
-        self._connection.send(pack((self._next_id, verb, *arguments)))
+        self._connection.send(request)
         return future
 
     def stream(self, verb: str, *arguments: Any) -> Stream:
@@ -217,6 +224,11 @@ class ServedStream:
         """`packed_rest`: what `pack_rows` made; shared by all streams that get the same chunk."""
         if self.cancelled:
             return
+        if len(packed_rest) > ANSWER_FRAME_BYTES_MAX - 16:
+            self.fail(TooLarge(f"a row of {len(packed_rest)} bytes is too large to be sent"))
+            if self.on_cancel is not None:
+                self.on_cancel()
+            return
         self.credit -= 1
         self._served.connection.send(b"\x97" + pack(self.id) + packed_rest)
         if end:
@@ -276,7 +288,7 @@ class Served:
             return
         if verb == "credit":
             stream = self.streams.get(request_id)
-            if stream is not None and isinstance(message[2], int):
+            if stream is not None and len(message) > 2 and isinstance(message[2], int):
                 stream.credit = min(stream.credit + message[2], CREDIT_CHUNKS)
                 stream._wake()
             return
@@ -284,6 +296,10 @@ class Served:
             stream = self.streams.pop(request_id, None)
             if stream is not None:
                 stream._cancel()
+            return
+        if request_id in self.streams:
+            # Its stream would be nobody's any more: not ended by the end of the connection, and not counted.
+            self.connection.abort("malformed request: the id of an open stream")
             return
         if self._open >= REQUESTS_MAX or len(self.streams) >= REQUESTS_MAX:
             self.connection.send(pack((request_id, "err", "internal", "too many requests on this connection")))

@@ -91,14 +91,15 @@ def test_ctrl_c_to_the_whole_group_ends_everything_in_order(processes: Processes
     assert "Traceback" not in agent.process.log
 
 
-def test_a_signal_while_it_starts_leaves_nothing(processes: Processes) -> None:
-    for delay_s in (0.05, 0.15, 0.25, 0.35):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_while_it_starts_leaves_nothing(processes: Processes, number: int) -> None:
+    for delay_s in (0.08, 0.16, 0.25, 0.4):
         agent = processes.agent("early", "-dev")
         with pytest.raises(subprocess.TimeoutExpired):
             agent.process.popen.wait(delay_s)
-        agent.process.stop(signal.SIGTERM, within_s=3.0)
+        agent.process.stop(number, within_s=3.0)
         eventually("no process is left", lambda: not processes.left(), 2.0)
-        assert "Traceback" not in agent.process.log
+        assert "Traceback" not in agent.process.log, f"after {delay_s} s: {agent.process.log}"
 
 
 def test_kill_9_of_the_agent_takes_its_children_with_it(processes: Processes) -> None:

@@ -57,7 +57,12 @@ def test_the_readmes_commands_work(processes: Processes) -> None:
     # One shell for all, so that an agent that one block starts in the background serves the next ones.
     script = "set -e\n" + "\n".join(f"echo '== block {n}'\n{block}" for n, block in enumerate(found, start=1))
     shell = processes.start(["sh", "-c", script], env={"PATH": path}, cwd=work)
-    assert shell.wait(100) == 0, shell.log
+    try:
+        status = shell.wait(60)
+    except subprocess.TimeoutExpired:
+        status = -1
+    logs = "".join(f"--- {path.name}\n{path.read_text()[-1500:]}\n" for path in sorted(work.glob("*.log")))
+    assert status == 0, f"{shell.log}\n{logs}"
 
 
 def test_the_demo_plays_to_its_end_and_leaves_no_process(processes: Processes) -> None:

@@ -359,6 +359,34 @@ def test_certificates_that_are_not_for_this_node_are_refused(tmp_path):
     assert not (tmp_path / "a" / "tls" / "issued.pem").exists()
 
 
+def test_a_certificate_is_due_after_two_thirds_of_its_life(tmp_path):
+    node = NodeIdentity.open(tmp_path, "web-1", [FIXED])
+    assert (node.is_enrolled, node.renew_at) == (False, 0.0)
+    node.install_certificate(*cluster_certificate(node, ttl_s=3600))
+    assert node.is_enrolled
+    assert node.renew_at == pytest.approx(time.time() + 3600 * 2 / 3, abs=60)
+
+
+def test_a_certificate_that_is_not_valid_yet_is_not_installed(tmp_path):
+    node = NodeIdentity.open(tmp_path, "web-1", [FIXED])
+    with pytest.raises(BadRequest, match="compare the clocks"):
+        node.install_certificate(*cluster_certificate(node, ago_s=-600))
+    assert not node.is_enrolled
+
+
+def test_the_other_process_of_a_node_takes_over_what_the_first_installed(tmp_path):
+    core, agent = (NodeIdentity.open(tmp_path, "web-1", [FIXED]) for _ in range(2))
+    chain, cluster_ca = cluster_certificate(core)
+    core.install_certificate(chain, cluster_ca)
+    version = agent.version
+    agent.reload()
+    assert agent.is_enrolled
+    assert agent.anchors_pem == core.anchors_pem
+    assert agent.version == version + 1
+    agent.reload()
+    assert agent.version == version + 1
+
+
 def test_an_expired_certificate_of_the_cluster_falls_back_to_enrolment(tmp_path):
     node = NodeIdentity.open(tmp_path, "web-1", [FIXED])
     chain, cluster_ca = cluster_certificate(node, ago_s=7200, ttl_s=60)

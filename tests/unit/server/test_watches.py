@@ -1,0 +1,242 @@
+"""Shared watches: what subscribers put together is what a fresh evaluation says, and nothing outlives its use."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from rostra.server.state.catalog import Register
+from rostra.server.state.cluster import Bootstrap
+from rostra.server.state.entry import encode_args
+from rostra.server.state.health import ServiceInstances
+from rostra.server.state.kv import DeleteKey, DeleteTree, GetKey, KeyNames, ListKeys, SetKey
+from rostra.server.state.store import Store
+from rostra.server.watches import LAG_CHUNKS, SLICE_ROWS, SLICE_SUBSCRIBERS, Watches
+from rostra.wire.codec import encode_value
+from rostra.wire.frames import pack, unpack
+from rostra.wire.rpc import CREDIT_CHUNKS, DONE, END, FULL, ServedStream
+
+
+class Wire:
+    """Where streams send to: what an agent would put together of it."""
+
+    def __init__(self) -> None:
+        self.connection = self
+        self.reads = True
+        self.streams: dict[int, ServedStream] = {}
+        self.views: dict[int, dict[Any, Any]] = {}
+        self.chunks: dict[int, int] = {}
+        self.done: set[int] = set()
+        self.failed: dict[int, str] = {}
+        self.indexes: dict[int, int] = {}
+        self.out_of_order: set[int] = set()
+
+    def open(self) -> ServedStream:
+        number = len(self.views) + 1
+        stream = self.streams[number] = ServedStream(self, number)  # type: ignore[arg-type]
+        self.views[number], self.chunks[number] = {}, 0
+        return stream
+
+    def take(self, number: int, chunks: int = 1) -> None:
+        stream = self.streams[number]
+        stream.credit = min(stream.credit + chunks, CREDIT_CHUNKS)
+        stream._wake()
+
+    def send(self, payload: bytes) -> None:
+        number, kind, *rest = unpack(payload)
+        if kind == "err":
+            self.failed[number] = rest[0]
+            return
+        flags, index, _, rows, removed = rest
+        if index < self.indexes.get(number, 0):
+            self.out_of_order.add(number)
+        self.indexes[number] = index
+        if self.reads and number in self.streams:
+            self.take(number)
+        view = self.views[number]
+        self.chunks[number] += 1
+        if flags & FULL:
+            view.clear()
+        view.update(rows)
+        for key in removed:
+            view.pop(key, None)
+        if flags & (DONE | END):
+            self.done.add(number)
+
+
+class Server:
+    """A store with watches, and commands that go into it as the log would hand them over."""
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.watches = Watches(self.store, self.spawn)
+        self.wire = Wire()
+        self.sequence = 0
+        self.do(Bootstrap("c1", (), "dc1", "", ""))
+
+    def spawn(self, coro: Any) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coro)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def do(self, command: Any) -> Any:
+        kind, fields = encode_value(command)
+        entry = encode_args(kind, fields, cluster_id="c1", client=("", 0, 0), at_ms=0, actor="", source="")
+        applied = self.store.apply(entry)
+        if applied.touched:
+            self.watches.applied(applied.touched, applied.index)
+        return applied.result
+
+    def watch(self, query: Any, *, once: bool = False) -> int:
+        stream = self.wire.open()
+        self.watches.subscribe(query, stream, once=once)
+        return stream.id
+
+    def cancel(self, number: int) -> None:
+        self.wire.streams.pop(number)._cancel()
+
+    def truth(self, query: Any) -> dict[Any, Any]:
+        rows = self.store.evaluate(query).rows()
+        return dict(unpack(pack(rows)))
+
+    async def settled(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            while any(watch._busy or watch._sending for watch in self.watches._by_query.values()):
+                await asyncio.sleep(0)
+        for _ in range(50):
+            await asyncio.sleep(0)
+
+
+async def test_deltas_arrive_in_order_however_many_subscribe_and_leave_meanwhile() -> None:
+    server = Server()
+    chance = random.Random(7)
+    server.do(SetKey("k", b"0"))
+    numbers = [server.watch(GetKey("k")) for _ in range(SLICE_SUBSCRIBERS * 5)]
+    await server.settled()
+    for round_ in range(40):
+        server.do(SetKey("k", b"1 %d" % round_))
+        await asyncio.sleep(0)  # the first of them have it
+        for number in chance.sample(numbers, 40):
+            numbers.remove(number)
+            server.cancel(number)
+        numbers += [server.watch(GetKey("k")) for _ in range(chance.choice((40, 400)))]
+        server.do(SetKey("k", b"2 %d" % round_))
+        for _ in range(chance.randrange(30)):
+            await asyncio.sleep(0)
+    await server.settled()
+    assert not server.wire.out_of_order
+    truth = server.truth(GetKey("k"))
+    assert [n for n in numbers if server.wire.views[n] != truth] == []
+
+
+async def test_a_watch_that_is_given_up_before_its_first_answer_leaves_nothing_behind() -> None:
+    server = Server()
+    server.do(SetKey("k", b"0"))
+    for turns in range(6):
+        number = server.watch(GetKey("k"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        server.cancel(number)
+        await server.settled()
+        assert not server.watches._by_query
+        assert not server.watches._by_granule
+
+
+async def test_a_first_answer_is_complete_although_what_it_reads_changes_all_the_time() -> None:
+    server = Server()
+    for i in range(SLICE_ROWS * 3):
+        server.do(SetKey(f"k/{i}", b"0"))
+    stop, count = False, 0
+
+    def change() -> None:
+        nonlocal count
+        if not stop:
+            count += 1
+            for i in range(3):
+                server.do(SetKey(f"k/{i}", b"%d" % count))
+            asyncio.get_running_loop().call_soon(change)
+
+    change()
+    number = server.watch(ListKeys("k/"), once=True)
+    try:
+        for _ in range(2000):
+            await asyncio.sleep(0)
+            if number in server.wire.done:
+                break
+        assert number in server.wire.done
+        assert len(server.wire.views[number]) == SLICE_ROWS * 3
+    finally:
+        stop = True
+    await server.settled()
+
+
+@pytest.mark.parametrize("rows", [1, SLICE_ROWS * 20])
+async def test_a_subscriber_that_takes_nothing_fills_no_memory_and_misses_nothing(rows: int) -> None:
+    server = Server()
+    for i in range(rows):
+        server.do(SetKey(f"k/{i}", b"0"))
+    number = server.watch(ListKeys("k/"))
+    await server.settled()
+    server.wire.reads = False
+    for i in range(1000):
+        server.do(SetKey(f"k/{i % 7}", b"%d" % i + b"x" * 400))
+        server.do(DeleteKey(f"k/{i % 11}"))
+        await asyncio.sleep(0)
+    await server.settled()
+    assert server.wire.chunks[number] <= CREDIT_CHUNKS + LAG_CHUNKS + rows // SLICE_ROWS + 2
+    assert server.wire.streams[number].credit >= -LAG_CHUNKS - 2
+    server.wire.reads = True
+    server.wire.take(number, LAG_CHUNKS + CREDIT_CHUNKS)
+    await server.settled()
+    server.do(SetKey("k/0", b"last"))
+    await server.settled()
+    assert server.wire.views[number] == server.truth(ListKeys("k/"))
+
+
+async def test_a_subscriber_that_missed_very_much_has_to_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rostra.server.watches.MISSED_MAX", 50)
+    server = Server()
+    server.wire.reads = False
+    for i in range(SLICE_ROWS * 20):
+        server.do(SetKey(f"k/{i}", b"0"))
+    number = server.watch(ListKeys("k/"))
+    await server.settled()
+    for i in range(60):
+        server.do(SetKey(f"k/{i}", b"1"))
+    await server.settled()
+    assert server.wire.failed[number] == "timeout"
+    assert not server.watches._by_query
+
+
+async def test_watches_of_every_kind_stay_equal_to_a_fresh_evaluation() -> None:
+    server = Server()
+    chance = random.Random(3)
+    queries = [GetKey("a/1"), ListKeys("a/"), KeyNames(""), ServiceInstances("web"), ServiceInstances("Web")]
+    numbers = {server.watch(query): query for query in queries}
+    for _ in range(600):
+        key = chance.choice(["a/1", "a/2", "a/b/3", "b"])
+        node = f"n{chance.randrange(4)}"
+        status = chance.choice(["passing", "critical"])
+        server.do(
+            chance.choice(
+                [
+                    SetKey(key, b"%d" % chance.randrange(3)),
+                    DeleteKey(key),
+                    DeleteTree(chance.choice(["a/", "a/b"])),
+                    Register(node=node, address=f"10.0.0.{chance.randrange(9)}", service={"id": "w", "name": "web"}),
+                    Register(node=node, address="10.0.0.1", checks=({"id": "c", "name": "c", "status": status},)),
+                ]
+            )
+        )
+        if chance.random() < 0.2:
+            await asyncio.sleep(0)
+    await server.settled()
+    for number, query in numbers.items():
+        assert server.wire.views[number] == server.truth(query), query
