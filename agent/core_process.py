@@ -36,6 +36,7 @@ class CoreProcess:
         self.socket_path = ""
         self.pid = 0
         self.node_id = ""
+        self.exit_status = 0  # of a core that could not start
         self.attached = False
 
     def begin(self) -> None:
@@ -64,6 +65,7 @@ class CoreProcess:
         except TimeoutError:
             raise Internal(f"the core did not become ready in {READY_S:.0f} s") from None
         if "error" in message:
+            self.exit_status = await child.wait()
             raise from_wire(*message["error"])
         about = message["ready"]
         self.socket_path, self.pid, self.node_id = about["socket"], about["pid"], about["node_id"]

@@ -151,6 +151,9 @@ def _run(config: Config) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(config, core))
+    except RostraError as e:
+        print(f"rostra agent: {e.message}", file=sys.stderr)
+        return (core.exit_status if core is not None else 0) or 1
     finally:
         if pid_file is not None:
             pid_file.unlink(missing_ok=True)

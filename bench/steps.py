@@ -292,9 +292,12 @@ def main() -> int:
     arguments.add_argument("--instances", type=int, default=1000)
     arguments.add_argument("--watchers", type=int, default=300)
     arguments.add_argument("--seconds", type=int, default=15)
+    arguments.add_argument(
+        "--tick-ms", default="1", help="0: every turn of every loop, which keeps the processors busy"
+    )
     arguments.add_argument("--at", default="c1,s2", help="the agents that the watchers ask, one after the other")
     options = arguments.parse_args()
-    ENVIRONMENT["ROSTRA_LOOP_TICK_MS"] = "0.5"
+    ENVIRONMENT["ROSTRA_LOOP_TICK_MS"] = options.tick_ms
 
     def run() -> int:
         verdicts = Verdicts("Loop steps")

@@ -7,12 +7,13 @@ follower runs the same loop and only reports to the leader which agents it hears
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rostra.runtime.log import get
+from rostra.runtime.log import RateLimited, get
 from rostra.server.node import ServerNode
 from rostra.server.state.catalog import Register
 from rostra.server.state.cluster import SetMemberStatus, StateHash
@@ -31,6 +32,8 @@ GRACE_S = 15.0
 #: With more suspects than this share of the fleet, the network is suspected first and all are probed once more.
 SUSPECTS_MAX_SHARE = 0.05
 PROBES_AT_ONCE = 16
+#: What the state machine refused for a node is tried again after this long.
+REFUSED_S = 10.0
 #: A session is never expired before its TTL; Consul's servers wait twice as long, and clients divide by two.
 TTL_FACTOR = 2.0
 SERF_CHECK = "serfHealth"
@@ -93,6 +96,8 @@ class Leader:
         self._last_report = 0.0
         self._renewed: dict[str, None] = {}
         self._kick = asyncio.Event()
+        self._refused = RateLimited(log, 60.0)
+        self._refused_until: dict[str, float] = {}  # of members
 
     def kick(self) -> None:
         """Something happened that a duty may care about."""
@@ -144,6 +149,7 @@ class Leader:
         if not self._leading:
             self._leading, self._leading_since = True, now
             self._heard.clear()
+            self._refused_until.clear()
         raft = node.raft
         assert raft is not None
         if not raft.lease_valid():
@@ -186,27 +192,49 @@ class Leader:
                 peer = self._peer(member.node_id)
                 if member.name == me or (peer is not None and peer.open):
                     self._heard[member.name] = now
-            if member.status == "failed" and now - self._heard.get(member.name, 0.0) < 1.0:
-                await self._mark(member, "alive")
-            if member.status == "alive" and not self._is_registered(member):
-                await self._register(member, alive=True)
+            if now < self._refused_until.get(member.name, 0.0):
+                continue
+            with self._refusals_of(member):
+                if member.status == "failed" and now - self._heard.get(member.name, 0.0) < 1.0:
+                    await self._mark(member, "alive")
+                elif member.status == "alive" and not self._is_registered(member):
+                    await self._register(member, alive=True)
+                elif member.status == "failed" and self._passes(member):
+                    await self._register(member, alive=False)  # leadership was lost between the two writes of `_mark`
         silent = plan_silent(members, self._heard, self._leading_since, now)
         if silent:
             await self._judge(silent, len(members))
 
+    @contextlib.contextmanager
+    def _refusals_of(self, member: MemberRow) -> Iterator[None]:
+        """What the state machine refuses for one node (its name is taken in the catalog) stops no other duty."""
+        try:
+            yield
+        except (NoLeader, Timeout):
+            raise
+        except RostraError as e:
+            self._refused_until[member.name] = time.monotonic() + REFUSED_S  # each attempt is an entry of the log
+            self._refused.err("the catalog refuses what is known of a node", key=member.name, error=e.message)
+
     def _is_registered(self, member: MemberRow) -> bool:
         tables = self._node.store.tables
-        row, check = tables.nodes.get(member.name), tables.checks.get((member.name, SERF_CHECK))
+        name = tables.node_name(member.name)
+        row = tables.nodes.get(name)
         return (
             row is not None
             and row.address == member.address
-            and check is not None
-            and check.status == "passing"
-            and (member.role != "server" or tables.services.get((member.name, "consul")) is not None)
+            and self._passes(member)
+            and (member.role != "server" or tables.services.get((name, "consul")) is not None)
         )
+
+    def _passes(self, member: MemberRow) -> bool:
+        tables = self._node.store.tables
+        check = tables.checks.get((tables.node_name(member.name), SERF_CHECK))
+        return check is not None and check.status == "passing"
 
     async def _judge(self, silent: list[MemberRow], fleet: int) -> None:
         """Probe the silent; declare failed those that do not answer (twice, where suspiciously many are silent)."""
+        began = time.monotonic()
         rounds = 2 if len(silent) > max(1, fleet * SUSPECTS_MAX_SHARE) else 1
         suspects = silent
         for _ in range(rounds):
@@ -223,8 +251,12 @@ class Leader:
                     self._heard[member.name] = now
             suspects = [m for m, answered in zip(suspects, answers, strict=True) if not answered]
         for member in suspects:
+            self.heard(self._sessions())
+            if self._heard.get(member.name, 0.0) > began:
+                continue  # the rounds took their time, and it is back
             log.warn("node failed: no server hears it and it does not answer a probe", node=member.name)
-            await self._mark(member, "failed")
+            with self._refusals_of(member):
+                await self._mark(member, "failed")
 
     async def _mark(self, member: MemberRow, status: str) -> None:
         await self._node.own_write(SetMemberStatus(name=member.name, status=status, key_hash=member.key_hash), hold_s=2)
@@ -237,7 +269,7 @@ class Leader:
             "status": "passing" if alive else "critical",
             "output": "Agent alive and reachable" if alive else "Agent not live or unreachable",
         }
-        service = None
+        tables, service = self._node.store.tables, None
         if member.role == "server":
             service = {
                 "id": "consul",
@@ -253,7 +285,7 @@ class Leader:
                 datacenter=self._node.datacenter,
                 tagged_addresses={k: member.address for k in ("lan", "lan_ipv4", "wan", "wan_ipv4")},
                 node_meta={"consul-network-segment": ""},
-                skip_node_update=self._node.store.tables.nodes.get(member.name) is not None and not alive,
+                skip_node_update=not alive and tables.nodes.get(tables.node_name(member.name)) is not None,
                 service=service,
                 checks=(check,),
             ),
@@ -268,6 +300,8 @@ class Leader:
         for row in rows:
             seen.setdefault(row.id, now)
         for row in plan_expired(rows, seen, now):
+            if not plan_expired((row,), seen, time.monotonic()):
+                continue  # renewed while another was ended
             log.info("session expired", session=row.id, node=row.node)
             index = self._node.store.session_seen(row.id)
             if index is not None:

@@ -28,6 +28,8 @@ log = get("server")
 
 #: How long a request waits for a leader before it is refused (Consul's rpc_hold_timeout).
 HOLD_S = 7.0
+#: So many lock-delays are noted before those that are over are looked for.
+LOCK_DELAYS_MIN = 1024
 
 
 class ServerNode:
@@ -52,6 +54,7 @@ class ServerNode:
         self._consistent_round: _Rounds = _Rounds(lambda: self._round("consistent"), spawn)
         #: key -> monotonic time until which it may not be acquired again; outside the state, see architecture 'Time'
         self.lock_delays: dict[str, float] = {}
+        self._lock_delays_room = LOCK_DELAYS_MIN
         #: session id -> monotonic time of its creation or last renewal as this server saw it applied
         self.session_seen: dict[str, float] = {}
         self.counts = {
@@ -87,6 +90,9 @@ class ServerNode:
             elif what == "session-gone":
                 self.session_seen.pop(effect[1], None)
             elif what == "lock-released" and effect[2]:
+                if len(self.lock_delays) >= self._lock_delays_room:
+                    self.lock_delays = {key: until for key, until in self.lock_delays.items() if until > now}
+                    self._lock_delays_room = 2 * len(self.lock_delays) + LOCK_DELAYS_MIN
                 self.lock_delays[effect[1]] = now + effect[2] / 1000
             elif what == "state-differs":
                 log.err(
@@ -195,7 +201,7 @@ class ServerNode:
         command = COMMAND_VOCABULARY.decode(kind, args)
         if not command.allowed(self._can):
             raise Denied(f"Permission denied: {kind}")
-        if kind == "kv.set" and command.acquire and self._lock_delayed(command):
+        if kind == "kv.set" and command.acquire and self._lock_delayed(command) and not self.store.knows(origin):
             return _ready(("ok", False))
         return raft.propose(
             encode_args(

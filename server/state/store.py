@@ -227,6 +227,10 @@ class Store:
 
     # -- exactly once ---------------------------------------------------------------------------------------------
 
+    def knows(self, origin: tuple[str, int, int]) -> bool:
+        """Whether this write has been applied, and its result is kept for a repetition."""
+        return origin[:2] in self.tables.results.rows
+
     def _earlier_result(self, entry: Entry) -> Result | None:
         """The result of the application of this entry that has been, or of its refusal; None: it is new."""
         result = self.tables.results.rows.get((entry.client_id, entry.sequence))

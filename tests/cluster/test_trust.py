@@ -255,13 +255,13 @@ async def test_node_ids_and_names_that_clash_are_refused_with_what_to_do(tmp_pat
 async def test_a_configured_node_id_is_the_clients_also_when_it_is_changed(tmp_path: Path) -> None:
     first, second = "11111111-2222-3333-4444-555555555555", "21111111-2222-3333-4444-555555555555"
     async with Cluster(tmp_path, size=1) as cluster:
-        members = leader(cluster).node.store.tables.members.rows
+        tables = leader(cluster).node.store.tables
+        members, nodes = tables.members.rows, tables.nodes.rows
         for node_id in (first, second):
             async with Client(cluster, "c1", node_id=node_id) as client:
                 await eventually(lambda: client.identity.is_enrolled, 20)
                 assert members["c1"].node_id == node_id
-                nodes = leader(cluster).node.store.tables.nodes
-                await eventually(lambda node_id=node_id: nodes.rows["c1"].id == node_id)
+                await eventually(lambda node_id=node_id: nodes["c1"].id == node_id)
 
 
 async def test_a_node_listed_by_others_under_another_id_is_refused_and_holds_up_no_one(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""What README.md tells people to type, typed; and the demo, played once.
+"""What README.md tells people to type, typed, and what it says they will see, compared; and the demo, played once.
 
-A fenced `sh` block is run when an HTML comment that begins with `tested` stands right above it. Blocks run in their
-order, each by `sh -e`, in one directory and with `rostra` on the PATH. `make demo` and `make test` are left out: this
-is a part of the latter, and the demo has a test of its own here.
+A fenced `sh` block is run when an HTML comment that begins with `tested` stands right above it; a `text` block right
+below it is its answer, in which numbers and the width of columns may differ. All run in one shell, in their order, in
+an empty directory and with `rostra` on the PATH.
 """
 
 from __future__ import annotations
@@ -20,42 +20,48 @@ from tests.support.processes import REPO, ROSTRA, Processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(110)]
 
-_BLOCK = re.compile(r"^<!--\s*tested\b[^>]*-->\s*\n```(?:sh|bash|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_LEFT_OUT = re.compile(r"^\s*(\$ )?(make (demo|test)|git clone|cd rostra)\b.*$", re.MULTILINE)
+_BLOCK = re.compile(
+    r"^<!--\s*tested\b[^>]*-->\s*\n```(?:sh|bash|shell)\n(.*?)^```\n(?:\s*^```text\n(.*?)^```)?",
+    re.MULTILINE | re.DOTALL,
+)
+#: This is a part of `make test`, and the demo has a test of its own here.
+_LEFT_OUT = re.compile(r"^\s*(make (demo|test)|git clone|cd rostra)\b.*$", re.MULTILINE)
 
 
-def blocks(text: str) -> list[str]:
-    """The shell text of the tested blocks; where lines begin with `$ `, the others are what is answered."""
-    found = []
-    for block in _BLOCK.findall(text):
-        block = _LEFT_OUT.sub("", block)
-        if re.search(r"^\$ ", block, re.MULTILINE):
-            block = "\n".join(line[2:] for line in block.splitlines() if line.startswith("$ "))
-        if block.strip():
-            found.append(block)
-    return found
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(commands, the answer that is promised or "") of each tested block."""
+    return [(_LEFT_OUT.sub("", commands), answer) for commands, answer in _BLOCK.findall(text)]
 
 
-def test_tested_blocks_are_found_and_answers_are_not_run() -> None:
+def shape(text: str) -> str:
+    """The text without what differs from run to run."""
+    return " ".join(re.sub(r"\d+", "N", text).split())
+
+
+def test_only_tested_blocks_are_found_with_their_answers() -> None:
     text = (
-        "<!-- tested -->\n```sh\nmake demo\necho one\n```\n\n```sh\nnever\n```\n"
-        "<!-- tested: with its answer -->\n```console\n$ echo two\ntwo\n```\n"
+        "<!-- tested -->\n```sh\nmake demo\necho one\n```\n\n```sh\nnever\n```\n\n```text\nnot its answer\n```\n"
+        "<!-- tested: and answered -->\n```sh\necho two\n```\n\n```text\ntwo\n```\n"
     )
-    assert [block.split() for block in blocks(text)] == [["echo", "one"], ["echo", "two"]]
+    assert [(commands.split(), answer) for commands, answer in blocks(text)] == [
+        (["echo", "one"], ""),
+        (["echo", "two"], "two\n"),
+    ]
 
 
-def test_the_readmes_commands_work(processes: Processes) -> None:
+def test_the_readmes_commands_answer_as_it_says(processes: Processes) -> None:
     readme = REPO / "README.md"
     if not readme.exists():
-        pytest.skip("there is no README.md yet")
-    found = blocks(readme.read_text())
-    if not found:
-        pytest.skip("no block of README.md is marked as tested")
+        pytest.skip("there is no README.md")
+    # What a reader types uses addresses of its own choice; here they must not meet another run's.
+    mine = f"127.{192 + os.getpid() // 256 % 63}.{os.getpid() % 256}."
+    found = blocks(re.sub(r"\b127\.0\.(?!0\.)\d+\.", mine, readme.read_text()))
+    assert found, "no block of README.md is marked as tested"
     work = processes.directory / "readme"
     work.mkdir()
     path = os.pathsep.join([str(Path(ROSTRA[0]).parent), os.environ["PATH"]])
     # One shell for all, so that an agent that one block starts in the background serves the next ones.
-    script = "set -e\n" + "\n".join(f"echo '== block {n}'\n{block}" for n, block in enumerate(found, start=1))
+    script = "set -e\n" + "".join(f"echo '== block {n}'\n{commands}\n" for n, (commands, _) in enumerate(found))
     shell = processes.start(["sh", "-c", script], env={"PATH": path}, cwd=work)
     try:
         status = shell.wait(60)
@@ -63,6 +69,11 @@ def test_the_readmes_commands_work(processes: Processes) -> None:
         status = -1
     logs = "".join(f"--- {path.name}\n{path.read_text()[-1500:]}\n" for path in sorted(work.glob("*.log")))
     assert status == 0, f"{shell.log}\n{logs}"
+    said = re.split(r"^== block \d+\n", shell.log, flags=re.MULTILINE)[1:]
+    for (commands, answer), seen in zip(found, said, strict=True):
+        if answer:
+            assert shape(seen) == shape(answer), f"{commands}\nREADME.md says\n{answer}\nbut it was\n{seen}"
+    assert processes.left() == []
 
 
 def test_the_demo_plays_to_its_end_and_leaves_no_process(processes: Processes) -> None:
@@ -75,7 +86,8 @@ def test_the_demo_plays_to_its_end_and_leaves_no_process(processes: Processes) -
         pytest.fail(f"the demo did not end: {demo.log[-3000:]}")
     if "Does another demo run?" in demo.log:
         pytest.skip("its fixed addresses are taken by another demo")
-    assert status == 0, demo.log[-3000:]
+    logs = "".join(f"--- {p.name}\n{p.read_text()[-1000:]}\n" for p in (processes.directory / "tmp").glob("*/logs/*"))
+    assert status == 0, f"{demo.log[-3000:]}\n{logs}"
     assert "The demo is complete" in demo.log
     assert "Traceback" not in demo.log
     assert processes.left() == []

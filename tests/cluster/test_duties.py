@@ -1,0 +1,179 @@
+"""The leader's duties when something goes wrong in the middle of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rostra.server import leader as duties
+from rostra.server.run import Core
+from rostra.server.state.catalog import Register
+from rostra.server.state.cluster import BindNode
+from rostra.server.state.kv import SetKey
+from rostra.server.state.session import CreateSession, DestroySession, ExpireSession
+from rostra.wire.codec import encode_value
+from rostra.wire.errors import NoLeader
+from tests.support.cores import Cluster, eventually
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duties, "TICK_S", 0.02)
+
+
+def server_of(cluster: Cluster) -> tuple[Core, Any, duties.Leader]:
+    core = cluster.cores["s1"]
+    return core, core.node, core._leader
+
+
+def status(core: Core, node: str) -> tuple[str, str]:
+    """(of the member, of its serfHealth)."""
+    tables = core.node.store.tables
+    member, check = tables.members.get(node), tables.checks.get((node, "serfHealth"))
+    return member.status if member else "", check.status if check else ""
+
+
+async def enrol(core: Core, name: str) -> None:
+    """A member that answers no probe."""
+    await core.node.own_write(
+        BindNode(name=name, key_hash=name, role="client", address="127.0.0.1", node_id=str(uuid.uuid4()), serf_port=1)
+    )
+
+
+async def test_a_node_that_failed_is_critical_although_leadership_was_lost_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        await enrol(core, "a1")
+        await eventually(lambda: status(core, "a1") == ("alive", "passing"))
+        real, refused = node.own_write, []
+
+        async def own_write(command: Any, **how: Any) -> Any:
+            if isinstance(command, Register) and command.checks[0]["status"] == "critical" and not refused:
+                refused.append(command)
+                raise NoLeader
+            return await real(command, **how)
+
+        monkeypatch.setattr(node, "own_write", own_write)
+        monkeypatch.setattr(duties, "GRACE_S", 0.0)
+        await eventually(lambda: refused)
+        await eventually(lambda: status(core, "a1") == ("failed", "critical"), timeout_s=3.0)
+
+
+async def test_a_node_that_is_heard_while_others_are_probed_is_not_declared_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        await enrol(core, "a1")
+        await enrol(core, "a2")
+        await eventually(lambda: status(core, "a2") == ("alive", "passing"))
+        failed = []
+
+        async def probe(member: Any) -> bool:
+            leader.heard(["a1"])  # its session is back
+            return False
+
+        real = node.own_write
+
+        async def own_write(command: Any, **how: Any) -> Any:
+            if getattr(command, "status", "") == "failed":
+                failed.append(command.name)
+            return await real(command, **how)
+
+        monkeypatch.setattr(node, "own_write", own_write)
+        monkeypatch.setattr(leader, "_probe", probe)
+        monkeypatch.setattr(duties, "GRACE_S", 0.0)
+        await eventually(lambda: "a2" in failed)
+        assert failed == ["a2"]
+
+
+async def test_a_session_renewed_while_another_is_expired_lives_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        await eventually(lambda: status(core, "s1") == ("alive", "passing"))
+        ids = sorted(str(uuid.uuid4()) for _ in range(2))
+        for session_id in ids:
+            await node.own_write(CreateSession(id=session_id, node="s1", ttl_ms=30_000, node_checks=()))
+        real, expired = node.own_write, []
+
+        async def own_write(command: Any, **how: Any) -> Any:
+            if isinstance(command, ExpireSession):
+                expired.append(command.id)
+                for session_id in ids:
+                    if session_id not in expired:
+                        assert leader.renew(session_id) is not None
+            return await real(command, **how)
+
+        monkeypatch.setattr(node, "own_write", own_write)
+        for session_id in ids:
+            node.session_seen[session_id] = time.monotonic() - 100
+        await eventually(lambda: len(node.store.tables.sessions.rows) < 2)
+        await asyncio.sleep(0.2)
+        assert len(expired) == 1
+        assert len(node.store.tables.sessions.rows) == 1
+
+
+async def test_a_node_that_cannot_be_registered_does_not_keep_the_leader_from_its_other_duties(
+    tmp_path: Path,
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        await eventually(lambda: status(core, "s1") == ("alive", "passing"))
+        check = {"id": "serfHealth", "name": "x", "status": "passing"}
+        await node.own_write(Register(node="a1", address="10.9.9.9", node_id=str(uuid.uuid4()), checks=(check,)))
+        await enrol(core, "a1")  # its name is taken in the catalog, by something that is not a member
+        await enrol(core, "a2")
+        await eventually(lambda: status(core, "a2") == ("alive", "passing"), timeout_s=3.0)
+        session_id = str(uuid.uuid4())
+        await node.own_write(CreateSession(id=session_id, node="s1", ttl_ms=50, node_checks=()))
+        await eventually(lambda: session_id not in node.store.tables.sessions.rows, timeout_s=3.0)
+
+
+async def test_a_quiet_cluster_writes_nothing(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        await node.own_write(Register(node="WEB1", address="10.9.9.9"))
+        await enrol(core, "web1")
+        await eventually(lambda: status(core, "WEB1")[1] == "passing")
+        await asyncio.sleep(0.3)
+        before = node.store.index
+        await asyncio.sleep(0.5)
+        assert node.store.index == before
+
+
+async def test_lock_delays_that_are_over_are_forgotten(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, _ = server_of(cluster)
+        await eventually(lambda: status(core, "s1") == ("alive", "passing"))
+        for round_ in range(3):
+            session_id = str(uuid.uuid4())
+            await node.own_write(CreateSession(id=session_id, node="s1", lock_delay_ms=1, node_checks=()))
+            keys = [f"lock/{round_}/{i}" for i in range(1200)]
+            await asyncio.gather(*(node.own_write(SetKey(key, b"", acquire=session_id)) for key in keys))
+            await node.own_write(DestroySession(session_id))
+            await asyncio.sleep(0.01)
+        assert len(node.lock_delays) < 2500
+
+
+async def test_a_repeated_acquire_gets_its_first_result_although_the_lock_is_delayed_by_now(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, _ = server_of(cluster)
+        await eventually(lambda: status(core, "s1") == ("alive", "passing"))
+        session_id = str(uuid.uuid4())
+        await node.own_write(CreateSession(id=session_id, node="s1", node_checks=()))
+        kind, args = encode_value(SetKey("lock", b"x", acquire=session_id))
+        origin = ("client", 1, 1)
+        assert await node.write(origin, kind, args) is True
+        await node.own_write(DestroySession(session_id))
+        assert await node.write(origin, kind, args) is True
