@@ -8,7 +8,7 @@ demo: venv  ## the whole product on this machine, step by step, each step verifi
 	@$(VENV)/bin/python -P deploy/local/demo.py
 
 test: venv  ## every test that this machine can run
-	@$(VENV)/bin/pytest -q
+	@$(VENV)/bin/pytest -q -n 4 --dist loadfile
 
 check: venv  ## lint and types
 	$(VENV)/bin/ruff check .

@@ -27,23 +27,28 @@ RESTART_MIN_S, RESTART_MAX_S = 0.2, 10.0
 
 
 class CoreProcess:
-    """`socket_path` is where the core answers, once `ready` has returned."""
+    """The core of this host, and where it answers."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._child: Child | None = None
         self._stopping = False
-        self.socket_path = ""
+        self._path = ""
         self.pid = 0
         self.node_id = ""
         self.exit_status = 0  # of a core that could not start
         self.attached = False
 
+    @property
+    def socket_path(self) -> str:
+        """Where the core answers, "" before `ready`. One that is not our child may have moved when it started anew."""
+        return (self.attached and _noted_path(self._settings["data_dir"])) or self._path
+
     def begin(self) -> None:
         """Spawn the core now, before the rest of the agent is imported; or find one that runs already."""
         path = _running_core(self._settings["data_dir"])
         if path:
-            self.socket_path, self.attached = path, True
+            self._path, self.attached = path, True
             self.node_id = (Path(self._settings["data_dir"]) / "node-id").read_text().strip()
             log.info("attached to the core that runs on this data directory", socket=path)
         else:
@@ -68,7 +73,7 @@ class CoreProcess:
             self.exit_status = await child.wait()
             raise from_wire(*message["error"])
         about = message["ready"]
-        self.socket_path, self.pid, self.node_id = about["socket"], about["pid"], about["node_id"]
+        self._path, self.pid, self.node_id = about["socket"], about["pid"], about["node_id"]
 
     async def keep(self, on_restart: Callable[[], None]) -> None:
         """Restart the core when it ends by itself. Ends when it must not be started again, or by cancellation."""
@@ -105,13 +110,23 @@ class CoreProcess:
 
 def _running_core(data_dir: str) -> str:
     """The socket of a live core on `data_dir`, "" where there is none."""
-    if not data_dir:
+    path = _noted_path(data_dir)
+    if not path:
         return ""
     try:
-        path = (Path(data_dir) / "server" / "socket").read_text().strip()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1.0)
             probe.connect(path)
         return path
+    except OSError:
+        return ""
+
+
+def _noted_path(data_dir: str) -> str:
+    """Where the core that was last started on `data_dir` said that it answers."""
+    if not data_dir:
+        return ""
+    try:
+        return (Path(data_dir) / "server" / "socket").read_text().strip()
     except OSError:
         return ""

@@ -148,12 +148,13 @@ class ServerSession:
 
     async def watch(self, query: Any, *, token: str = "") -> AsyncIterator[Delta]:
         kind, args = encode_value(query)
+        seen = 0  # the next server may be behind the last one: it answers when it has caught up
         while True:
             try:
                 caller = await self._connected_by(time.monotonic() + 60.0)
             except NoLeader:
                 continue
-            stream = caller.stream("watch", kind, args, token)
+            stream = caller.stream("watch", kind, args, token, *((seen,) if seen else ()))
             full = True
             try:
                 while (chunk := await stream.next()) is not None:
@@ -165,9 +166,13 @@ class ServerSession:
                         list(chunk.rows),
                         list(chunk.removed),
                     )
-                    full = False
-            except NoLeader:
+                    full, seen = False, chunk.index
+            except Lost:
                 await asyncio.sleep(self._jitter(0.0, 0.05) if full else 0)
+            except NoLeader:
+                await asyncio.sleep(self._jitter(0.05, 0.2))  # the server only starts
+            except Timeout:
+                seen = 0  # it does not catch up; perhaps it knows another past (a development server, a restored one)
             finally:
                 stream.close()
 
@@ -308,12 +313,12 @@ class ServerSession:
                         raise Denied(f"{address} showed another key than the servers' list names")
                 connection.send(hello("rpc", **self._about()))
                 return connection, check_hello(await first)
-        except (OSError, ssl.SSLError, TimeoutError) as e:
+        except (OSError, ssl.SSLError, TimeoutError, ValueError, OverflowError) as e:  # the last two: no address at all
             connection.abort("dial failed")
             if first.done() and not first.cancelled():
                 first.exception()
             raise NoLeader(explain(e)) from None
-        except RostraError:
+        except BaseException:
             connection.abort("refused")
             raise
 

@@ -80,6 +80,10 @@ def deny_once(at: Node, host: str) -> float:
     """Seconds from sending the intention to the end of the open connection."""
     set_intention(at, "allow")
     with eventually("api through the sidecars", 15, lambda: reach(host)) as connection:
+        time.sleep(0.3 + random.random() / 5)  # nothing else that is still on its way ends it
+        connection.sendall(b"again")
+        if connection.recv(5, socket.MSG_WAITALL) != b"again":
+            raise Failure("an allowed connection ended by itself")
         connection.settimeout(10)
         began = time.monotonic()
         set_intention(at, "deny")

@@ -332,6 +332,8 @@ class Endpoint:
     # -- verbs ------------------------------------------------------------------------------------------------
 
     def _handle_rpc(self, served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        if verb in ("read", "watch") and self._node.raft is None:
+            raise NoLeader("No cluster leader: this server has not read its log yet")
         if verb == "write":
             origin, kind, args, _token = arguments
             self._write(served, request_id, _origin(origin), kind, args, served.peer.name)
@@ -342,10 +344,14 @@ class Endpoint:
             mode, since = arguments
             self._barrier(served, request_id, mode, _index(since))
         elif verb == "watch":
-            kind, args, _token = arguments
-            query = _query(served, kind, args)
+            kind, args, _token, *seen = arguments
+            query, min_index = _query(served, kind, args), _index(seen[0]) if seen else 0
             self._node.counts["watches_opened"] += 1
-            self._node.watches.subscribe(query, served.open_stream(request_id))
+            stream = served.open_stream(request_id)
+            if self._node.store.index < min_index:
+                self._spawn(self._later(stream, min_index, self._node.watches.subscribe, query, stream))
+            else:
+                self._node.watches.subscribe(query, stream)
         elif verb == "act":
             kind, args, _token = arguments
             self._act(served, request_id, kind, args)
@@ -438,14 +444,16 @@ class Endpoint:
         self._node.counts["reads"] += 1
         stream = served.open_stream(request_id)
         if self._node.store.index < min_index:
-            self._spawn(self._read_later(stream, query, min_index))
+            self._spawn(self._later(stream, min_index, self._read_now, stream, query))
         else:
             self._read_now(stream, query)
 
-    async def _read_later(self, stream: Any, query: Any, min_index: int) -> None:
+    async def _later(self, stream: Any, min_index: int, answer: Callable[..., None], *args: Any) -> None:
+        """`answer` when this server has caught up with what its asker has seen elsewhere."""
         try:
             await self._node.at_least(min_index)
-            self._read_now(stream, query)
+            if not stream.cancelled:
+                answer(*args)
         except RostraError as e:
             stream.fail(e)
         except Exception as e:

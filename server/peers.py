@@ -66,12 +66,12 @@ async def ask(
                 raise Denied(f"{host}:{port} showed another key than the member list names")
             connection.send(first_frame)
             return connection, await first, shown
-    except (OSError, ssl.SSLError, TimeoutError) as e:
+    except (OSError, ssl.SSLError, TimeoutError, ValueError, OverflowError) as e:  # the last two: no address at all
         connection.abort("dial failed")
         if first.done() and not first.cancelled():
             first.exception()
         raise NoLeader(f"cannot reach {host}:{port}: {explain(e)}") from None
-    except RostraError:
+    except BaseException:
         connection.abort("refused")
         raise
 

@@ -51,7 +51,7 @@ async def test_a_node_that_failed_is_critical_although_leadership_was_lost_in_be
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Cluster(tmp_path, 1) as cluster:
-        core, node, leader = server_of(cluster)
+        core, node, _ = server_of(cluster)
         await enrol(core, "a1")
         await eventually(lambda: status(core, "a1") == ("alive", "passing"))
         real, refused = node.own_write, []
@@ -128,7 +128,7 @@ async def test_a_node_that_cannot_be_registered_does_not_keep_the_leader_from_it
     tmp_path: Path,
 ) -> None:
     async with Cluster(tmp_path, 1) as cluster:
-        core, node, leader = server_of(cluster)
+        core, node, _ = server_of(cluster)
         await eventually(lambda: status(core, "s1") == ("alive", "passing"))
         check = {"id": "serfHealth", "name": "x", "status": "passing"}
         await node.own_write(Register(node="a1", address="10.9.9.9", node_id=str(uuid.uuid4()), checks=(check,)))
@@ -140,9 +140,24 @@ async def test_a_node_that_cannot_be_registered_does_not_keep_the_leader_from_it
         await eventually(lambda: session_id not in node.store.tables.sessions.rows, timeout_s=3.0)
 
 
+async def test_a_node_whose_address_is_none_does_not_keep_the_leader_from_its_other_duties(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duties, "GRACE_S", 0.0)
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, _ = server_of(cluster)
+        await eventually(lambda: status(core, "s1") == ("alive", "passing"))
+        address = "x" * 70 + ".example"  # no name that could be looked up
+        await node.own_write(BindNode(name="a1", key_hash="a1", role="client", address=address))
+        await eventually(lambda: status(core, "a1") == ("failed", "critical"), timeout_s=3.0)
+        session_id = str(uuid.uuid4())
+        await node.own_write(CreateSession(id=session_id, node="s1", ttl_ms=50, node_checks=()))
+        await eventually(lambda: session_id not in node.store.tables.sessions.rows, timeout_s=3.0)
+
+
 async def test_a_quiet_cluster_writes_nothing(tmp_path: Path) -> None:
     async with Cluster(tmp_path, 1) as cluster:
-        core, node, leader = server_of(cluster)
+        core, node, _ = server_of(cluster)
         await node.own_write(Register(node="WEB1", address="10.9.9.9"))
         await enrol(core, "web1")
         await eventually(lambda: status(core, "WEB1")[1] == "passing")

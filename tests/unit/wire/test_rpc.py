@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import BadRequest, Denied, NoLeader
-from rostra.wire.frames import frame, pack
+from rostra.wire.errors import BadRequest, Denied, NoLeader, TooLarge
+from rostra.wire.frames import RPC_FRAME_BYTES_MAX, frame, pack
 from rostra.wire.rpc import (
     CREDIT_CHUNKS,
     DONE,
@@ -130,6 +130,29 @@ async def test_a_closed_stream_is_cancelled_at_the_server() -> None:
     caller.stream("watch").close()
     await asyncio.wait_for(cancelled.wait(), 5)
     assert served.streams == {}
+
+
+async def test_an_id_that_is_taken_ends_the_connection_and_every_stream_of_it() -> None:
+    cancelled: list[int] = []
+
+    def handle(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+        stream = served.open_stream(request_id)
+        stream.on_cancel = lambda: cancelled.append(request_id)
+
+    caller, served = await connected(handle)
+    for _ in range(3):
+        caller.notify(7, "watch")
+    async with asyncio.timeout(2):
+        while caller.open or served.streams:
+            await asyncio.sleep(0)
+    assert cancelled == [7]
+
+
+async def test_a_request_that_is_too_large_is_refused_by_the_caller_itself() -> None:
+    caller, _ = await connected(lambda served, request_id, verb, arguments: served.reply(request_id, len(arguments[0])))
+    with pytest.raises(TooLarge):
+        await caller.call("echo", b"x" * RPC_FRAME_BYTES_MAX)
+    assert await caller.call("echo", b"x" * (RPC_FRAME_BYTES_MAX - 100)) == RPC_FRAME_BYTES_MAX - 100
 
 
 async def test_garbage_ends_the_connection_and_nothing_else() -> None:

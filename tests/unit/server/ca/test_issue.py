@@ -262,6 +262,7 @@ def test_a_node_certificate_stands_under_the_cluster_ca_and_names_node_and_role(
         public_der(ec.generate_private_key(ec.SECP384R1())),
         public_der(ed25519.Ed25519PrivateKey.generate()),
     ],
+    ids=["nothing", "junk", "P-384", "Ed25519"],
 )
 def test_node_keys_of_another_kind_are_refused(der):
     ca_cert, ca_key = create_cluster_ca(NOW_MS)

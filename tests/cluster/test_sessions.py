@@ -1,0 +1,152 @@
+"""An agent's session: what keeps it, what ends it, and where it goes next."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rostra.agent.results import Results
+from rostra.agent.servers import ServerAddress
+from rostra.server.raft.log import RaftLog
+from rostra.server.run import Core
+from rostra.server.state.kv import GetKey, SetKey
+from rostra.wire.errors import NoLeader, RostraError, TooLarge
+from rostra.wire.frames import RPC_FRAME_BYTES_MAX
+from tests.support.cores import Cluster, eventually
+
+pytestmark = pytest.mark.cluster
+
+
+def isolate(core: Core) -> None:
+    """Cut `core` off from the other servers, and from nobody else."""
+
+    async def refuse(*_: Any) -> Any:
+        raise ConnectionRefusedError
+
+    assert core._raft is not None
+    core._raft._links._dial = refuse
+    core._endpoint._accept_raft = lambda _, connection: connection.abort("isolated")
+    for link in core._raft._links.links.values():
+        if link.connection is not None:
+            link.connection.abort("isolated")
+
+
+async def test_a_write_as_large_as_a_request_may_be_is_passed_on_by_a_follower(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        follower = cluster.followers()[0]
+        session = cluster.session(follower)
+        await session.barrier("default")
+        value = b"x" * (RPC_FRAME_BYTES_MAX - 95)
+        async with asyncio.timeout(5):
+            assert await session.write(SetKey("k", value)) is True
+        barrier = await session.barrier("default")
+        answer = await session.read(GetKey("k"), min_index=barrier.index)
+        assert len(answer.rows[0][1][1]) == len(value)
+        assert session.reconnects == 1
+
+
+async def test_a_write_that_no_request_can_hold_is_refused_without_losing_the_session(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        session = cluster.session(cluster.cores["s1"])
+        await session.barrier("default")
+        async with asyncio.timeout(2):
+            with pytest.raises(TooLarge):
+                await session.write(SetKey("k", b"x" * RPC_FRAME_BYTES_MAX))
+        assert await session.write(SetKey("k", b"x")) is True
+        assert session.reconnects == 1
+
+
+async def test_an_agent_leaves_a_server_that_is_cut_off_from_the_others(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        session = cluster.session(cluster.followers()[0], "a1")
+        await session.barrier("default")
+        core = cluster.cores[session.server_hello["name"]]
+        isolate(core)
+        await eventually(lambda: core.node.leader_id is None or not core.node.is_leader)
+        async with asyncio.timeout(20):
+            while session.server_hello["name"] == core.settings.node_name:
+                await asyncio.sleep(0.05)
+            while True:
+                try:
+                    assert await session.write(SetKey("k", b"x")) is True
+                    break
+                except RostraError:
+                    continue
+
+
+async def test_an_agent_stays_where_it_is_while_no_server_has_a_leader(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        session = cluster.session(cluster.followers()[0], "a1")
+        await session.barrier("default")
+        for core in cluster.cores.values():
+            isolate(core)
+        await eventually(lambda: all(core.node.leader_id is None for core in cluster.cores.values()))
+        before = session.reconnects
+        await asyncio.sleep(8)
+        assert session.reconnects - before <= 2
+
+
+async def test_a_server_that_still_reads_its_log_answers_nothing_from_an_empty_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        await cluster.session(cluster.cores["s1"]).write(SetKey("k", b"1"))
+        await cluster.stop("s1")
+        start, opened = RaftLog.start, asyncio.Event()
+
+        async def start_later(log: RaftLog) -> None:
+            await opened.wait()
+            await start(log)
+
+        monkeypatch.setattr(RaftLog, "start", start_later)
+        session = cluster.session(await cluster.start("s1"))
+        await eventually(lambda: session.connected)
+        with pytest.raises(NoLeader):
+            await session.read(GetKey("k"))
+        live = Results(session).live(GetKey("k"))
+        assert not await live.ready(0.5)
+        opened.set()
+        assert await live.ready(5.0)
+        assert live.rows["k"][1] == b"1"
+
+
+async def test_an_address_that_is_none_does_not_end_the_search_for_servers(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        session = cluster.session(cluster.cores["s1"], "a1")
+        good = session._addresses
+
+        async def addresses() -> list[ServerAddress]:
+            bad = [ServerAddress(host="x" * 70 + ".example", port=8300), ServerAddress(host="127.0.0.1", port=99999)]
+            return [*bad, *await good()]
+
+        session._addresses = addresses
+        await eventually(lambda: session.connected, timeout_s=5)
+
+
+async def test_a_watch_never_goes_back_when_its_next_server_is_behind(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        session = cluster.session(cluster.followers()[0], "a1")
+        await session.barrier("default")
+        first = session.server_hello["name"]
+        behind = next(c for c in cluster.followers() if c.settings.node_name != first)
+        live = Results(session).live(GetKey("k"))
+        await session.write(SetKey("k", b"1"))
+        await eventually(lambda: live.rows and live.rows["k"][1] == b"1")
+        isolate(behind)
+        await session.write(SetKey("k", b"2"))
+        await eventually(lambda: live.rows["k"][1] == b"2")
+
+        async def addresses() -> list[ServerAddress]:
+            return [ServerAddress(host="127.0.0.1", port=behind.rpc_port)]
+
+        session._addresses = addresses
+        assert session._connection is not None
+        session._connection.abort("test")
+        await eventually(lambda: session.connected and session.server_hello["name"] == behind.settings.node_name)
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            assert live.rows["k"][1] == b"2"
+        assert live.epoch == 0
