@@ -18,6 +18,10 @@ from rostra.server.raft.messages import Message
 
 LOYALTY, LEASE = 0.9, 0.8
 
+#: A server that lets another one try waits this long before it asks for itself: two elections at once split the votes,
+#: and a split costs a whole election timeout.
+YIELD_S = 0.08
+
 #: Between two servers that lose their leader at the same moment: which of them asks first.
 RANK_S = 0.015
 
@@ -44,7 +48,8 @@ class Elections:
     ) -> None:
         self._core, self._journal = core, journal
         self._peer_ids = peer_ids
-        self._rank = sorted([node_id, *peer_ids]).index(node_id)
+        self._ranks = {each: rank for rank, each in enumerate(sorted([node_id, *peer_ids]))}
+        self._rank = self._ranks[node_id]
         self._timing, self._clock, self._send, self._lease_valid = timing, clock, send, lease_valid
         self._loyal_ns = int(timing.election_min_s * LOYALTY * 1e9)
         self._heard_ns = clock()
@@ -87,7 +92,7 @@ class Elections:
             self._asked_term = 0
             return True
         now = self._clock()
-        if self._asked_term != term or now >= self._ask_again_ns:
+        if now >= self._ask_again_ns:
             self._ask_again_ns = now + int(self._timing.election_min_s * random.uniform(0.15, 0.3) * 1e9)  # noqa: S311
             self._asked_term = term
             self._grants.clear()
@@ -109,6 +114,16 @@ class Elections:
             and not self._core.is_leader()
             and not self.is_loyal()
         )
+        if granted:
+            now = self._clock()
+            asking = self._asked_term == message["term"] and now < self._ask_again_ns
+            equal = (message["last_log_term"], message["last_log_index"]) == (last[2], last[1])
+            if asking and equal and self._rank < self._ranks[peer_id]:
+                granted = False  # it asked at the same moment, and will grant ours by the same rule
+            else:
+                self._asked_term = 0
+                self._grants.clear()
+                self._ask_again_ns = now + int(YIELD_S * (1 + random.random() / 2) * 1e9)  # noqa: S311
         reply = {"type": "pre_vote_reply", "term": message["term"], "current": self._core.term(), "granted": granted}
         self._send(peer_id, reply)
 

@@ -12,7 +12,7 @@ from rostra.agent.results import Results
 from rostra.agent.servers import ServerAddress
 from rostra.server.raft.log import RaftLog
 from rostra.server.run import Core
-from rostra.server.state.kv import GetKey, SetKey
+from rostra.server.state.kv import GetKey, KeyNames, SetKey
 from rostra.wire.errors import NoLeader, RostraError, TooLarge
 from rostra.wire.frames import RPC_FRAME_BYTES_MAX
 from tests.support.cores import Cluster, eventually
@@ -150,3 +150,78 @@ async def test_a_watch_never_goes_back_when_its_next_server_is_behind(tmp_path: 
             await asyncio.sleep(0.01)
             assert live.rows["k"][1] == b"2"
         assert live.epoch == 0
+
+
+async def test_each_write_is_done_once_whatever_is_lost_on_its_way(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        session = cluster.session(cluster.followers()[0], "a1")
+        await session.barrier("default")
+        stop = False
+
+        async def create(worker: int) -> int:
+            done = 0
+            while not stop:
+                # Only a first application finds no such key: a second one would answer False.
+                assert await session.write(SetKey(f"k/{worker}/{done}", b"x", cas=0), timeout_s=30.0) is True
+                done += 1
+            return done
+
+        workers = [asyncio.create_task(create(i)) for i in range(32)]
+        for turn in range(12):
+            await asyncio.sleep(0.25)
+            if turn % 4 == 3:
+                leader = await eventually(cluster.leader)
+                await cluster.stop(leader.settings.node_name)
+                await cluster.start(leader.settings.node_name)
+            elif session._connection is not None:
+                session._connection.abort("test")
+        stop = True
+        counts = await asyncio.gather(*workers)
+        assert min(counts) > 10
+        barrier = await session.barrier("default")
+        answer = await session.read(KeyNames("k/"), min_index=barrier.index)
+        assert len(answer.rows) == sum(counts)
+
+
+async def test_a_cached_default_read_is_never_older_than_an_acknowledged_write(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        sessions = [cluster.session(cluster.followers()[0], f"a{i}") for i in range(3)]
+        for session in sessions:
+            await session.barrier("default")
+        caches = [Results(session) for session in sessions]
+        stop, acknowledged, reads = False, 0, 0
+
+        async def write() -> None:
+            nonlocal acknowledged
+            while not stop:
+                await sessions[0].write(SetKey("k", b"%d" % (acknowledged + 1)), timeout_s=30.0)
+                acknowledged += 1
+                await asyncio.sleep(0.002)
+
+        async def read(cache: Results, mode: Any) -> None:
+            nonlocal reads
+            while not stop:
+                expected = acknowledged
+                try:
+                    entry = await cache.fetch(GetKey("k"), mode=mode)
+                except RostraError:
+                    await asyncio.sleep(0.02)
+                    continue
+                assert int(entry.rows["k"][1]) >= expected if expected else True
+                reads += 1
+                await asyncio.sleep(0.001)
+
+        tasks = [asyncio.create_task(write())]
+        tasks += [asyncio.create_task(read(c, m)) for c in caches for m in ("default", "default", "consistent")]
+        for turn in range(12):
+            await asyncio.sleep(0.25)
+            if turn % 4 == 3:
+                leader = await eventually(cluster.leader)
+                await cluster.stop(leader.settings.node_name)
+                await cluster.start(leader.settings.node_name)
+            elif (connection := sessions[turn % 3]._connection) is not None:
+                connection.abort("test")
+        stop = True
+        await asyncio.gather(*tasks)
+        assert reads > 500
+        assert sum(cache.hits for cache in caches) > 0
