@@ -247,6 +247,9 @@ class ServerSession:
 
         def on_lost(reason: str) -> None:
             lost.set()
+            if self._caller is caller:  # before anyone resumes who would look for the next session in a loop
+                self._changed.clear()
+                self._caller = None
             caller.on_lost(reason)
 
         connection.on_frame, connection.on_lost = caller.on_frame, on_lost

@@ -152,6 +152,26 @@ async def test_a_watch_never_goes_back_when_its_next_server_is_behind(tmp_path: 
         assert live.epoch == 0
 
 
+async def test_a_lost_session_does_not_hold_up_the_loop_until_there_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core = cluster.cores["s1"]
+        session = cluster.session(core)
+        await session.barrier("default")
+        assert core._raft is not None
+        await eventually(lambda: core.node.store.tables.checks.get(("s1", "serfHealth")))
+        with monkeypatch.context() as slow:
+            slow.setattr(core._raft, "propose", lambda entry: asyncio.get_running_loop().create_future())
+            write = asyncio.ensure_future(session.write(SetKey("k", b"x"), timeout_s=5.0))
+            while session._caller is None or len(session._caller._calls) < 2:  # the write, and after it a ping
+                await asyncio.sleep(0)
+        assert session._connection is not None
+        session._connection.abort("test")
+        async with asyncio.timeout(2):
+            assert await write is True
+
+
 async def test_each_write_is_done_once_whatever_is_lost_on_its_way(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
         session = cluster.session(cluster.followers()[0], "a1")
