@@ -54,7 +54,8 @@ async def test_a_node_that_failed_is_critical_although_leadership_was_lost_in_be
         core, node, _ = server_of(cluster)
         await enrol(core, "a1")
         await eventually(lambda: status(core, "a1") == ("alive", "passing"))
-        real, refused = node.own_write, []
+        real = node.own_write
+        refused: list[Any] = []
 
         async def own_write(command: Any, **how: Any) -> Any:
             if isinstance(command, Register) and command.checks[0]["status"] == "critical" and not refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ async def test_the_removal_of_very_many_rows_reaches_a_watch(tmp_path: Path) -> 
         session = cluster.session(cluster.cores["s1"])
         name = "many/" + "n" * 200
         await asyncio.gather(*(session.write(SetKey(f"{name}/{i}", b"x")) for i in range(6000)))
-        gone: set[str] = set()
+        gone: set[Any] = set()
         deleting: asyncio.Future[bool] | None = None
         async with asyncio.timeout(20):
             async for delta in session.watch(KeyNames("many/")):

@@ -261,7 +261,11 @@ async def test_a_configured_node_id_is_the_clients_also_when_it_is_changed(tmp_p
             async with Client(cluster, "c1", node_id=node_id) as client:
                 await eventually(lambda: client.identity.is_enrolled, 20)
                 assert members["c1"].node_id == node_id
-                await eventually(lambda node_id=node_id: nodes["c1"].id == node_id)
+
+                def is_listed(node_id: str = node_id) -> bool:
+                    return nodes["c1"].id == node_id
+
+                await eventually(is_listed)
 
 
 async def test_a_node_listed_by_others_under_another_id_is_refused_and_holds_up_no_one(tmp_path: Path) -> None:
