@@ -1024,6 +1024,9 @@ def _settle_addresses(loading: _Loading) -> None:
     for kind in ("sidecar",):
         if v[f"{kind}_min_port"] > v[f"{kind}_max_port"]:
             loading.complain(f"{kind}_min_port", f"{v[f'{kind}_min_port']} is above ports.{kind}_max_port")
+    for field_name, is_wanted in (("join_port", True), ("server_port", v["server"])):
+        if is_wanted and v[field_name] < 1 and not (v["dev"] and field_name == "server_port" and not v[field_name]):
+            loading.complain(field_name, f"invalid port {v[field_name]}: other nodes have to know it; 1 to 65535")
     _refuse_shared_ports(loading)
     exposed = [a for a in dict.fromkeys((v["bind_addr"], *v["http_addrs"])) if not _is_local(a)]
     if v["dev"] and exposed:

@@ -25,6 +25,7 @@ from rostra.agent.checks.alias import alias_result
 from rostra.agent.checks.check import (
     CRITICAL,
     NODE_MAINTENANCE,
+    PASSING,
     SERVICE_MAINTENANCE,
     Result,
     Thresholds,
@@ -58,6 +59,7 @@ log = _log.get("agent.local")
 CHECK_UPDATE_INTERVAL_S = 300.0
 REAP_EVERY_S = 30.0
 FIRST_RUN_WITHIN_S = 0.5
+STATUS_TELL_S = 10.0
 FIRST_PAUSE_S = 0.25
 
 _NO_REASON = "Maintenance mode is enabled for this {}, but no reason was provided. This is a default message."
@@ -133,6 +135,7 @@ class LocalAgent:
         self._port_is_busy = port_is_busy or port_is_busy_here
         self._wall = wall
         self._files = Files(data_dir)
+        self._statuses = _log.RateLimited(log, STATUS_TELL_S)
         self._tasks = Tasks("agent.checks")
         self._changing = asyncio.Lock()
         self._started = asyncio.Event()
@@ -519,6 +522,7 @@ class LocalAgent:
             return
         check.row = row._replace(status=status, output=output)
         if status != row.status:
+            self._tell_status(check, was=row.status)
             check.critical_since = time.monotonic() if status == CRITICAL else None
             if check.output_timer is not None:
                 check.output_timer.cancel()
@@ -532,6 +536,13 @@ class LocalAgent:
             self._changed()
         elif check.output_timer is None:
             check.output_timer = loop.call_at(check.quiet_until, self._announce_output, check)
+
+    def _tell_status(self, check: LocalCheck, *, was: str) -> None:
+        """One line for each change, without the output, which may hold anything; few for a check that flaps."""
+        row = check.row
+        level, service = "info" if row.status == PASSING else "warn", {"service": row.service_id}
+        fields = {"check": row.id, **(service if row.service_id else {}), "status": row.status, "was": was}
+        self._statuses.write(level, "check changed", f"{row.id} {row.status}", fields)
 
     def _announce_output(self, check: LocalCheck) -> None:
         check.output_timer = None

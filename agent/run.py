@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -26,7 +27,7 @@ from rostra import __version__
 from rostra.agent.config import Config, ConfigErrors, load
 from rostra.agent.core_process import CoreProcess
 from rostra.runtime import log as logging
-from rostra.wire.errors import Conflict, NoLeader, RostraError
+from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
 
 if TYPE_CHECKING:
     from rostra.agent.servers import ServerAddress
@@ -140,7 +141,10 @@ def _run(config: Config) -> int:
     lock = _lock(config)
     pid_file = Path(config.pid_file) if config.pid_file else None
     if pid_file is not None:
-        pid_file.write_text(f"{os.getpid()}\n")
+        try:
+            pid_file.write_text(f"{os.getpid()}\n")
+        except OSError as e:
+            raise BadRequest(f"cannot write the pid file {pid_file}: {e.strerror}; change it with -pid-file") from None
     _raise_fd_limit()
     core: CoreProcess | None = None
     if config.server or config.dev:
@@ -309,6 +313,7 @@ class RunningAgent:
             session=session,
             started=time.time(),
             default_allow=config.intentions_default_allow,
+            force_leave=self._force_leave,
         )
         self._gauges(metrics, session, results)
 
@@ -323,6 +328,8 @@ class RunningAgent:
         self._ends.append(("background tasks", lambda: self._tasks.stop(0.5)))
         self._ends.append(("http", lambda: http.close(0.3)))
         own_address = await self._listen_http(http)
+        if not config.dev:
+            await self._open_join_port()
         if self._core is not None:
             self._tasks.start("core", self._core.keep(lambda: None))
         self._tasks.start("session with a server", session.run())
@@ -387,8 +394,8 @@ class RunningAgent:
         agent.parts["sidecars"] = sidecars
         await sidecars.start()
         self._ends.append(("sidecars", sidecars.stop))
-        if not config.dev:
-            self._tasks.start("join port", self._join_port())
+        if self._core is not None and not config.dev and (config.retry_join or config.start_join):
+            self._tasks.start("tell the core where to join", self._tell_core_where())
         gc.collect()
         gc.freeze()
         # A collection is a step of the loop that walks all young objects: 300 parked watchers have 40,000 (8 ms). What
@@ -499,6 +506,9 @@ class RunningAgent:
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
+    async def _force_leave(self, node: str, prune: bool) -> None:
+        await self._session.act("member.force-leave", {"name": node, "prune": prune})
+
     def _connected(self) -> None:
         self._tasks.start("learn the servers", self._learn_servers())
 
@@ -514,8 +524,8 @@ class RunningAgent:
                 text = json.dumps([{k: r[k] for k in ("host", "port", "key_hash")} for r in rows])
                 await asyncio.to_thread(write_if_changed, Path(self.config.data_dir) / "servers.json", text.encode())
 
-    async def _join_port(self) -> None:
-        """Answer probes and joins on 8301; on servers, tell the core whom our own join addresses name."""
+    async def _open_join_port(self) -> None:
+        """Answer probes and joins on 8301. Raises Conflict: a node that cannot be probed would be declared failed."""
         from rostra.agent.join import AgentInfo, JoinListener, ServerAddress
 
         if self._identity is None:
@@ -544,15 +554,11 @@ class RunningAgent:
         try:
             await listener.start(config.bind_addr, config.join_port)
         except OSError as e:
-            log.err(
-                "cannot listen for joins and probes; change it with -serf-lan-port or ports.serf_lan",
-                address=f"{config.bind_addr}:{config.join_port}",
-                error=e.strerror,
-            )
-            return
+            raise Conflict(
+                f"cannot listen for joins and probes on {config.bind_addr}:{config.join_port}: "
+                f"{_in_the_way(e, '-serf-lan-port or ports.serf_lan', '-bind')}"
+            ) from None
         self._ends.append(("join port", listener.stop))
-        if self._core is not None and (self.config.retry_join or self.config.start_join):
-            await self._tell_core_where()
 
     async def _tell_core_where(self) -> None:
         from rostra.agent.join import discover
@@ -581,17 +587,16 @@ class RunningAgent:
                     reach = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound)
                     own = own or f"http://[{reach}]:{port}" if ":" in reach else own or f"http://{reach}:{port}"
             except OSError as e:
-                raise Conflict(
-                    f"cannot listen for HTTP on {host}:{config.http_port}: {os.strerror(e.errno) if e.errno else e}; "
-                    "change it with -http-port or ports.http"
-                ) from None
+                place = host if host.startswith("unix://") else f"{host}:{config.http_port}"
+                flags = (
+                    ("addresses.http", "addresses.http") if host == place else ("-http-port or ports.http", "-client")
+                )
+                raise Conflict(f"cannot listen for HTTP on {place}: {_in_the_way(e, *flags)}") from None
         return own
 
     # -- what configuration files register -----------------------------------------------------------------------
 
     async def _register_from_files(self, local: Any) -> None:
-        from rostra.wire.errors import BadRequest
-
         for definition in self.config.services:
             try:
                 await local.register_service(definition.value, from_file=True)
@@ -607,6 +612,12 @@ class RunningAgent:
         metrics.gauge("session.connected", lambda: int(session.connected))
         metrics.gauge("session.reconnects", lambda: session.reconnects)
         metrics.gauge("runtime.rss_bytes", _rss_bytes)
+
+
+def _in_the_way(error: OSError, port_flag: str, address_flag: str) -> str:
+    """Why an address cannot be listened on, and what changes that."""
+    reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    return f"{reason}; change it with {address_flag if error.errno == errno.EADDRNOTAVAIL else port_flag}"
 
 
 def _rss_bytes() -> float:

@@ -30,6 +30,8 @@ log = get("servers")
 
 #: Consul's rpc_hold_timeout: how long a request waits for a server that can answer it.
 HOLD_S = 7.0
+#: What a barrier gets at least, however long those who share it have waited for the one before.
+ASK_MIN_S = 0.5
 DIAL_S = 3.0
 PING_EVERY_S = 0.5
 #: With PING_EVERY_S, how long a cut cable can go unnoticed; writes are promised again 1.5 s after it.
@@ -86,6 +88,8 @@ class ServerSession:
         self._left: ServerAddress | None = None  # the server of the last session: tried last
         self.last_error = ""
         self.reconnects = 0
+        self._quiet = RateLimited(log, REFUSED_TELL_S)
+        self._leaderless = False  # the server that was left last knew no leader, and none has since
 
     # -- the port ---------------------------------------------------------------------------------------------
 
@@ -127,6 +131,8 @@ class ServerSession:
             caller = await self._connected_by(deadline)
             try:
                 return await _by(self._read(caller, kind, args, min_index, token), deadline)
+            except Timeout:
+                raise NoLeader from None
             except Lost:
                 if time.monotonic() >= deadline:
                     raise
@@ -261,7 +267,10 @@ class ServerSession:
         self.reconnects += 1
         self._forget()
         self._changed.set()
-        log.info("connected to a server", server=str(address), name=server.get("name", ""))
+        # One that knows no leader is left after some seconds and perhaps found again: not news each time.
+        (self._quiet if self._leaderless else log).info(
+            "connected to a server", server=str(address), name=server.get("name", "")
+        )
         for callback in self.on_connected:
             callback()
         led = self._loop.time()
@@ -279,8 +288,14 @@ class ServerSession:
                 now = self._loop.time()
                 if known_leader or address.path:
                     led = now
+                    if self._leaderless:
+                        self._leaderless = False
+                        log.info("the servers have a leader again", server=str(address))
                 elif now - led > LEADERLESS_S:
-                    log.warn("the server knows no leader, trying another", server=str(address))
+                    self._leaderless = True
+                    self._quiet.warn(
+                        "the server knows no leader, trying another", key=str(address), server=str(address)
+                    )
                     return
                 try:
                     async with asyncio.timeout(PING_EVERY_S):
@@ -298,6 +313,7 @@ class ServerSession:
     async def _dial(self, address: ServerAddress) -> tuple[FrameConnection, dict[str, Any]]:
         connection = FrameConnection(frame_bytes_max=ANSWER_FRAME_BYTES_MAX)
         first: asyncio.Future[bytes] = self._loop.create_future()
+        first.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
         connection.on_frame = lambda payload: None if first.done() else first.set_result(payload)
         connection.on_lost = lambda reason: None if first.done() else first.set_exception(ConnectionError(reason))
         try:
@@ -318,8 +334,6 @@ class ServerSession:
                 return connection, check_hello(await first)
         except (OSError, ssl.SSLError, TimeoutError, ValueError, OverflowError) as e:  # the last two: no address at all
             connection.abort("dial failed")
-            if first.done() and not first.cancelled():
-                first.exception()
             raise NoLeader(explain(e)) from None
         except BaseException:
             connection.abort("refused")
@@ -329,14 +343,15 @@ class ServerSession:
         for callback in self._touched:
             callback(0, None)
 
-    async def ask_barrier(self, mode: str) -> Barrier:
-        """One barrier of its own; `_SharedBarrier` shares it."""
-        deadline = time.monotonic() + HOLD_S
+    async def ask_barrier(self, mode: str, deadline: float) -> Barrier:
+        """One barrier of its own; `_SharedBarrier` shares it. NoLeader at `deadline` (monotonic seconds)."""
         while True:
             caller = await self._connected_by(deadline)
             since = self._since
             try:
                 index, packed, known, contact_ms = await _by(caller.call("barrier", mode, since), deadline)
+            except Timeout:
+                raise NoLeader from None
             except Lost:
                 if time.monotonic() >= deadline:
                     raise
@@ -359,12 +374,14 @@ class _SharedBarrier:
     def __init__(self, session: ServerSession, mode: str) -> None:
         self._session, self._mode = session, mode
         self._next: asyncio.Future[Barrier] | None = None
+        self._next_since = 0.0  # when the first of those who wait for it came
         self._task: asyncio.Task[Any] | None = None
 
     def join(self) -> asyncio.Future[Barrier]:
         future = self._next
         if future is None:
             future = self._next = asyncio.get_running_loop().create_future()
+            self._next_since = time.monotonic()
             future.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
             if self._task is None or self._task.done():
                 self._task = self._session._spawn(self._work())
@@ -373,8 +390,10 @@ class _SharedBarrier:
     async def _work(self) -> None:
         while self._next is not None:
             future, self._next = self._next, None
+            # Who waited for the end of the last one has used up that part of his time.
+            deadline = max(self._next_since + HOLD_S, time.monotonic() + ASK_MIN_S)
             try:
-                barrier = await self._session.ask_barrier(self._mode)
+                barrier = await self._session.ask_barrier(self._mode, deadline)
             except RostraError as e:
                 future.set_exception(e)
             except BaseException:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FULL_EVERY_S = 60.0
 RETRY_S = 15.0
+BEHIND_TELL_S = 10.0  # while there is no leader, it is tried again every second
 SERF_HEALTH = "serfHealth"
 SERVERS_SERVICE = "consul"
 _AT_ONCE = 16  # writes on their way at the same time
@@ -206,6 +207,7 @@ class Sync:
         self._tasks = Tasks("agent.sync")
         self._removers: list[Callable[[], None]] = []
         self._refused: dict[str, str] = {}  # step -> the refusal that was logged
+        self._behind = _log.RateLimited(log, BEHIND_TELL_S)
 
     async def start(self) -> None:
         self._removers.append(self._local.on_change(self.trigger))
@@ -249,7 +251,7 @@ class Sync:
                     pause_s = None if is_done else self._retry_pause_s()
                     await self._sleep(pause_s)
             except RostraError as error:
-                log.warn("the catalog could not be brought up to date, trying again", error=error.message)
+                self._behind.warn("the catalog could not be brought up to date, trying again", error=error.message)
                 self._full_due = True
                 await self._sleep(min(1.0, self._retry_pause_s()))
             except Exception as error:  # a defect here must not leave the catalog stale for ever
@@ -297,6 +299,7 @@ class Sync:
         except Exception as error:  # a row that cannot even be sent must not keep the others from the catalog
             log.err("a registration cannot be written", what=step.what, exc_info=error)
             return True
+        log.debug("wrote to the catalog", what=step.what)
         if self._refused.pop(step.what, None) is not None:
             log.info("the servers accept a registration that they refused before", what=step.what)
         return False

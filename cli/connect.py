@@ -47,22 +47,9 @@ def _proxy(argv: list[str]) -> int:
 
 
 def _proxy_help() -> str:
-    return """Usage: rostra connect proxy -sidecar-for ID [options]
+    from rostra.connect_proxy import run
 
-  Runs the built-in proxy of a service instance until it is interrupted.
-
-  -sidecar-for=<string>
-     ID of the service on the local agent whose sidecar this is.
-
-  -http-addr=<string>
-     Address of the agent: host:port, http://… or unix://PATH. Also CONSUL_HTTP_ADDR.
-
-  -token=<string>
-     ACL token. Also CONSUL_HTTP_TOKEN.
-
-  -log-level=<string>
-     trace, debug, info, warn or error.
-"""
+    return run.USAGE
 
 
 COMMANDS = {

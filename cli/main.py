@@ -15,6 +15,7 @@ _NOUNS = {
     "agent": "Runs a Rostra agent",
     "catalog": "Interact with the catalog",
     "connect": "Interact with the service mesh",
+    "force-leave": "Marks a failed node as left",
     "info": "Provides debugging information for operators",
     "intention": "Interact with service intentions",
     "keygen": "Generates a new cluster secret",
@@ -27,7 +28,7 @@ _NOUNS = {
 }
 _NOT_YET = frozenset(
     """
-    acl config debug event exec force-leave join keyring leave lock login logout maint monitor operator reload rtt
+    acl config debug event exec join keyring leave lock login logout maint monitor operator reload rtt
     snapshot tls watch
     """.split()  # noqa: SIM905
 )
@@ -69,7 +70,7 @@ def _run_noun(noun: str, words: list[str]) -> int:
 
     from rostra.cli.command import Command, Failed, HelpWanted, UsageError, did_you_mean, help_text, parse
 
-    module = importlib.import_module(f"rostra.cli.{noun}")
+    module = importlib.import_module(f"rostra.cli.{noun.replace('-', '_')}")
     commands: dict[str, Command] = module.COMMANDS
     name, rest = _choose(commands, words)
     title = f"rostra {noun} {name}".rstrip()

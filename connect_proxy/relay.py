@@ -79,6 +79,7 @@ class Link:
         "bytes_down",
         "bytes_up",
         "deadline_s",
+        "has_spoken",
         "is_relaying",
         "marked_bytes",
         "policy",
@@ -96,6 +97,7 @@ class Link:
         self._dialled: Side | None = None  # the side whose connect() has not been answered
         self._dialled_at: Dial | None = None
         self._host = ""
+        self.has_spoken = False  # the other end sent at least one byte
         self._is_handshaking = False
         self._step_queued = self._up_queued = self._down_queued = False
         self._plain_in = self._secure_in = False  # may have bytes for us: an edge came and EAGAIN has not
@@ -366,6 +368,7 @@ class Link:
         if not count:
             self._handshake_failed(TlsError("hung_up", "the peer closed the connection during the handshake"))
             return
+        self.has_spoken = True
         self._tls.feed(scratch[:count])
         try:
             is_done = self._tls.handshake()

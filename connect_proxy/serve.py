@@ -167,7 +167,11 @@ class Proxy:
         self._apply_upstreams(snapshot, is_renamed=old is not None and old.trust_domain != snapshot.trust_domain)
         self._apply_listeners(snapshot)
         if old is None:
-            self.log.info("ready", proxy=snapshot.proxy_id, service=snapshot.service, upstreams=len(snapshot.upstreams))
+            about = {"proxy": snapshot.proxy_id, "service": snapshot.service, "upstreams": len(snapshot.upstreams)}
+            if all(listener.bound for listener in self._listeners.values()):
+                self.log.info("ready", **about)
+            else:
+                self.log.warn("running without all listeners", **about)
         return True
 
     def _apply_upstreams(self, snapshot: ProxySnapshot, *, is_renamed: bool) -> None:
@@ -262,7 +266,8 @@ class Proxy:
     def handshake_failed(self, link: Link, error: TlsError) -> None:
         self.counters.handshake_failures[error.reason] += 1
         if isinstance(link.policy, InboundPolicy):
-            self.log.limited("info", "handshake failed", error.reason, reason=error.reason, error=error)
+            level = "info" if link.has_spoken else "debug"  # our own TCP check connects and says nothing
+            self.log.limited(level, "handshake failed", error.reason, reason=error.reason, error=error)
 
     def _inbound_refused(self, certificate: PeerCertificate, reason: str, decision: Decision | None) -> None:
         self.counters.denied += 1

@@ -35,6 +35,10 @@ class AgentError(Exception):
     """The agent did not answer as hoped; the message is for the operator."""
 
 
+class Gone(AgentError):
+    """The agent does not know the proxy, or not any more."""
+
+
 class Unreachable(AgentError):
     """No agent answers there."""
 
@@ -205,6 +209,7 @@ class AgentSource:
         self._read_token = read_token
         self._hash = ""
         self._complaint = ""
+        self._is_gone = False  # the last answer was that nobody knows this proxy
 
     def start(self, failed: Callable[[str], None]) -> threading.Thread:
         """`failed` is called, on that thread, when there is no sense in going on."""
@@ -267,6 +272,7 @@ class AgentSource:
                 raise AgentError(f"the agent's snapshot cannot be used: {error}") from None
             self._use(snapshot)
         self._hash = new_hash
+        self._is_gone = False
         if self._complaint:
             self._complaint = ""
             self._log.info("the agent answers again", agent=self._client.address)
@@ -282,12 +288,13 @@ class AgentSource:
                 self._client.token = self._read_token()
             except OSError as error:
                 text += f" (and the token file cannot be read: {error.strerror})"
-        raise AgentError(f"the agent answered {answer.status}: {text}")
+        raise (Gone if answer.status == 404 else AgentError)(f"the agent answered {answer.status}: {text}")
 
     def _complain(self, error: AgentError) -> None:
         text = str(error)
-        if text == self._complaint:
-            return
+        was_gone, self._is_gone = self._is_gone, isinstance(error, Gone)
+        if text == self._complaint or (self._is_gone and not was_gone):
+            return  # whose service was deregistered is stopped by the agent in a moment
         self._complaint = text
         going_on = "with the last snapshot" if self._hash else "asking again until it answers"
         self._log.warn("no snapshot from the agent", error=text, going_on=going_on)

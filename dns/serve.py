@@ -338,11 +338,11 @@ class _BindError(Exception):
         super().__init__(str(error))
         self.error = error
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.line = f"DNS cannot listen on {where}/{transport}: {error.strerror}; " + (
-            "a port below 1024 needs CAP_NET_BIND_SERVICE"
-            if error.errno == errno.EACCES
-            else "choose another port with -dns-port or ports.dns (-1 turns DNS off)"
-        )
+        what_to_do = {
+            errno.EACCES: "a port below 1024 needs CAP_NET_BIND_SERVICE",
+            errno.EADDRNOTAVAIL: "choose another address with -client or addresses.dns",
+        }.get(error.errno or 0, "choose another port with -dns-port or ports.dns (-1 turns DNS off)")
+        self.line = f"DNS cannot listen on {where}/{transport}: {error.strerror}; {what_to_do}"
 
 
 def _bind_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:

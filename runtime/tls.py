@@ -289,6 +289,14 @@ def explain(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused: nothing listens there"
+    if isinstance(error, ConnectionResetError | BrokenPipeError) and (not text or error.errno):
+        # Who does not trust our certificate mostly just goes; so do port scans and TCP checks.
+        return (
+            "the peer closed the connection during the TLS handshake: a scan or a TCP check, or it does not trust our"
+            " certificate (is `encrypt` the same on both nodes?)"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
     return text or type(error).__name__
 
 

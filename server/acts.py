@@ -1,8 +1,9 @@
 """The short list of things that agents ask of a server and that are not log entries.
 
 Each takes (peer, arguments) and answers a msgpack value or raises RostraError; KeyError, TypeError and ValueError mean
-that the arguments were malformed. Session renewal and what followers hear belong to the leader and are passed on to it.
-Certificates of nodes are for the key that TLS has proved and for the name that is bound to it, never for what is asked.
+that the arguments were malformed. What only the leader can do (session renewal, what followers hear, force-leave) is
+passed on to it. Certificates of nodes are for the key that TLS has proved and for the name that is bound to it, never
+for what is asked.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Acts:
             "ping": self.ping,
             "heard": self.heard,
             "session.renew": self.renew_session,
+            "member.force-leave": self.force_leave,
             "connect.sign": self.sign_leaf,
             "node.certificate": self.node_certificate,
             "node.report": self.node_report,
@@ -82,18 +84,38 @@ class Acts:
     async def renew_session(self, peer: Peer, args: dict[str, Any]) -> Any:
         """{id} -> the session's row, or None where there is none."""
         session_id = _text(args, "id", 255)
+
+        async def renew() -> Any:
+            row = self._leader.renew(session_id)
+            return None if row is None else tuple(row)
+
+        return await self._at_leader("session.renew", {"id": session_id}, renew, answer_s=2.0)
+
+    async def force_leave(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{name, prune: bool}: an operator says that this node is gone for good."""
+        name, prune = _text(args, "name", 128), args["prune"] is True
+
+        async def leave() -> Any:
+            await self._leader.force_leave(name, prune=prune)
+            return ()
+
+        return await self._at_leader("member.force-leave", {"name": name, "prune": prune}, leave, answer_s=6.0)
+
+    async def _at_leader(
+        self, kind: str, args: dict[str, Any], here: Callable[[], Awaitable[Any]], *, answer_s: float
+    ) -> Any:
+        """What the leader answers, be it this server or another; it may be asked again, so `here` bears repetition."""
         deadline = time.monotonic() + HOLD_S
         while True:
             try:
                 if self._node.is_leader:
                     await self._node.leader_index("default")
-                    row = self._leader.renew(session_id)
-                    return None if row is None else tuple(row)
+                    return await here()
                 leader_id = self._node.leader_id
                 other = self._peer(leader_id) if leader_id else None
                 if other is not None:
-                    async with asyncio.timeout(2.0):
-                        return await other.call("act", "session.renew", {"id": session_id})
+                    async with asyncio.timeout(answer_s):
+                        return await other.call("act", kind, args)
             except (NoLeader, TimeoutError):
                 pass
             if time.monotonic() >= deadline:

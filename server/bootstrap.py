@@ -408,7 +408,8 @@ class Founder:
             obstacle("another server has this server's identity", level="err", address=self.twin, hint=hint)
         if (found := self.existing) is not None:
             obstacle(
-                "a cluster exists already, this server does not found another: it must be added by an operator",
+                "a cluster exists already, this server does not found another, and this version cannot add one: start"
+                " it with the data directory that it had, or as a client agent",
                 cluster=found.cluster_id,
                 server=found.info.name,
                 address=found.address or found.info.host_port,

@@ -231,14 +231,20 @@ class Endpoint:
                 message = check_hello(await first)
             await self._serve(connection, peer, message)
         except RostraError as e:
-            self._reject(where, e.message)
+            if isinstance(e, NoLeader):
+                self._rejects.info("a node has to wait", key=peer.name, node=peer.name, peer=where, reason=e.message)
+            else:
+                self._reject(where, e.message)
             connection.send(hello_error(e))
             connection.close()
         except TimeoutError:
             self._reject(where, "no hello in time")
             connection.abort("no hello")
         except ConnectionError as e:
-            self._reject(where, f"no hello: {e}")
+            if peer.local:
+                log.debug("a connection to the local socket ended without a hello")  # an agent looked whether we live
+            else:
+                self._reject(where, f"no hello: {e}")
             connection.abort("no hello")
         except BaseException:
             connection.abort("failed")

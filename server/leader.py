@@ -15,11 +15,11 @@ from typing import Any
 
 from rostra.runtime.log import RateLimited, get
 from rostra.server.node import ServerNode
-from rostra.server.state.catalog import Register
-from rostra.server.state.cluster import SetMemberStatus, StateHash
+from rostra.server.state.catalog import Deregister, Register
+from rostra.server.state.cluster import ForgetNode, SetMemberStatus, StateHash
 from rostra.server.state.rows import MemberRow, SessionRow
 from rostra.server.state.session import ExpireSession, RenewSessions
-from rostra.wire.errors import NoLeader, RostraError, Timeout
+from rostra.wire.errors import Conflict, NoLeader, NotFound, RostraError, Timeout
 
 log = get("leader")
 
@@ -120,6 +120,31 @@ class Leader:
         self._renewed[session_id] = None
         return row
 
+    async def force_leave(self, name: str, *, prune: bool) -> None:
+        """Mark a node that is gone as left and take it out of the catalog; with `prune`, free its name.
+
+        Raises NotFound, and Conflict for what is not gone. Repeating it is harmless. Who comes back is alive again.
+        """
+        node = self._node
+        tables = node.store.tables
+        member = tables.members.get(name)
+        if member is None:
+            raise NotFound(f"no member is called {name!r}")
+        if member.role == "server":
+            raise Conflict(f"{name!r} is a server of this cluster: this version cannot remove servers")
+        if member.status == "alive":
+            is_heard = time.monotonic() - self._heard.get(name, float("-inf")) < SILENT_S
+            if is_heard or await self._probe(member):
+                raise Conflict(f"node {name!r} ({member.address}) is alive: stop its agent first")
+        self._heard.pop(name, None)
+        await node.own_write(SetMemberStatus(name=name, status="left", key_hash=member.key_hash), hold_s=2)
+        listed = tables.nodes.get(tables.node_name(name))
+        if listed is not None and listed.id in ("", member.node_id):
+            await node.own_write(Deregister(node=listed.name), hold_s=2)
+        if prune:
+            await node.own_write(ForgetNode(name=name), hold_s=2)
+        log.info("node was made to leave", node=name, pruned=prune)
+
     async def run(self) -> None:
         while True:
             try:
@@ -195,7 +220,7 @@ class Leader:
             if now < self._refused_until.get(member.name, 0.0):
                 continue
             with self._refusals_of(member):
-                if member.status == "failed" and now - self._heard.get(member.name, 0.0) < 1.0:
+                if member.status != "alive" and now - self._heard.get(member.name, float("-inf")) < 1.0:
                     await self._mark(member, "alive")
                 elif member.status == "alive" and not self._is_registered(member):
                     await self._register(member, alive=True)

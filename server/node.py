@@ -96,7 +96,8 @@ class ServerNode:
                 self.lock_delays[effect[1]] = now + effect[2] / 1000
             elif what == "state-differs":
                 log.err(
-                    "this server's state differs from the leader's: stop it, remove its data, and let it join anew",
+                    "this server's state differs from the leader's: stop it and keep its data directory for whoever"
+                    " looks into it; a majority of the others goes on without it",
                     index=effect[1],
                     leader=f"{effect[2]:016x}",
                     here=f"{effect[3]:016x}",

@@ -52,6 +52,7 @@ async def ask(
     loop = asyncio.get_running_loop()
     connection = FrameConnection()
     first: asyncio.Future[bytes] = loop.create_future()
+    first.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
     connection.on_frame = lambda payload: None if first.done() else first.set_result(payload)
     connection.on_lost = lambda reason: None if first.done() else first.set_exception(ConnectionError(reason))
     try:
@@ -68,8 +69,6 @@ async def ask(
             return connection, await first, shown
     except (OSError, ssl.SSLError, TimeoutError, ValueError, OverflowError) as e:  # the last two: no address at all
         connection.abort("dial failed")
-        if first.done() and not first.cancelled():
-            first.exception()
         raise NoLeader(f"cannot reach {host}:{port}: {explain(e)}") from None
     except BaseException:
         connection.abort("refused")
@@ -107,15 +106,15 @@ class Peers:
         return connection
 
     async def _keep(self, member: Member) -> None:
-        told = False
+        told = ""
         while True:
             try:
                 await self._session(member)
-                told = False
+                told = ""
             except RostraError as e:
-                if not told:
+                if told != e.message:
                     log.warn("server is not reachable, trying again", server=member.name, error=e.message)
-                    told = True
+                    told = e.message
             self._callers.pop(member.id, None)
             await asyncio.sleep(RETRY_S)
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import resource
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -55,6 +57,9 @@ CERTIFICATE_RETRY_S = 1.0
 #: A refused node comes again and again; it is answered from memory for this long.
 REFUSED_S = 1.0
 REFUSED_MAX = 1024
+#: Where a development server keeps its identity; younger directories may not have taken their lock yet.
+DEV_PREFIX = "rostra-dev-"
+STALE_S = 60.0
 
 
 class UnusableData(Conflict):
@@ -85,7 +90,7 @@ class Core:
         if s.data_dir:
             directory = Path(s.data_dir)
         else:
-            self._temporary = Path(tempfile.mkdtemp(prefix="rostra-dev-"))
+            self._temporary = Path(tempfile.mkdtemp(prefix=DEV_PREFIX))
             directory = self._temporary
         self._directory = directory
         self._lock = DataDirectory.lock(directory / "server")
@@ -145,6 +150,8 @@ class Core:
         self._steps.start()
         self._tasks.start("join the cluster", self._join())
         self._tasks.start("own certificate", self._keep_certificate())
+        if self._temporary is not None:
+            self._tasks.start("remove stale directories", asyncio.to_thread(remove_stale, self._temporary.parent))
         return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
 
     async def stop(self) -> None:
@@ -523,6 +530,24 @@ def _of(name: str) -> str:
     return f"node name {name!r}"
 
 
+def remove_stale(where: Path) -> None:
+    """Remove the directories of this user's development servers that ended without a chance to do it themselves."""
+    for directory in where.glob(f"{DEV_PREFIX}*"):
+        try:
+            about = directory.lstat()
+            if (
+                not stat.S_ISDIR(about.st_mode)
+                or about.st_uid != os.geteuid()
+                or time.time() - about.st_mtime < STALE_S
+            ):
+                continue
+            if (directory / "server").exists():
+                DataDirectory.lock(directory / "server").release()  # raises where its server lives
+            shutil.rmtree(directory, ignore_errors=True)
+        except (OSError, RostraError):
+            continue
+
+
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
     """What is wrong in here is wrong with the data."""
@@ -545,9 +570,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as e:
         listener.close()
-        raise Conflict(
-            f"cannot listen for RPC on {host}:{port}: {e.strerror}; change it with -server-port or ports.server"
-        ) from None
+        flag = "-bind" if e.errno == errno.EADDRNOTAVAIL else "-server-port or ports.server"
+        raise Conflict(f"cannot listen for RPC on {host}:{port}: {e.strerror}; change it with {flag}") from None
     return listener
 
 

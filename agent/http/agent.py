@@ -3,7 +3,7 @@
 Statuses and texts are Consul's 1.8, also where they are odd: deregistering what is not there succeeds, a check that is
 no TTL check is a 500. Long polls on one service or one proxy wait for another content hash (`?hash=`), the leaf for
 another index. Parts that have no field in `Agent` hang in `agent.parts`: `proxies` (ProxyConfigs), `default_allow`, and
-the coroutine functions `leave()`, `reload()`, `join(address)`, `force_leave(node)`.
+the coroutine functions `leave()`, `reload()`, `join(address)`, `force_leave(node, prune)`.
 """
 
 from __future__ import annotations
@@ -579,7 +579,11 @@ async def join(request: Request, agent: Agent) -> Response:
 
 
 async def force_leave(request: Request, agent: Agent) -> Response:
-    return await _by_hand(agent, "force_leave", request.params["node"])
+    node = request.require("node", "Missing node name")
+    try:
+        return await _by_hand(agent, "force_leave", node, request.query.has("prune"))
+    except NotFound:
+        raise HttpError(500, f"agent: No node found with name '{node}'") from None
 
 
 async def leave(request: Request, agent: Agent) -> Response:
@@ -590,7 +594,7 @@ async def reload(request: Request, agent: Agent) -> Response:
     return await _by_hand(agent, "reload")
 
 
-async def _by_hand(agent: Agent, what: str, *args: str) -> Response:
+async def _by_hand(agent: Agent, what: str, *args: Any) -> Response:
     action: Callable[..., Awaitable[Any]] | None = agent.parts.get(what)
     if action is None:
         raise HttpError(500, f"{what.replace('_', '-')} is not yet available on this agent")

@@ -218,7 +218,8 @@ class HttpServer:
         self._gate.check(method, path, base.remote or "")
         match = self._router.find(raw_path)
         if match is None:
-            return (_moved("/ui/", "") if path == "/" else Response(404)), "unknown"
+            # What Consul answers where its UI is off.
+            return (Response(200, b"Consul Agent") if path == "/" else Response(404)), "unknown"
         if match.redirect:
             return _moved(match.redirect, target), "redirect"
         route = match.routes.get(method)
@@ -226,7 +227,7 @@ class HttpServer:
             return _other_method(method, match), "unknown"
         if "Host" not in base.headers and base.version == (1, 1):
             raise _CloseAfter(400, "400 Bad Request: missing required Host header")
-        body = await _read_body(base, route.body_bytes_max) if base.can_read_body else b""
+        body = await _read_body(base, route) if base.can_read_body else b""
         request = Request(
             method, target, headers=base.headers, body=body, remote=base.remote or "", params=match.params
         )
@@ -505,18 +506,18 @@ def _date_line() -> bytes:
     return _date[2]
 
 
-async def _read_body(base: BaseRequest, bytes_max: int) -> bytes:
+async def _read_body(base: BaseRequest, route: Route) -> bytes:
     length = base.content_length
-    if length is not None and length > bytes_max:
-        raise _too_large(length, bytes_max)
+    if length is not None and length > route.body_bytes_max:
+        raise _too_large(length, route)
     if base.headers.get("Expect", "").lower() == "100-continue" and base.transport is not None:
         base.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     chunks: list[bytes] = []
     size = 0
     while chunk := await base.content.readany():
         size += len(chunk)
-        if size > bytes_max:
-            raise _too_large(size, bytes_max)
+        if size > route.body_bytes_max:
+            raise _too_large(size, route)
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
@@ -532,12 +533,10 @@ def _decoded(raw_path: str) -> str:
     return path
 
 
-def _too_large(size: int, bytes_max: int) -> HttpError:
-    return _CloseAfter(
-        413,
-        f"Request body({size} bytes) too large, max size: {bytes_max} bytes. "
-        "For values of keys see limits.kv_max_value_size.",
-    )
+def _too_large(size: int, route: Route) -> HttpError:
+    text = f"Request body({size} bytes) too large, max size: {route.body_bytes_max} bytes."
+    is_value = route.path.startswith("/v1/kv/")
+    return _CloseAfter(413, f"{text} limits.kv_max_value_size changes it." if is_value else text)
 
 
 def _other_method(method: str, match: Match) -> Response:

@@ -51,7 +51,7 @@ async def put(request: Request, agent: Agent) -> Response:
         flags=_uint(query.get("flags")) if query.has("flags") else 0,
         cas=_uint(query.get("cas")) if query.has("cas") else None,
         acquire=_session(query.get("acquire")) if query.has("acquire") else None,
-        release=_session(query.get("release")) if query.has("release") else None,
+        release=_given(query.get("release")) if query.has("release") else None,
     )
     return _truth(await write(agent.servers, command, request.token))
 
@@ -99,8 +99,14 @@ def _uint(text: str) -> int:
     return int(text)
 
 
+def _given(session: str) -> str:
+    if not session:
+        raise HttpError(500, "missing session")
+    return session
+
+
 def _session(text: str) -> str:
-    if len(text) != _UUID_LENGTH:
+    if len(_given(text)) != _UUID_LENGTH:
         raise HttpError(500, "failed session lookup: index error: UUID must be 36 characters")
     return text
 

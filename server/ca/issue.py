@@ -1,8 +1,9 @@
 """Certificates: the mesh's roots and leaves, the cluster CA and the certificates of nodes.
 
-Functions of their arguments and of fresh keys: time and serial numbers come from the caller (the log). Called by the
-leader. Knows neither where keys are stored nor who may ask. The mesh certificates have the fields of Consul's, so that
-Envoy and clients that look inside find what they expect; `runtime/tls.py` makes the requests.
+Functions of their arguments and of fresh keys: time and serial numbers come from the caller. Called by the leader for
+roots and by every server for leaves and nodes, whose serial numbers are random. Knows neither where keys are stored nor
+who may ask. The mesh certificates have the fields of Consul's, so that Envoy and clients that look inside find what
+they expect; `runtime/tls.py` makes the requests.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
         return False
 
     def _SyncObj__tryLogCompaction(self) -> None:
-        """The core's snapshots lose data (research/raft.md H1, H3, H9, H22). Ours are taken elsewhere."""
+        """The core's own snapshots can lose acknowledged entries, so it takes none."""
 
     def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:
         raise Internal("the core tried to load a snapshot of its own")

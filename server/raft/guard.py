@@ -2,8 +2,7 @@
 
 The core trusts messages to be fresh, in order, unique and of this term. The guard makes it so: it drops what is
 stale, rewrites an append so that only a real conflict truncates the log, clamps commit indexes to what was proved
-equal, and adds term and round to answers. The numbers H1… are those of research/raft.md, where each hazard was
-reproduced. Sans-IO: messages are dicts, sending and the core's door are callables.
+equal, and adds term and round to answers. Sans-IO: messages are dicts, sending and the core's door are callables.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Guard:
             "pre_vote_reply": self._elections.on_pre_vote_reply,
             "stale": self._on_stale,
         }.get(message["type"])
-        if handle is None:  # apply_command, timeout_now, utility lists: not in this house (H17, H20)
+        if handle is None:  # apply_command, timeout_now, utility lists: not in this house
             self.dropped += 1
             return
         handle(peer_id, message)
@@ -75,14 +74,14 @@ class Guard:
         self._round, self._answer_next = message["r"], None
         if "prevLogIdx" in message:
             message = self._only_conflicts(message)
-        else:  # nothing in it says that our log is the leader's (H1)
+        else:  # nothing in it says that our log is the leader's, so it proves no commit
             message = {**message, "commit_index": min(message["commit_index"], core.commit_index())}
         self._is_news = bool(message.get("entries"))
         self._deliver(Node(peer_id), message)
         self._answer_next = None
 
     def _only_conflicts(self, message: Message) -> Message:
-        """The same append without what we have: the core truncates after `prevLogIdx`, whatever comes (H2)."""
+        """The same append without what we have: the core truncates after `prevLogIdx`, whatever comes."""
         journal = self._journal
         first, last = journal.first_index, journal.last_index
         prev, entries = message["prevLogIdx"], message["entries"]
@@ -114,7 +113,7 @@ class Guard:
         }
 
     def _on_answer(self, peer_id: str, message: Message) -> None:
-        if message["term"] != self._core.term() or not self._core.is_leader():  # H10
+        if message["term"] != self._core.term() or not self._core.is_leader():  # the core would count it
             self.dropped += 1
             return
         if not 1 <= message["next_node_idx"] <= self._journal.last_index + 1 or message["r"] > self._replication.round:
@@ -130,14 +129,15 @@ class Guard:
             self.dropped += 1
 
     def _on_vote(self, peer_id: str, message: Message) -> None:
-        if self._elections.takes_vote(peer_id, message):  # H18
+        if self._elections.takes_vote(peer_id, message):  # the core counts votes, not voters
             self._deliver(Node(peer_id), message)
 
     def _on_stale(self, peer_id: str, message: Message) -> None:
         if message["term"] > self._core.term():
             self._core.adopt_term(message["term"])
 
-    def _reply_stale(self, peer_id: str) -> None:  # H13
+    def _reply_stale(self, peer_id: str) -> None:
+        """The core would say nothing, and the sender never learn of the newer term."""
         self._send(peer_id, {"type": "stale", "term": self._core.term()})
 
     # -- out
@@ -150,7 +150,7 @@ class Guard:
         if message["success"]:
             next_index = self._answer_next or next_index
         elif message["reset"]:
-            # What is committed here is the leader's for certain: one round trip instead of a search (H11).
+            # What is committed here is the leader's for certain: one round trip instead of a search.
             next_index = min(next_index, self._core.commit_index() + 1)
         return {**message, "next_node_idx": next_index, "term": self._core.term(), "r": self._round}
 

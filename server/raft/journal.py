@@ -259,7 +259,7 @@ class JournalFile:
         if witness is not None:
             raise DamagedJournal(
                 f"{path} is damaged at byte {found.end}: the record at {witness} proves that it once was whole. "
-                "Nothing was changed. Restore the disk, or remove this server from the cluster and let it join anew"
+                "Nothing was changed. Restore the disk; the other servers go on, but this version cannot replace one"
             )
         if junk:
             found.wiped_bytes = len(junk)

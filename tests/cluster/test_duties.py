@@ -17,10 +17,12 @@ from rostra.server.state.cluster import BindNode
 from rostra.server.state.kv import SetKey
 from rostra.server.state.session import CreateSession, DestroySession, ExpireSession
 from rostra.wire.codec import encode_value
-from rostra.wire.errors import NoLeader
+from rostra.wire.errors import Conflict, NoLeader, NotFound
 from tests.support.cores import Cluster, eventually
 
 pytestmark = pytest.mark.cluster
+
+WEB = {"id": "web", "name": "web", "port": 80}
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +156,78 @@ async def test_a_node_whose_address_is_none_does_not_keep_the_leader_from_its_ot
         session_id = str(uuid.uuid4())
         await node.own_write(CreateSession(id=session_id, node="s1", ttl_ms=50, node_checks=()))
         await eventually(lambda: session_id not in node.store.tables.sessions.rows, timeout_s=3.0)
+
+
+async def test_a_node_made_to_leave_is_left_and_out_of_the_catalog_until_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path) as cluster:
+        core = cluster.leader()
+        assert core is not None
+        tables = core.node.store.tables
+        await enrol(core, "c1")
+        await eventually(lambda: status(core, "c1") == ("alive", "passing"))
+        await core.node.own_write(Register(node="c1", address="127.0.0.1", skip_node_update=True, service=WEB))
+        session = cluster.session(cluster.followers()[0])  # the act is passed on to the leader
+        await session.act("member.force-leave", {"name": "c1", "prune": False})
+        assert tables.members.rows["c1"].status == "left"
+        assert "c1" not in tables.nodes.rows
+        assert ("c1", "web") not in tables.services.rows
+        await session.act("member.force-leave", {"name": "c1", "prune": False})
+        core._leader.heard(["c1"])
+        await eventually(lambda: status(core, "c1") == ("alive", "passing"))
+
+
+async def test_a_pruned_node_is_no_member_and_its_name_is_free(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, _ = server_of(cluster)
+        await enrol(core, "c1")
+        session = cluster.session(core)
+        await session.act("member.force-leave", {"name": "c1", "prune": True})
+        assert "c1" not in node.store.tables.members.rows
+        await node.own_write(BindNode(name="c1", key_hash="another", role="client", address="127.0.0.1"))
+
+
+async def test_who_is_alive_a_server_or_unknown_is_not_made_to_leave(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        session = cluster.session(core)
+        await enrol(core, "c1")
+        leader.heard(["c1"])
+        with pytest.raises(Conflict, match=r"'c1' .* is alive: stop its agent first"):
+            await session.act("member.force-leave", {"name": "c1", "prune": False})
+        with pytest.raises(Conflict, match="'s1' is a server of this cluster: this version cannot remove servers"):
+            await session.act("member.force-leave", {"name": "s1", "prune": True})
+        with pytest.raises(NotFound, match="no member is called 'c9'"):
+            await session.act("member.force-leave", {"name": "c9", "prune": False})
+        assert node.store.tables.members.rows["c1"].status == "alive"
+
+
+async def test_a_node_that_answers_a_probe_is_alive_although_nobody_heard_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, _, leader = server_of(cluster)
+
+        async def probe(member: Any) -> bool:
+            return True
+
+        monkeypatch.setattr(leader, "_probe", probe)
+        await enrol(core, "c1")
+        with pytest.raises(Conflict, match="is alive"):
+            await leader.force_leave("c1", prune=False)
+
+
+async def test_a_catalog_entry_of_another_node_stays_when_a_member_of_its_name_is_made_to_leave(
+    tmp_path: Path,
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        _, node, leader = server_of(cluster)
+        check = {"id": "serfHealth", "name": "x", "status": "passing"}
+        await node.own_write(Register(node="c1", address="10.9.9.9", node_id=str(uuid.uuid4()), checks=(check,)))
+        await node.own_write(BindNode(name="c1", key_hash="c1", role="client", address="x", node_id=str(uuid.uuid4())))
+        await leader.force_leave("c1", prune=False)
+        assert node.store.tables.nodes.rows["c1"].address == "10.9.9.9"
 
 
 async def test_a_quiet_cluster_writes_nothing(tmp_path: Path) -> None:

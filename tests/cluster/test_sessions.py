@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import io
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rostra.agent import servers
 from rostra.agent.results import Results
 from rostra.agent.servers import ServerAddress
+from rostra.runtime import log
+from rostra.server.peers import dial
 from rostra.server.raft.log import RaftLog
 from rostra.server.run import Core
 from rostra.server.state.kv import GetKey, KeyNames, SetKey
-from rostra.wire.errors import NoLeader, RostraError, TooLarge
+from rostra.wire.errors import Denied, NoLeader, RostraError, TooLarge
 from rostra.wire.frames import RPC_FRAME_BYTES_MAX
+from rostra.wire.rpc import hello
 from tests.support.cores import Cluster, eventually
 
 pytestmark = pytest.mark.cluster
@@ -245,3 +252,50 @@ async def test_a_cached_default_read_is_never_older_than_an_acknowledged_write(t
         await asyncio.gather(*tasks)
         assert reads > 500
         assert sum(cache.hits for cache in caches) > 0
+
+
+async def test_reads_without_a_leader_end_in_time_however_many_wait_before_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "HOLD_S", 1.0)
+    async with Cluster(tmp_path) as cluster:
+        session = cluster.session(cluster.followers()[0], "a1")
+        await session.barrier("default")
+        for core in cluster.cores.values():
+            isolate(core)
+        await eventually(lambda: all(core.node.leader_id is None for core in cluster.cores.values()))
+
+        async def refused(after_s: float) -> float:
+            await asyncio.sleep(after_s)
+            began = time.monotonic()
+            with pytest.raises(NoLeader):
+                await session.barrier("default")
+            return time.monotonic() - began
+
+        took = await asyncio.gather(*(refused(0.3 * i) for i in range(8)))
+        assert max(took) < 1.0 + servers.ASK_MIN_S + 0.4
+
+
+async def test_an_agent_that_looks_whether_its_core_lives_is_not_a_rejected_connection(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        told = io.StringIO()
+        log.configure("debug", stream=told)
+        try:
+            _, writer = await asyncio.open_unix_connection(str(cluster.cores["s1"]._socket_path))
+            writer.close()
+            await eventually(lambda: "ended without a hello" in told.getvalue())
+        finally:
+            log.configure("info")
+        assert "rejected a connection" not in told.getvalue()
+
+
+async def test_a_server_with_another_key_than_expected_leaves_no_unseen_exception(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core = cluster.cores["s1"]
+        unseen: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, about: unseen.append(about))
+        with pytest.raises(Denied, match="another key"):
+            await dial("127.0.0.1", core.rpc_port, core._identity.client_context(), hello("peer"), key_hash="0" * 64)
+        gc.collect()
+        await asyncio.sleep(0)
+        assert unseen == []

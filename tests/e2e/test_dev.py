@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from rostra.runtime.identity import generate_secret
 from tests.support.processes import (
     ROSTRA,
     Agent,
@@ -219,6 +220,38 @@ def test_a_port_in_use_is_named_with_the_flag_that_changes_it(
     assert flag in lines[0]
     assert key in lines[0]
     eventually("no process is left", lambda: not processes.left(), 2)
+
+
+def test_a_join_port_in_use_ends_the_agent(processes: Processes) -> None:
+    host = new_host()
+    ports = Ports.free(host)
+    with socket.create_server((host, ports.serf)):
+        agent = processes.agent(
+            "blocked", "-log-level=warn", host=host, ports=ports, data_dir=processes.directory / "d"
+        )
+        assert agent.process.wait(10) == 1
+    assert agent.process.log.splitlines() == [
+        f"rostra agent: cannot listen for joins and probes on {host}:{ports.serf}: Address already in use; "
+        "change it with -serf-lan-port or ports.serf_lan"
+    ]
+
+
+def test_a_pid_file_that_cannot_be_written_is_one_line(processes: Processes) -> None:
+    done = processes.rostra("agent", "-dev", "-pid-file=/does/not/exist.pid")
+    assert (done.status, done.err) == (
+        1,
+        "rostra agent: cannot write the pid file /does/not/exist.pid: No such file or directory; "
+        "change it with -pid-file\n",
+    )
+
+
+def test_an_address_that_this_host_does_not_have_is_named_with_its_flag(processes: Processes) -> None:
+    host = new_host()
+    for flag in ("-bind", "-client"):
+        flags = [*Ports.free(host).flags, f"-bind={host}", f"-client={host}", f"-encrypt={generate_secret()}"]
+        done = processes.rostra("agent", "-dev", "-log-level=error", *flags, f"{flag}=192.0.2.1")
+        assert done.status == 1
+        assert done.err.splitlines()[-1].endswith(f"requested address; change it with {flag}")
 
 
 def test_a_second_agent_on_the_same_data_directory_is_refused_and_the_first_goes_on(processes: Processes) -> None:

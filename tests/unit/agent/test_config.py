@@ -449,3 +449,24 @@ def test_reading_flags_imports_nothing_heavy() -> None:
         env={**os.environ, "PYTHONPATH": str(source)},
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["-dev", "-serf-lan-port=0"], "-serf-lan-port"),
+        (["-data-dir=/x", "-serf-lan-port=-1"], "-serf-lan-port"),
+        (["-server", "-data-dir=/x", "-server-port=0"], "-server-port"),
+        (["-dev", "-server-port=-1"], "-server-port"),
+    ],
+)
+def test_a_port_that_others_have_to_know_is_a_fixed_one(argv: list[str], flag: str) -> None:
+    with pytest.raises(ConfigErrors) as e:
+        load([*argv, "-bind=127.0.0.1"])
+    [problem] = e.value.problems
+    assert str(problem).startswith(f"{flag}: invalid port ")
+    assert "other nodes have to know it" in str(problem)
+
+
+def test_ports_that_only_this_host_asks_for_may_be_any() -> None:
+    load(["-dev", "-server-port=0", "-http-port=0", "-dns-port=0"])

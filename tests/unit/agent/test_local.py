@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import stat
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from rostra.agent.local import LocalAgent, Scripts, ScriptsDisabled
+from rostra.runtime import log
 from rostra.wire.errors import BadRequest, Conflict, NotFound
 from tests.support.local_servers import eventually
 
@@ -355,3 +357,20 @@ async def test_a_bad_definition_changes_nothing(tmp_path: Path) -> None:
             await local.register_service({"Name": "web", "Check": {"HTTP": "http://x"}})
         assert not local.services
     assert not list(tmp_path.rglob("*.json"))
+
+
+async def test_a_check_that_changes_its_status_is_one_line_without_its_output() -> None:
+    told = io.StringIO()
+    log.configure("info", stream=told)
+    try:
+        async with agent() as local:
+            await local.register_service({"Name": "web", "Check": {"TTL": "1h"}})
+            await local.set_ttl_status("service:web", "passing", "secret")
+            await local.set_ttl_status("service:web", "passing", "another")
+            await local.set_ttl_status("service:web", "critical", "secret")
+    finally:
+        log.configure("info")
+    assert [line.split(" ", 1)[1] for line in told.getvalue().splitlines()] == [
+        "[INFO]  agent.local: check changed: check=service:web service=web status=passing was=critical",
+        "[WARN]  agent.local: check changed: check=service:web service=web status=critical was=passing",
+    ]

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from rostra.agent.local import LocalAgent
 from rostra.agent.results import Results
 from rostra.agent.sync import NodeIdentity, Picture, Sync, plan, tags_to_adopt
+from rostra.runtime import log
 from rostra.server.state.catalog import Deregister, NodeServices, Register
 from rostra.server.state.health import NodeChecks
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
-from rostra.wire.errors import Denied
+from rostra.wire.errors import Denied, NoLeader
 from tests.support.local_servers import LocalServers, eventually
 
 NODE_ID = "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
@@ -201,3 +205,24 @@ async def test_a_refused_registration_does_not_hold_up_the_others_and_is_tried_a
         assert "old" in w.services()
         w.servers.refuse.clear()
         await eventually(lambda: set(w.services()) == {"new"})
+
+
+async def test_while_there_is_no_leader_it_is_told_once_and_not_at_every_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told, attempts = io.StringIO(), []
+    log.configure("warn", stream=told)
+    try:
+        async with world() as w:
+            await eventually(lambda: ("",) in w.servers.rows(NodeServices("n")))
+
+            async def write(command: Any, **_: Any) -> None:
+                attempts.append(command)
+                raise NoLeader
+
+            monkeypatch.setattr(w.servers, "write", write)
+            await w.local.register_service({"Name": "web"})
+            await eventually(lambda: len(attempts) >= 4)
+            assert told.getvalue().count("the catalog could not be brought up to date") == 1
+    finally:
+        log.configure("info")

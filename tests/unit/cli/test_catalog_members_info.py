@@ -39,6 +39,23 @@ def test_members_detailed_and_by_status(rostra_cli: Any, agent: Any) -> None:
     assert "is not a regular expression" in rostra_cli("members", "-status=(").err
 
 
+def test_force_leave_names_one_node_and_may_prune_it(rostra_cli: Any, agent: Any) -> None:
+    agent.on("PUT", "/v1/agent/force-leave/a/b", b"")
+    assert rostra_cli("force-leave", "a/b") == (0, "", "")
+    assert agent.asked[-1].query == {}
+    assert agent.asked[-1].target.endswith("/a%2Fb")
+    assert rostra_cli("force-leave", "-prune", "a/b") == (0, "", "")
+    assert agent.asked[-1].query == {"prune": "1"}
+    agent.on("PUT", "/v1/agent/force-leave/c1", b"node 'c1' (10.0.0.1) is alive: stop its agent first", status=409)
+    assert rostra_cli("force-leave", "c1") == (
+        1, "", "Error force leaving: Unexpected response code: 409 (node 'c1' (10.0.0.1) is alive: "
+        "stop its agent first)\n",
+    )  # fmt: skip
+    for words in ((), ("a", "b")):
+        done = rostra_cli("force-leave", *words)
+        assert (done.status, done.err) == (1, "A single node name must be specified to force-leave\n")
+
+
 def test_nodes(rostra_cli: Any, agent: Any) -> None:
     agent.on("GET", "/v1/catalog/nodes", NODES)
     assert rostra_cli("catalog", "nodes").out == (

@@ -80,3 +80,10 @@ def test_validate_tells_one_problem_in_one_line_and_several_in_several(
     ]
     assert rostra_cli("validate").err == "Must specify at least one config file or directory\n"
     assert "No such file or directory" in rostra_cli("validate", "gone.hcl").err
+
+
+def test_the_help_of_the_proxy_names_all_its_flags(rostra_cli: Any) -> None:
+    done = rostra_cli("connect", "proxy", "-h")
+    assert done.status == 0
+    for flag in ("sidecar-for", "proxy-id", "service", "upstream", "listen", "service-addr", "http-addr", "token"):
+        assert f"  -{flag}=" in done.out

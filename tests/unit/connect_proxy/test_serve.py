@@ -559,6 +559,8 @@ def test_a_port_in_use_is_told_in_one_line_and_taken_when_free(mesh):
     line = found[0]
     assert f"address={taken}" in line
     assert 'change="LocalBindPort of upstream web"' in line
+    assert "running without all listeners" in client.log
+    assert "ready" not in client.log
     blocker.close()
     with client.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
@@ -625,3 +627,12 @@ def test_endpoints_may_be_ipv6(mesh):
     client = mesh.proxy("caller", upstreams=(upstream,))
     with client.connect("upstream:web") as connection:
         assert exchange(connection, b"x") == b"x"
+
+
+def test_a_tcp_check_of_the_public_port_is_not_worth_a_line_and_a_broken_handshake_is(mesh, eventually):
+    for said, level in ((b"", "[DEBUG]"), (b"\x16", "[INFO] ")):
+        server = mesh.server(mesh.app())
+        with socket.create_connection(server.address()) as peer:
+            peer.sendall(said)
+        eventually(lambda server=server: server.stats["handshake_failures"] == {"hung_up": 1})
+        assert f"{level} proxy: handshake failed: reason=hung_up" in server.log

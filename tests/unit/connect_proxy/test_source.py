@@ -140,6 +140,16 @@ def test_the_last_snapshot_stays_while_the_agent_is_gone(mesh, eventually):
     agent.stop()
 
 
+def test_a_proxy_that_is_about_to_be_stopped_does_not_complain_and_a_forgotten_one_does(mesh, agent, eventually):
+    got = Received(agent.url, proxy_id="p")
+    agent.set(mesh.snapshot("web").to_json())
+    eventually(lambda: got.snapshots)
+    asked = len(agent.paths)
+    agent.set(b"unknown service ID: p", 404)
+    eventually(lambda: "no snapshot from the agent" in got.out.getvalue())
+    assert len(agent.paths) - asked >= 2
+
+
 def test_an_unusable_snapshot_is_told_once_and_not_handed_over(mesh, agent, eventually):
     got = Received(agent.url, proxy_id="p")
     agent.set(b'{"ProxyID": ""}')

@@ -108,6 +108,14 @@ def test_another_secret_is_refused_by_both_sides_with_a_hint(tmp_path, run):
     assert "refused" in str(refused.value) or "does not trust our certificate" in tls.explain(refused.value)
 
 
+def test_a_peer_that_goes_in_the_handshake_is_explained_in_words():
+    for error in (ConnectionResetError(), ConnectionResetError(104, "Connection reset by peer")):
+        assert "is `encrypt` the same" in tls.explain(error)
+        assert "a scan or a TCP check" in tls.explain(error)
+    assert tls.explain(ConnectionResetError("closed after the handshake")) == "closed after the handshake"
+    assert tls.explain(FileNotFoundError(2, "No such file or directory")) == "no such file or directory"
+
+
 def test_a_certificate_of_another_ca_with_the_same_name_is_refused(tmp_path, run):
     a = node(tmp_path, "a")
     real = x509.load_pem_x509_certificate(a.anchors_pem.encode())

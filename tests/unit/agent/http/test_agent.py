@@ -22,6 +22,7 @@ from rostra.agent.proxycfg import ProxyConfigs
 from rostra.agent.results import Results
 from rostra.server.state.cluster import BindNode
 from rostra.server.state.intention import SetIntention
+from rostra.wire.errors import Conflict, NotFound
 from tests.support.local_servers import TRUST_DOMAIN, LocalServers
 
 
@@ -185,6 +186,27 @@ async def test_what_is_wrong_is_told_with_consuls_status_and_words(
 ) -> None:
     async with api() as a:
         assert await a.put(f"/v1/agent/{path}", body) == (status, text)
+
+
+async def test_force_leave_passes_the_node_on_and_says_when_there_is_none() -> None:
+    told = []
+
+    async def force_leave(node: str, prune: bool) -> None:
+        told.append((node, prune))
+        if node == "nope":
+            raise NotFound("no member is called 'nope'")
+        if node == "alive":
+            raise Conflict("node 'alive' is alive: stop its agent first")
+
+    async with api() as a:
+        assert await a.put("/v1/agent/force-leave/c1") == (500, "force-leave is not yet available on this agent")
+        a.agent.parts["force_leave"] = force_leave
+        assert await a.put("/v1/agent/force-leave/c1") == (200, "")
+        assert await a.put("/v1/agent/force-leave/c%2F1?prune") == (200, "")
+        assert told == [("c1", False), ("c/1", True)]
+        assert await a.put("/v1/agent/force-leave/") == (400, "Missing node name")
+        assert await a.put("/v1/agent/force-leave/nope") == (500, "agent: No node found with name 'nope'")
+        assert await a.put("/v1/agent/force-leave/alive") == (409, "node 'alive' is alive: stop its agent first")
 
 
 async def test_an_unknown_service_is_not_found() -> None:

@@ -42,12 +42,16 @@ async def test_options_lists_the_methods(api):
         ("/v1/kv//a?x=1", "/v1/kv/a?x=1"),
         ("/v1/kv/../catalog/nodes", "/v1/catalog/nodes"),
         ("/v1/kv/a%2F..%2Fb", "/v1/kv/b"),
-        ("/", "/ui/"),
     ],
 )
 async def test_unclean_paths_are_redirected(api, path, location):
     reply = await api.get(path)
     assert (reply.status, reply.headers["Location"]) == (301, location)
+
+
+async def test_the_root_says_what_answers_here(api):
+    reply = await api.get("/")
+    assert (reply.status, reply.text) == (200, "Consul Agent")
 
 
 async def test_a_redirect_cannot_smuggle_a_header(api):
@@ -78,6 +82,7 @@ async def test_a_value_larger_than_512_kib_is_413_with_the_text_that_clients_mat
     status, text, connection = await asyncio.to_thread(put)
     assert status == 413
     assert text.startswith(f"Request body({BIG} bytes) too large, max size: 524288 bytes".encode())
+    assert b"limits.kv_max_value_size" in text
     assert connection == "close"
 
 
@@ -87,7 +92,9 @@ async def test_a_value_of_512_kib_is_stored(api):
 
 
 async def test_a_body_of_another_endpoint_is_bounded_too(api):
-    assert (await api.put("/v1/session/create", b" " * (BIG + 100))).status == 413
+    reply = await api.put("/v1/session/create", b" " * (BIG + 100))
+    assert reply.status == 413
+    assert reply.text == f"Request body({BIG + 100} bytes) too large, max size: 524288 bytes."
 
 
 async def test_expect_100_continue_is_answered_before_the_body(api):
