@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 : "${ROSTRA_SHARED:?set ROSTRA_SHARED to the folder that holds bench/ and peers/}"
 runs=${RUNS:-2} dur=${DUR:-3} out=${OUT:-bench/out}
 mkdir -p "$out"
+out=$(cd "$out" && pwd)  # mesh.py runs in its own folder
 sh "$ROSTRA_SHARED/peers/unpack.sh" .peers >/dev/null
 PATH=$PWD/.venv/bin:$PATH
 export PATH CONSUL_BIN=$PWD/.peers/usr/bin/consul ROSTRA_BIN=$PWD/.venv/bin/rostra ENVOY_BIN=$PWD/.venv/bin/envoy
@@ -17,6 +18,6 @@ for target in rostra consul; do
     "$ROSTRA_SHARED/bench/bench.py" --target "$ROSTRA_SHARED/bench/targets/$target.sh" --runs "$runs" --dur "$dur" \
         --out "$out/$target.jsonl" failover kv-put kv-get health watch dns idle
 done
-(cd "$ROSTRA_SHARED/bench" && ./mesh.py --runs "$runs" --dur "$dur" --state "$BENCH_STATE" --out "$OLDPWD/$out/mesh.jsonl" \
+(cd "$ROSTRA_SHARED/bench" && ./mesh.py --runs "$runs" --dur "$dur" --state "$BENCH_STATE" --out "$out/mesh.jsonl" \
     mesh_targets/rostra.sh mesh_targets/consul.sh "mesh_targets/envoy.sh l4 1")
 "$ROSTRA_SHARED/bench/report.py" "$out"/*.jsonl | tee "$out/report.md"
