@@ -225,14 +225,18 @@ def _joins(value: Any) -> tuple[str, ...]:
 
 
 def _secret_key(value: Any) -> Secret:
-    """The cluster secret; nothing of it may appear in the message."""
+    """The cluster secret, or the new and the old one with a comma between; nothing of it may appear in the message."""
     text = str(_only(str)(value))
-    try:
-        raw = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-    except (binascii.Error, ValueError):
-        raw = b""
-    if text and len(raw) not in (16, 24, 32):
-        raise ValueError('not a key: it must be 32 random bytes in base64, such as "rostra keygen" prints')
+    secrets = text.split(",") if text else []
+    if len(secrets) > 2:
+        raise ValueError("more than two keys: during a change it is the new one, a comma, and the old one")
+    for secret in secrets:
+        try:
+            raw = binascii.a2b_base64(secret.strip().encode("ascii"), strict_mode=True)
+        except (binascii.Error, ValueError):
+            raw = b""
+        if len(raw) not in (16, 24, 32):
+            raise ValueError('not a key: it must be 32 random bytes in base64, such as "rostra keygen" prints')
     return Secret(text)
 
 

@@ -123,7 +123,9 @@ def _secrets(config: Config) -> tuple[Secret, ...]:
     if encrypt is None and _data_dir(config) and has_certificate(_data_dir(config)):
         return ()
     advertise = config.advertise_addr or config.bind_addr
-    return resolve_secrets(encrypt, [config.bind_addr, advertise, *config.retry_join, *config.start_join])
+    return resolve_secrets(
+        encrypt.split(",") if encrypt else None, [config.bind_addr, advertise, *config.retry_join, *config.start_join]
+    )
 
 
 def _data_dir(config: Config) -> str:

@@ -178,6 +178,13 @@ def test_settings_that_contradict_each_other_are_one_line(argv: list[str], messa
     assert problems(*argv) == [message]
 
 
+def test_during_a_change_the_new_and_the_old_secret_are_accepted_and_a_third_is_not() -> None:
+    assert load([*BASE, f"-encrypt={KEY},{KEY}"]).encrypt.reveal() == f"{KEY},{KEY}"
+    (line,) = problems(*BASE, f"-encrypt={KEY},{KEY},{KEY}")
+    assert line == "-encrypt: more than two keys: during a change it is the new one, a comma, and the old one"
+    assert KEY not in line
+
+
 def test_an_encrypt_key_that_is_none_is_refused_without_printing_it() -> None:
     for bad in ("correct horse battery staple", "YWJj", "c2VjcmV0LXZhbHVl!"):
         lines = problems(*BASE, f"-encrypt={bad}")
