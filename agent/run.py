@@ -521,7 +521,6 @@ class RunningAgent:
         with contextlib.suppress(RostraError):
             rows = await self._session.act("servers", {})
             self._servers_known = [ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows]
-            self.servers_rows = rows
             if self.config.data_dir and self._core is None and rows:
                 text = json.dumps([{k: r[k] for k in ("host", "port", "key_hash")} for r in rows])
                 await asyncio.to_thread(write_if_changed, Path(self.config.data_dir) / "servers.json", text.encode())

@@ -93,8 +93,7 @@ async def test_a_process_that_ends_is_started_again(tmp_path: Path) -> None:
         await w.register()
         await eventually(lambda: len(w.starts()) >= 3)
         (tmp_path / "fail").unlink()
-        count = await eventually(lambda: len(w.starts()))
-        await eventually(lambda: w.sidecars.pids() and len(w.starts()) >= count)
+        await eventually(w.sidecars.pids)
 
 
 async def test_a_registration_with_another_configuration_keeps_the_process(tmp_path: Path) -> None:
