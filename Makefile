@@ -2,13 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test check bench venv clean
+.PHONY: demo test torture mutants check bench venv clean
 
 demo: venv  ## the whole product on this machine, step by step, each step verified
 	@$(VENV)/bin/python -P deploy/local/demo.py
 
 test: venv  ## every test that this machine can run
 	@$(VENV)/bin/pytest -q -n 4 --dist loadfile
+
+torture: venv  ## real processes, MINUTES=10 of kill -9, stops, partitions, torn tails, full and slow disks; SEED=, SERVERS=3,5
+	@$(VENV)/bin/python -m tests.torture --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(SERVERS),--servers $(SERVERS))
+
+mutants: venv  ## each rule of the Raft layer switched off in turn, in a copy: a test must notice; ONLY="H2 LEASE"
+	@$(VENV)/bin/python -m tests.mutants.run $(ONLY)
 
 check: venv  ## lint and types
 	$(VENV)/bin/ruff check .

@@ -415,6 +415,8 @@ class Config:
     bootstrap: bool = setting(False, SWITCH, "bootstrap", "bootstrap", "Form a cluster of one server.")
     bootstrap_expect: int = setting(0, WHOLE, "bootstrap_expect", "bootstrap-expect",
         "Number of servers that form the cluster at its first start.")
+    non_voting_server: bool = setting(False, SWITCH, "non_voting_server read_replica", "non-voting-server",
+        "Run a server that has everything and never votes.")
     node_name: str = setting("", TEXT, "node_name", "node",
         "Name of this node, unique in the cluster. Default: the host name.")
     node_id: str = setting("", TEXT, "node_id", "node-id",
@@ -566,11 +568,11 @@ UNUSED: tuple[str, ...] = tuple(  # one word each, as prose: a list would be 170
     key_file leave_drain_time leave_on_terminate license_path limits.http_max_header_bytes
     limits.https_handshake_timeout limits.request_limits.* limits.rpc_client_timeout limits.rpc_handshake_timeout
     limits.rpc_max_burst limits.rpc_max_conns_per_client limits.rpc_rate limits.txn_max_req_len locality.* log_file
-    log_rotate_bytes log_rotate_duration log_rotate_max_files log_sublevels.* non_voting_server partition peering.*
+    log_rotate_bytes log_rotate_duration log_rotate_max_files log_sublevels.* partition peering.*
     performance.grpc_keepalive_interval performance.grpc_keepalive_timeout performance.leave_drain_time
     performance.rpc_hold_timeout ports.expose_max_port ports.expose_min_port ports.grpc ports.grpc_tls ports.https
     ports.serf_wan primary_datacenter primary_gateways primary_gateways_interval protocol raft_boltdb.*
-    raft_logstore.* raft_protocol raft_snapshot_interval raft_snapshot_threshold raft_trailing_logs read_replica
+    raft_logstore.* raft_protocol raft_snapshot_interval raft_snapshot_threshold raft_trailing_logs
     reconnect_timeout reconnect_timeout_wan rejoin_after_leave reporting.* retry_interval_wan retry_join_wan
     retry_max_wan rpc.* rpc_hold_timeout segment segment_limit segment_name_limit segments serf_lan
     serf_lan_allowed_cidrs serf_wan serf_wan_allowed_cidrs server_name server_rejoin_age_max skip_leave_on_interrupt
@@ -590,7 +592,7 @@ _UNUSED_FLAGS = """
     ui-dir
     """.split()  # noqa: SIM905
 _UNUSED_SWITCHES = """
-    disable-host-node-id disable-keyring-file non-voting-server read-replica rejoin syslog ui
+    disable-host-node-id disable-keyring-file rejoin syslog ui
     """.split()  # noqa: SIM905
 
 
@@ -998,6 +1000,13 @@ def _settle_servers(loading: _Loading) -> None:
         loading.complain("bootstrap_expect", f"cannot be {v['bootstrap_expect']}")
     elif v["bootstrap"] and not v["server"]:
         loading.complain("bootstrap", "'bootstrap = true' requires 'server = true'")
+    if v["non_voting_server"]:
+        if not v["server"]:
+            loading.complain("non_voting_server", "'non_voting_server = true' requires 'server = true'")
+        elif v["dev"] or v["bootstrap"]:
+            loading.complain("non_voting_server", "a server that never votes cannot form a cluster by itself")
+        elif v["bootstrap_expect"] > 0:
+            loading.warnings.append("bootstrap_expect does not count here: a server that never votes founds no cluster")
     if v["dev"] and v["data_dir"]:
         loading.warnings.append("data_dir is not used with -dev: the state is in memory and ends with the agent")
     elif not v["dev"] and not v["data_dir"] and not loading.is_incomplete and not loading.named("data_dir"):
@@ -1138,9 +1147,9 @@ class _Definitions(NamedTuple):
 
 _BAD: Any = object()
 _UNUSED_LEAF = "*unused*"
-_FIELD_OF_FLAG = {s.flag: name for name, s in SETTINGS.items() if s.flag}
+_FIELD_OF_FLAG = {s.flag: name for name, s in SETTINGS.items() if s.flag} | {"read-replica": "non_voting_server"}
 _FLAGS: dict[str, Kind] = {
-    **{s.flag: s.kind for s in SETTINGS.values() if s.flag},
+    **{flag: SETTINGS[name].kind for flag, name in _FIELD_OF_FLAG.items()},
     **dict.fromkeys(("config-file", "config-dir", "config-format", "hcl"), TEXT),
     **dict.fromkeys(_UNUSED_FLAGS, TEXT),
     **dict.fromkeys(_UNUSED_SWITCHES, SWITCH),

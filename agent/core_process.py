@@ -105,7 +105,7 @@ class CoreProcess:
     async def stop(self) -> None:
         self._stopping = True
         if self._child is not None:
-            await self._child.stop(grace_s=1.0)
+            await self._child.stop(grace_s=3.0)  # a leader hands leadership over first
 
 
 def _running_core(data_dir: str) -> str:

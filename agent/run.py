@@ -102,6 +102,7 @@ def core_settings(config: Config) -> dict[str, Any]:
         "rpc_port": config.server_port,
         "serf_port": config.join_port,
         "bootstrap_expect": 1 if config.dev or config.bootstrap else config.bootstrap_expect,
+        "non_voting_server": config.non_voting_server,
         "candidates": [_with_port(host, config.server_port) for host in joins],
         "secrets": [base64.b64encode(s.value).decode() for s in secrets],
         "dev": config.dev,

@@ -182,13 +182,17 @@ class ServerSession:
             finally:
                 stream.close()
 
-    async def act(self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def act(
+        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+    ) -> Any:
         deadline = time.monotonic() + timeout_s
         while True:
             caller = await self._connected_by(deadline)
             try:
                 return await _by(caller.call("act", kind, args, token), deadline)
             except Lost:
+                if once:
+                    raise Timeout("the server was lost before it answered; it may or may not have been done") from None
                 if time.monotonic() >= deadline:
                     raise
 

@@ -57,8 +57,13 @@ class Servers(Protocol):
     def watch(self, query: Any, *, token: str = "") -> AsyncIterator[Delta]:
         """A first answer, then changes. Never ends by itself; after a lost session it starts again with full=True."""
 
-    async def act(self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0) -> Any:
-        """Something that is not a log entry: sign a leaf, renew a session, ask for the leader."""
+    async def act(
+        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+    ) -> Any:
+        """Something that is not a log entry: sign a leaf, renew a session, ask for the leader.
+
+        After a lost connection it is asked again, unless `once`: then Timeout says that it may have been done.
+        """
 
     def on_touched(self, callback: Callable[[int, frozenset[int] | None], None]) -> None:
         """`callback(index, hashes touched since the last call)`, in order, before the barrier's waiters resume.

@@ -57,6 +57,7 @@ class Node:
     directory: Path
     arguments: list[str]
     namespace: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     pids: set[int] = field(default_factory=set)
 
@@ -79,7 +80,7 @@ class Node:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, **self.environment},
             )
         self.pids.add(self.process.pid)
 
@@ -90,6 +91,16 @@ class Node:
         found = [self.process.pid, *descendants(self.process.pid)]
         self.pids.update(found)
         return found
+
+    def core_pid(self) -> int:
+        """The core that the agent spawned, 0 while there is none."""
+        for pid in self.tree():
+            try:
+                if b"rostra.server" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+            except OSError:
+                continue
+        return 0
 
     def kill(self) -> None:
         """kill -9 of the agent and everything below it, at one moment."""
@@ -156,6 +167,7 @@ class Fleet:
         first: int = 1,
         extra: dict[str, Any] | None = None,
         namespaces: Callable[[str], str] = lambda name: "",
+        environments: Callable[[str], dict[str, str]] = lambda name: {},
         keep: bool = False,
         log_level: str = "info",
     ) -> None:
@@ -185,7 +197,9 @@ class Fleet:
             is_server = name.startswith("s")
             if is_server:
                 arguments += ["-server", f"-bootstrap-expect={servers}"]
-            self.nodes[name] = Node(name, address, is_server, self.directory, arguments, namespaces(name))
+            self.nodes[name] = Node(
+                name, address, is_server, self.directory, arguments, namespaces(name), environments(name)
+            )
 
     def __getitem__(self, name: str) -> Node:
         return self.nodes[name]

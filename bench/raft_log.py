@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -66,6 +67,24 @@ def tls(directory: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
     return context
 
 
+class Nothing:
+    """A state machine that applies nothing."""
+
+    def apply(self, entries: Sequence[bytes]) -> list[None]:
+        return [None] * len(entries)
+
+    def capture(self) -> Iterator[bytes | None]:
+        yield b"nothing"
+
+    def loader(self) -> Nothing:
+        return self
+
+    def feed(self, chunk: bytes) -> None: ...
+
+    def finish(self) -> Callable[[], None]:
+        return lambda: None
+
+
 # -- one server -----------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +118,7 @@ async def serve(options: argparse.Namespace) -> None:
     stdin = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     ports = json.loads(await stdin.readline())
-    members = [Member(node, "127.0.0.1", port, "", node) for node, port in ports.items()]
+    members = tuple(Member(node, "127.0.0.1", port, node, node) for node, port in ports.items())
 
     def fail_stop(reason: str) -> None:
         print(options.node, "stops:", reason, file=sys.stderr)
@@ -110,7 +129,7 @@ async def serve(options: argparse.Namespace) -> None:
         node_id=options.node,
         cluster_id="bench",
         members=members,
-        apply=lambda entries: [None] * len(entries),
+        state=Nothing(),
         dial=dial,
         on_role_change=lambda is_leader, leader, term: say({"is_leader": is_leader, "term": term}),
         fail_stop=fail_stop,  # type: ignore[arg-type]

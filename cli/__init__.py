@@ -5,7 +5,7 @@
     api.py       the HTTP client (http.client)          output.py   tables and JSON as Consul prints them
     agent.py server.py connect.py                       programs, whose modules are imported when they run
     members.py catalog.py kv.py services.py intention.py info.py version.py keygen.py validate.py force_leave.py
-                                                        one file per noun
+    operator.py                                                        one file per noun
 
 It imports `rostra.agent.config` in three places, all inside functions: the help of the programs, `validate`, and
 `services register FILE`. Everything else that it knows, it asks the agent over HTTP.

@@ -81,6 +81,10 @@ class Client:
             raise ApiError(answer.status, answer.text)
         return answer
 
+    def post(self, path: str, query: Query | None = None) -> Any:
+        """The decoded JSON that a POST without a body is answered with. Raises ApiError unless it is 200."""
+        return self._decoded(self.request("POST", path, query, b""))
+
     def request(self, method: str, path: str, query: Query | None = None, body: bytes | None = None) -> Answer:
         pairs = [(k, v) for k, v in {**(query or {}), **self._always}.items() if v is not None]
         url = path + (f"?{urlencode(pairs, doseq=True)}" if pairs else "")

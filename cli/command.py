@@ -32,7 +32,9 @@ class HelpWanted(Exception):
 
 
 class Flag(NamedTuple):
-    """`kind`: "switch", "text", "whole" (≥ 0), "texts" (repeatable) or "pairs" (repeatable key=value)."""
+    """`kind`: "switch", "choice" (a switch that may be left open: None), "text", "whole" (≥ 0), "texts" (repeatable)
+    or "pairs" (repeatable key=value).
+    """
 
     name: str
     help: str
@@ -109,7 +111,7 @@ def parse(argv: Sequence[str], flags: Sequence[Flag]) -> Call:
         flag = known.get(name)
         if flag is None:
             raise UsageError(f"flag provided but not defined: -{name}{did_you_mean(name, known, '-')}")
-        if flag.kind == "switch" and not equals:
+        if flag.kind in ("switch", "choice") and not equals:
             text = "true"
         elif not equals:
             if not rest:
@@ -128,7 +130,7 @@ def _default(flag: Flag) -> Any:
 
 
 def _take(values: dict[str, Any], flag: Flag, text: str) -> None:
-    if flag.kind == "switch":
+    if flag.kind in ("switch", "choice"):
         if text.lower() not in ("1", "t", "true", "0", "f", "false"):
             raise UsageError(f'invalid boolean value "{text}" for -{flag.name}')
         values[flag.name] = text.lower() in ("1", "t", "true")
@@ -163,7 +165,7 @@ def help_text(command: Command) -> str:
 
 def _flag_lines(flags: Sequence[Flag]) -> list[str]:
     lines = []
-    shown = {"switch": "", "whole": "=<uint>", "pairs": "=<key=value>"}
+    shown = {"switch": "", "choice": "=<true|false>", "whole": "=<uint>", "pairs": "=<key=value>"}
     for flag in sorted(flags):
         lines += [f"  -{flag.name}{shown.get(flag.kind, '=<string>')}", f"     {flag.help}", ""]
     return lines

@@ -21,6 +21,8 @@ _NOUNS = {
     "keygen": "Generates a new cluster secret",
     "kv": "Interact with the key-value store",
     "members": "Lists the members of a cluster",
+    "operator": "Provides tools for operators of the servers",
+    "recover": "Goes on after most servers were lost",
     "server": "Runs a server's core alone",
     "services": "Interact with services",
     "validate": "Validate config files/directories",
@@ -28,7 +30,7 @@ _NOUNS = {
 }
 _NOT_YET = frozenset(
     """
-    acl config debug event exec join keyring leave lock login logout maint monitor operator reload rtt
+    acl config debug event exec join keyring leave lock login logout maint monitor reload rtt
     snapshot tls watch
     """.split()  # noqa: SIM905
 )

@@ -16,12 +16,16 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rostra.acl.identity import ServiceIdentity
+from rostra.server.autopilot import Autopilot
 from rostra.server.endpoint import Peer
 from rostra.server.leader import Leader
 from rostra.server.node import HOLD_S, ServerNode
+from rostra.server.raft.members import Member
+from rostra.server.roster import Roster, address_of
 from rostra.server.state.cluster import CLUSTER_CA_KEY, NodeReports
 from rostra.server.state.rows import MemberRow
-from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError
+from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout
+from rostra.wire.rpc import Lost
 
 LEAF_TTL_S = 72 * 3600
 CSR_BYTES_MAX = 16 << 10
@@ -42,12 +46,15 @@ class Acts:
         node: ServerNode,
         leader: Leader,
         peer: Callable[[str], Any],
+        roster: Roster,
+        autopilot: Autopilot,
         *,
         learn_candidates: Callable[[list[str]], None],
         servers: Callable[[], list[dict[str, Any]]],
         metrics: Callable[[], dict[str, Any]],
     ) -> None:
         self._node, self._leader, self._peer = node, leader, peer
+        self._roster, self._autopilot = roster, autopilot
         self._learn, self._servers, self._metrics = learn_candidates, servers, metrics
         self._signing = 0
         #: what the certificate is for -> (when, the answer)
@@ -65,6 +72,13 @@ class Acts:
             "server.metrics": self.server_metrics,
             "servers": self.list_servers,
             "join.found": self.join_found,
+            "raft.configuration": self.raft_configuration,
+            "raft.waiting": self.raft_waiting,
+            "raft.add-peer": self.raft_add_peer,
+            "raft.remove-peer": self.raft_remove_peer,
+            "raft.transfer-leader": self.raft_transfer_leader,
+            "raft.moved": self.raft_moved,
+            "autopilot.health": self.autopilot_health,
         }
 
     async def ping(self, peer: Peer, args: dict[str, Any]) -> Any:
@@ -104,9 +118,13 @@ class Acts:
     async def _at_leader(
         self, kind: str, args: dict[str, Any], here: Callable[[], Awaitable[Any]], *, answer_s: float
     ) -> Any:
-        """What the leader answers, be it this server or another; it may be asked again, so `here` bears repetition."""
+        """What the leader answers, be it this server or another; it may be asked again, so `here` bears repetition.
+
+        Raises what it raises, NoLeader where none was found, and Timeout where one was asked and did not answer.
+        """
         deadline = time.monotonic() + HOLD_S
         while True:
+            is_silent = False  # one was asked: perhaps it is done
             try:
                 if self._node.is_leader:
                     await self._node.leader_index("default")
@@ -116,10 +134,16 @@ class Acts:
                 if other is not None:
                     async with asyncio.timeout(answer_s):
                         return await other.call("act", kind, args)
-            except (NoLeader, TimeoutError):
+            except (Lost, TimeoutError):
+                is_silent = True
+            except NoLeader:
                 pass
             if time.monotonic() >= deadline:
-                raise NoLeader
+                raise (
+                    Timeout(f"{kind}: the leader did not answer; it may or may not have been done")
+                    if is_silent
+                    else NoLeader()
+                )
             await asyncio.sleep(0.05)
 
     async def sign_leaf(self, peer: Peer, args: dict[str, Any]) -> Any:
@@ -242,12 +266,97 @@ class Acts:
     async def server_metrics(self, peer: Peer, args: dict[str, Any]) -> Any:
         return self._metrics()
 
+    # -- the servers themselves ---------------------------------------------------------------------------------
+
+    async def raft_configuration(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{stale?: bool} -> {members, index, settled, change}: see `Roster.configuration`. `stale`: as known here."""
+        if args.get("stale") is True:
+            return self._roster.configuration()
+
+        async def answer() -> Any:
+            return self._roster.configuration()
+
+        return await self._at_leader("raft.configuration", {}, answer, answer_s=2.0)
+
+    async def raft_waiting(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """-> [{id, name, address, suffrage, key_hash, version, waiting_s, problem}]: who asks to be let in."""
+
+        async def answer() -> Any:
+            return self._roster.describe_waiting()
+
+        return await self._at_leader("raft.waiting", {}, answer, answer_s=2.0)
+
+    async def raft_add_peer(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{name | id} -> {id, name, address, suffrage}: let a waiting server in."""
+        if not (peer.local or peer.role == "server"):
+            # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of itself.
+            raise Denied(
+                "a server is let in from the host of a server: run the command there, or with -http-addr of its agent"
+            )
+        wanted = _server_named(args)
+
+        async def admit() -> Any:
+            return _described(await self._roster.admit(name=wanted.get("name", ""), node_id=wanted.get("id", "")))
+
+        return await self._at_leader("raft.add-peer", wanted, admit, answer_s=12.0)
+
+    async def raft_remove_peer(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{id | address | name} -> {id, name, address, suffrage}: take a server out of the list, for good."""
+        wanted = _server_named(args)
+
+        async def remove() -> Any:
+            return _described(
+                await self._roster.remove(
+                    node_id=wanted.get("id", ""), name=wanted.get("name", ""), address=wanted.get("address", "")
+                )
+            )
+
+        return await self._at_leader("raft.remove-peer", wanted, remove, answer_s=14.0)
+
+    async def raft_transfer_leader(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{id? | name?} -> {id, name, address, suffrage} of the server that leads now."""
+        wanted = _server_named(args)
+
+        async def transfer() -> Any:
+            return _described(await self._roster.transfer(node_id=wanted.get("id", ""), name=wanted.get("name", "")))
+
+        return await self._at_leader("raft.transfer-leader", wanted, transfer, answer_s=4.0)
+
+    async def raft_moved(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{host, port}: the server at the other end has this address now. On the leader only."""
+        if peer.role != "server":
+            raise Denied("only servers say that they have moved")
+        host, port = _text(args, "host", 253), args["port"]
+        if type(port) is not int or not 0 < port < 65536 or not host.isprintable():
+            raise BadRequest("that is not an address")
+        await self._roster.moved(peer.node_id, host, port)
+        return ()
+
+    async def autopilot_health(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """-> {healthy, failure_tolerance, leader, term, servers: […]}, see `Autopilot.health`."""
+
+        async def answer() -> Any:
+            return self._autopilot.health()
+
+        return await self._at_leader("autopilot.health", {}, answer, answer_s=2.0)
+
     async def join_found(self, peer: Peer, args: dict[str, Any]) -> Any:
         """{addresses: ["host:port" of servers' RPC]}: what this host's agent found by asking its join addresses."""
         if not peer.local:
             raise Denied("only the agent of this host tells where to join")
         self._learn([a for a in args["addresses"] if isinstance(a, str) and len(a) <= 300][:64])
         return ()
+
+
+def _server_named(args: dict[str, Any]) -> dict[str, str]:
+    """The parts of {id, name, address} that say which server is meant; "" is as if it were not there."""
+    if not set(args) <= {"id", "name", "address"}:
+        raise BadRequest("a server is named by id, name or address")
+    return {key: _text(args, key, 300) for key, value in args.items() if value != ""}
+
+
+def _described(member: Member) -> dict[str, Any]:
+    return {"id": member.id, "name": member.name, "address": address_of(member), "suffrage": member.suffrage}
 
 
 def _text(args: dict[str, Any], name: str, chars_max: int) -> str:

@@ -1,4 +1,5 @@
-"""Bootstrap once: how empty servers become one cluster, exactly one, whatever crashes or is lost meanwhile.
+"""Bootstrap once: how empty servers become one cluster, exactly one, whatever crashes or is lost meanwhile; and how an
+empty server that sees a cluster asks to be let in.
 
 Servers greet each other until `expect` empty ones see one another. The one with the lowest node id proposes the cluster
 (id and members); a proposal is *committed* when every member holds it on its disk, and whoever learns that may say so.
@@ -8,6 +9,9 @@ refused it for ever. So a proposal cannot be both complete and dead, and a serve
     empty ──prepare──► holds P ──all members hold P──► committed (for ever; read from disk at each start)
       ▲                  │
       └──a member refused P for ever, or is in another cluster──┘
+
+An empty server that sees a cluster founds none: it asks ("bootstrap.join", see `roster.py`) until the servers of that
+cluster have it in their list, stores that list, and is committed as well.
 
 `Founder` decides and is pure; `Bootstrap` owns the file, the calls and the time. Called by `server/run.py` (`run`) and
 by the RPC endpoint (`handle`). Who may speak is settled by TLS before; roles come from the result of this.
@@ -29,6 +33,7 @@ from rostra.runtime import log as _log
 from rostra.runtime.identity import write_durably
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import explain
+from rostra.server.raft.members import LEARNER, MEMBERS_MAX, REPLICA, VOTER
 from rostra.wire.errors import BadRequest, Conflict, Denied, Internal, RostraError, TooLarge
 
 log = _log.get("bootstrap")
@@ -38,9 +43,13 @@ PREPARE = "bootstrap.prepare"
 COMMIT = "bootstrap.commit"
 REFUSE = "bootstrap.refuse"
 KINDS = (HELLO, PREPARE, COMMIT, REFUSE)
+#: Answered by servers of a cluster only.
+JOIN = "bootstrap.join"
+WAITING, MEMBER = "waiting", "member"
 
 FILE_NAME = "bootstrap.json"
-FORMAT = 1
+#: 2: members have a suffrage, and `started`.
+FORMAT = 2
 EXPECT_MAX = 15
 PEERS_MAX = 64
 REFUSED_MAX = 64
@@ -52,6 +61,10 @@ FRESH_S = 2.0
 PATIENCE_S = 3.0
 #: Candidates that do not answer hold up the founding no longer than this.
 FIRST_ROUND_S = 1.0
+#: How often a server that waits to be let in asks.
+JOIN_EVERY_S = 0.5
+#: Servers of a cluster that are asked at once, while it is not known which of them leads.
+JOIN_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,6 +75,7 @@ class ServerInfo:
     rpc_port: int
     key_hash: str
     datacenter: str = "dc1"
+    suffrage: str = VOTER  # in a list of members
 
     @property
     def host_port(self) -> str:
@@ -70,7 +84,10 @@ class ServerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """A cluster as it was founded: members by ascending node id; the first one proposed it."""
+    """A cluster as it was founded, or as it was when it let this server in: members by ascending node id.
+
+    The first one of a founding proposed it. Later changes are in the log.
+    """
 
     cluster_id: str
     datacenter: str
@@ -87,6 +104,8 @@ class Stored:
     prepared: Membership | None = None
     committed: Membership | None = None
     refused: tuple[str, ...] = ()
+    #: Its log exists: it may have voted. Without that log it must never vote again, see `Bootstrap`.
+    started: bool = False
 
 
 @dataclass(slots=True)
@@ -139,6 +158,8 @@ class Founder:
         stored: Stored,
         *,
         has_data: bool = False,
+        suffrage: str = LEARNER,
+        version: str = "",
         instance: str = "",
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
     ) -> None:
@@ -147,6 +168,8 @@ class Founder:
         self.stored = stored
         self.peers: dict[str, Peer] = {}
         self.existing: Peer | None = None  # a server of a cluster that we are not in; once seen, we never found one
+        self.leader = ""  # address of that cluster's leader, as its servers tell who wait
+        self._suffrage, self._version = suffrage, version
         self.twin = ""  # address of another process with our node id
         self._has_data = has_data
         self.instance = instance or str(uuid.uuid4())
@@ -223,7 +246,7 @@ class Founder:
             self.note(args, key_hash, now)
             return self.stored, self.hello()
         if kind == PREPARE:
-            stored, reason = self._answer_prepare(_parse_membership(args.get("proposal")), key_hash)
+            stored, reason = self._answer_prepare(parse_membership(args.get("proposal")), key_hash)
         elif kind == COMMIT:
             stored, reason = self._answer_commit(_text(args, "cluster_id"), key_hash)
         elif kind == REFUSE:
@@ -267,6 +290,10 @@ class Founder:
             return f"{self.me.name} has bootstrap_expect {self.expect}, not {len(proposal.members)}"
         if self.me not in proposal.members:
             return f"{self.me.name} has another name or address now"
+        if len({m.host_port for m in proposal.members}) != len(proposal.members):
+            return "two members have the same address"
+        if any(m.suffrage != VOTER for m in proposal.members):
+            return "not all members vote"
         return ""
 
     def _answer_commit(self, cluster_id: str, key_hash: str) -> tuple[Stored, str]:
@@ -293,6 +320,39 @@ class Founder:
         if cluster_id in refused or len(refused) >= REFUSED_MAX:
             return self.stored
         return replace(self.stored, refused=(*refused, cluster_id))
+
+    # -- being let into a cluster -------------------------------------------------------------------------------
+
+    def asking(self) -> dict[str, Any]:
+        """What goes with JOIN: who we are, and as what we want to be let in."""
+        return {**self.hello(), "suffrage": self._suffrage, "version": self._version}
+
+    def answered(self, reply: Mapping[str, Any], key_hash: str) -> Stored:
+        """What to store after the server with that key has answered JOIN. Raises BadRequest for what cannot be true."""
+        self.leader = _text(reply, "leader") if reply.get("leader") else ""
+        existing, stored = self.existing, self.stored
+        if reply.get("state") != MEMBER or existing is None or stored.prepared or stored.committed:
+            return stored
+        membership = parse_membership(reply.get("membership"))
+        mine = next((m for m in membership.members if m.key_hash == self.me.key_hash), None)
+        if (
+            membership.cluster_id != existing.cluster_id
+            or membership.datacenter != self.me.datacenter
+            or not membership.has_key(key_hash)
+            or mine is None
+            or (mine.node_id, mine.name) != (self.me.node_id, self.me.name)
+        ):
+            raise BadRequest("it was let into another cluster, or under another name, than it asked for")
+        return replace(stored, committed=membership)
+
+    def _plan_joining(self, existing: Peer, now: float) -> tuple[Call, ...]:
+        if self.twin:
+            return ()
+        found = [
+            p.address for p in self.peers.values() if p.cluster_id == existing.cluster_id and self._is_fresh(p, now)
+        ]
+        asked = [self.leader] if self.leader else found[:JOIN_AT_ONCE]
+        return tuple(Call(address, JOIN, {}) for address in asked)
 
     # -- what to do ---------------------------------------------------------------------------------------------
 
@@ -366,6 +426,8 @@ class Founder:
 
     def _plan_empty(self, now: float, all_tried: bool) -> Plan:
         remarks, may_found = self._obstacles(now)
+        if self.existing is not None:
+            return Plan(self.stored, self._plan_joining(self.existing, now), tuple(remarks))
         wait = Plan(self.stored, (), tuple(remarks))
         if not may_found or self.expect < 1 or not all_tried:
             return wait
@@ -408,11 +470,11 @@ class Founder:
             obstacle("another server has this server's identity", level="err", address=self.twin, hint=hint)
         if (found := self.existing) is not None:
             obstacle(
-                "a cluster exists already, this server does not found another, and this version cannot add one: start"
-                " it with the data directory that it had, or as a client agent",
+                "a cluster exists: this server waits to be let into it",
                 cluster=found.cluster_id,
                 server=found.info.name,
                 address=found.address or found.info.host_port,
+                hint=f"on one of its servers run `rostra operator raft add-peer {me.name}`",
             )
         fresh = [p for p in self.peers.values() if self._is_fresh(p, now)]
         for peer in fresh:
@@ -422,7 +484,7 @@ class Founder:
                 obstacle(
                     event, stops=False, server=info.name, address=where, theirs=info.datacenter, ours=me.datacenter
                 )
-            elif peer.expect not in (0, self.expect) and not peer.has_data:
+            elif self.expect and peer.expect not in (0, self.expect) and not peer.has_data:
                 event = "servers differ in bootstrap_expect, no cluster is founded"
                 obstacle(event, server=info.name, address=where, theirs=peer.expect, ours=self.expect)
             elif peer.has_data and not peer.cluster_id:
@@ -465,9 +527,16 @@ class Bootstrap:
         expect: int,
         *,
         has_data: bool = False,
+        has_log: bool | None = None,
+        suffrage: str = LEARNER,
+        version: str = "",
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`has_data`: the journal is not empty. Raises BadRequest or Conflict when the file cannot be used."""
+        """`has_data`: something of a log or a snapshot is there; `has_log`: the log is (the same, where not given).
+        `suffrage`: REPLICA never founds a cluster and asks to be let into one without a vote.
+
+        Raises BadRequest or Conflict when the file cannot be used, or not with what else is there.
+        """
         if not 0 <= expect <= EXPECT_MAX:
             raise BadRequest(f"bootstrap_expect {expect}: must be between 0 and {EXPECT_MAX}")
         self._path = Path(data_dir) / FILE_NAME
@@ -483,7 +552,18 @@ class Bootstrap:
                 f"{self._path}: lost, although this server has data: it does not know its cluster any more and never"
                 " founds another; restore this file from a backup, or start with an empty data directory"
             )
-        self._founder = Founder(me, expect, stored, has_data=has_data)
+        if stored.committed is not None and stored.started and not (has_data if has_log is None else has_log):
+            # What it promised (votes, entries that it acknowledged) was in that log. Starting without it could elect a
+            # second leader of a term, or a leader that lacks what was acknowledged.
+            raise Conflict(
+                f"{self._path}: this server took part in cluster {stored.committed.cluster_id} as {me.name}"
+                f" ({me.node_id}), but its log in {self._path.parent / 'raft'} is gone, and without it it must never"
+                " vote again. Restore the whole data directory, or replace the server: on another server run"
+                f" `rostra operator raft remove-peer -id={me.node_id}`, empty the data directory here, start it again,"
+                f" and let it in with `rostra operator raft add-peer {me.name}`"
+            )
+        founds = 0 if suffrage == REPLICA else expect
+        self._founder = Founder(me, founds, stored, has_data=has_data, suffrage=suffrage, version=version)
         self._limited = _log.RateLimited(log, now=now)
         self._lines: dict[tuple[str, str], _Line] = {}
         self._own: set[str] = {me.host_port}
@@ -494,6 +574,18 @@ class Bootstrap:
     def committed(self) -> Membership | None:
         """The cluster that this server belongs to, as it was founded; durable."""
         return self._founder.stored.committed
+
+    def note_started(self) -> None:
+        """The log exists from now on: whoever finds this note without it knows that it was lost. Raises OSError."""
+        self._keep(replace(self._founder.stored, started=True))
+
+    def hello(self) -> dict[str, Any]:
+        """What this server says about itself to others that greet."""
+        return self._founder.hello()
+
+    def asking(self) -> dict[str, Any]:
+        """As `hello`, of a server that wants to be let in, or to know whether it still is."""
+        return self._founder.asking()
 
     @property
     def existing_cluster(self) -> str | None:
@@ -527,7 +619,7 @@ class Bootstrap:
     ) -> Membership:
         """The membership, when there is one. `candidates`: "host:port" of the RPC of servers, this one's may be there.
 
-        With an existing cluster found it waits (and says so) until cancelled: adding a server is not decided here.
+        With an existing cluster found it asks to be let in (and says so) until it is, or until cancelled.
         """
         self._limited = _log.RateLimited(log, log_interval_s, now=self._now)
         started = self._now()
@@ -547,7 +639,8 @@ class Bootstrap:
                         tasks.start(f"{c.kind} {c.address}", self._ask(c, call, line, period_s, call_timeout_s))
                 if self.committed is None:
                     await self._sleep(period_s)
-            await self._tell_committed(membership, call, tasks)
+            if self._founder.existing is None:
+                await self._tell_committed(membership, call, tasks)
         self.status = "committed"
         log.info("cluster", id=membership.cluster_id, members=[m.name for m in membership.members])
         return membership
@@ -581,16 +674,23 @@ class Bootstrap:
         try:
             async with asyncio.timeout(timeout_s):
                 # The newest that we know goes out, not what was true when the call was planned.
-                args = self._founder.hello() if c.kind == HELLO else c.args
+                args = (
+                    self._founder.hello() if c.kind == HELLO else self._founder.asking() if c.kind == JOIN else c.args
+                )
                 reply, key_hash = await call(c.address, c.kind, args)
             if self._founder.note(reply, key_hash, self._now(), address=c.address):
                 self._own.add(c.address)
+            elif c.kind == JOIN:
+                delay_s = JOIN_EVERY_S
+                self._keep(self._founder.answered(reply, key_hash))
             line.failures = 0
             if reason := reply.get("reason"):
                 self._limited.info("a server does not agree", key=c.address, address=c.address, reason=str(reason))
         except Exception as e:  # a network, another program, another version: all of it means "not now"
             line.failures += 1
             delay_s = min(2.0, period_s * 2**line.failures)
+            if c.kind == JOIN:
+                self._founder.leader = ""  # others may know who leads now
             waiting = isinstance(e, (TimeoutError, ConnectionRefusedError))
             level = self._limited.info if waiting else self._limited.warn
             reason = e.message if isinstance(e, RostraError) else explain(e)
@@ -662,9 +762,11 @@ def load(path: Path) -> Stored:
         if data["format"] > FORMAT:
             raise Conflict(f"{path}: format {data['format']} of a newer Rostra; this one knows up to {FORMAT}")
         return Stored(
-            prepared=_parse_membership(data["prepared"]) if data["prepared"] else None,
-            committed=_parse_membership(data["committed"]) if data["committed"] else None,
+            prepared=parse_membership(data["prepared"]) if data["prepared"] else None,
+            committed=parse_membership(data["committed"]) if data["committed"] else None,
             refused=tuple(str(r) for r in data["refused"]),
+            # Format 1 does not say; a server that has a cluster and nothing else has most likely lost the rest.
+            started=bool(data["started"]) if data["format"] > 1 else data["committed"] is not None,
         )
     except FileNotFoundError:
         return Stored()
@@ -680,6 +782,7 @@ def dump(stored: Stored) -> bytes:
         "prepared": dump_membership(stored.prepared) if stored.prepared else None,
         "committed": dump_membership(stored.committed) if stored.committed else None,
         "refused": list(stored.refused),
+        "started": stored.started,
     }
     return json.dumps(data, indent=1).encode() + b"\n"
 
@@ -689,24 +792,34 @@ def dump_membership(membership: Membership) -> dict[str, Any]:
         "cluster_id": membership.cluster_id,
         "datacenter": membership.datacenter,
         "members": [
-            {"id": m.node_id, "name": m.name, "address": m.address, "port": m.rpc_port, "key_hash": m.key_hash}
+            {
+                "id": m.node_id,
+                "name": m.name,
+                "address": m.address,
+                "port": m.rpc_port,
+                "key_hash": m.key_hash,
+                "suffrage": m.suffrage,
+            }
             for m in membership.members
         ],
     }
 
 
-def _parse_membership(data: Any) -> Membership:
+def parse_membership(data: Any) -> Membership:
     """Raises BadRequest for anything but a sound one: then no other part checks it again."""
     if not isinstance(data, Mapping):
         raise BadRequest("not a cluster")
     datacenter = _text(data, "datacenter")
     listed = data.get("members")
-    if not isinstance(listed, (list, tuple)) or not 1 <= len(listed) <= EXPECT_MAX:
-        raise BadRequest(f"a cluster has 1 to {EXPECT_MAX} members")
+    if not isinstance(listed, (list, tuple)) or not 1 <= len(listed) <= MEMBERS_MAX:
+        raise BadRequest(f"a cluster has 1 to {MEMBERS_MAX} members")
     members = []
     for item in listed:
         if not isinstance(item, Mapping):
             raise BadRequest("not a member")
+        suffrage = item.get("suffrage", VOTER)
+        if suffrage not in (VOTER, LEARNER, REPLICA):
+            raise BadRequest("suffrage is none that this version knows")
         members.append(
             ServerInfo(
                 _text(item, "id"),
@@ -715,9 +828,11 @@ def _parse_membership(data: Any) -> Membership:
                 _number(item, "port", 65535),
                 _text(item, "key_hash"),
                 datacenter,
+                suffrage,
             )
         )
-    for values in ([getattr(m, f) for m in members] for f in ("node_id", "name", "host_port", "key_hash")):
+    # Addresses may be the same for a while: a server moved to that of one that is gone. A founding refuses it.
+    for values in ([getattr(m, f) for m in members] for f in ("node_id", "name", "key_hash")):
         if len(set(values)) != len(values):
             raise BadRequest("two members are the same")
     if [m.node_id for m in members] != sorted(m.node_id for m in members):
@@ -725,18 +840,23 @@ def _parse_membership(data: Any) -> Membership:
     return Membership(_text(data, "cluster_id"), datacenter, tuple(members))
 
 
-def _parse_hello(said: Mapping[str, Any]) -> Peer:
+def parse_server(said: Any) -> ServerInfo:
+    """Who a greeting says that it is from. Raises BadRequest."""
     if not isinstance(said, Mapping):
         raise BadRequest("not a greeting")
+    return ServerInfo(
+        _text(said, "node_id"),
+        _text(said, "name"),
+        _text(said, "address"),
+        _number(said, "rpc_port", 65535),
+        _text(said, "key_hash"),
+        _text(said, "datacenter"),
+    )
+
+
+def _parse_hello(said: Mapping[str, Any]) -> Peer:
     return Peer(
-        info=ServerInfo(
-            _text(said, "node_id"),
-            _text(said, "name"),
-            _text(said, "address"),
-            _number(said, "rpc_port", 65535),
-            _text(said, "key_hash"),
-            _text(said, "datacenter"),
-        ),
+        info=parse_server(said),
         instance=_text(said, "instance"),
         expect=_number(said, "expect", EXPECT_MAX),
         cluster_id=_text(said, "cluster_id") if said.get("cluster_id") else None,

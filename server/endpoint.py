@@ -16,20 +16,20 @@ import re
 import socket
 import ssl
 import struct
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
-from rostra.server.node import ServerNode
+from rostra.server.node import UNKNOWN, ServerNode
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
+from rostra.server.state.operator import SetAutopilot
 from rostra.server.watches import bytes_of
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, TooLarge
+from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, Timeout, TooLarge
 from rostra.wire.frames import PEER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX
 from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, Served, check_hello, hello, hello_error, pack_rows
 
@@ -40,6 +40,8 @@ HELLO_BYTES_MAX = 16 << 10
 #: Agents and servers ping every 0.5 s. Who is silent for SILENT_S is gone although no packet said so; who was not heard
 #: for FRESH_S is not reported as alive.
 FRESH_S, SILENT_S = 1.5, 15.0
+#: What a connection of a server is that is in the list no longer, and for how long it stays open.
+FORMER, FAREWELL_S = "former server", 2.0
 #: What one node may have open here: a session, the one before it that is not known to be lost, a greeting or two.
 CONNECTIONS_OF_A_NODE_MAX = 8
 #: Streams (watches and large reads) of one connection. An agent has one for each distinct query of its host.
@@ -66,7 +68,6 @@ class Peer:
     node_id: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     clients: set[str] = field(default_factory=set)
-    heard: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,19 @@ class Endpoint:
         server_key: Callable[[str], str | None],
         enrol: Callable[[Peer], Awaitable[None]],
         accept_raft: Callable[[str, FrameConnection], None],
-        bootstrap: Callable[[str, dict[str, Any], str], dict[str, Any]],
+        bootstrap: Callable[[str, dict[str, Any], Peer], dict[str, Any]],
         acts: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[Any]]],
         about: Callable[[], dict[str, Any]],
+        met: Callable[[str, dict[str, Any]], None] = lambda server_id, hello: None,
     ) -> None:
         self._node, self._spawn = node, spawn
+        self._met = met  # (server id, its hello): a server of the list has connected
         self._server_key = server_key  # key hash -> server id in the replicated member list, or None
         self._enrol, self._accept_raft, self._bootstrap = enrol, accept_raft, bootstrap
         self._acts, self._about = acts, about
         self._rejects = RateLimited(log, 10.0)
+        #: Connections that were closed: at the door, and later for what their peer sent or did not do.
+        self.rejected = self.dropped = 0
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
         #: sessions of agents, by node name; the newest wins
@@ -140,15 +145,25 @@ class Endpoint:
     def connections(self) -> int:
         return len(self._connections)
 
+    def drop_former_servers(self) -> None:
+        """The list of servers has changed: who is not in it any more speaks as one no longer.
+
+        It gets the answers that it waits for: it may have asked for its own removal.
+        """
+        for connection, peer in self._connections.items():
+            if peer.role == "server" and self._server_key(peer.key_hash) is None:
+                peer.role = FORMER
+                self._loop.call_later(FAREWELL_S, connection.abort, "not a server of this cluster any more")
+
     def heard(self) -> Iterator[str]:
         """The nodes whose agents have a session here and were heard just now: a cut network closes no connection."""
-        now = time.monotonic()
-        return (name for name, served in self.sessions.items() if now - served.peer.heard <= FRESH_S)
+        now = self._loop.time()
+        return (name for name, served in self.sessions.items() if now - served.connection.heard_at <= FRESH_S)
 
     def _drop_silent(self) -> None:
         self._timer = self._loop.call_later(1.0, self._drop_silent)
-        now = time.monotonic()
-        for connection in [c for c, peer in self._connections.items() if now - peer.heard > SILENT_S]:
+        now = self._loop.time()
+        for connection in [c for c in self._connections if now - c.heard_at > SILENT_S]:
             connection.abort("silent")
 
     async def _accept(self, listener: socket.socket, serve: Callable[[socket.socket, str], Awaitable[None]]) -> None:
@@ -179,12 +194,17 @@ class Endpoint:
             accepted.close()
 
     def _reject(self, address: str, reason: str) -> None:
+        self.rejected += 1
         self._rejects.warn("rejected a connection", peer=address, reason=reason)
 
     async def _tls(self, accepted: socket.socket, address: str, handshakes: Handshakes) -> None:
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection, first = self._expecting()
-        await handshakes.shake(accepted, connection)
+        try:
+            await handshakes.shake(accepted, connection)
+        except BaseException:
+            connection.abort("no TLS")  # its callbacks hold it
+            raise
         ssl_object = connection.ssl_object
         if ssl_object is None:
             raise ConnectionResetError("closed after the handshake")
@@ -202,6 +222,7 @@ class Endpoint:
         pid, uid, _ = struct.unpack("3i", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in (0, os.geteuid()):
             accepted.close()
+            self.rejected += 1
             self._rejects.warn("rejected a connection on the local socket", uid=uid, pid=pid)
             return
         connection, first = self._expecting()
@@ -249,6 +270,8 @@ class Endpoint:
         except BaseException:
             connection.abort("failed")
             raise
+        finally:
+            del first  # it holds its exception, whose traceback holds this frame
 
     # -- what a connection is for -----------------------------------------------------------------------------
 
@@ -268,8 +291,9 @@ class Endpoint:
         if protocol in ("raft", "peer"):
             server_id = self._server_key(peer.key_hash) if peer.key_hash else None
             if server_id is None or server_id != peer.node_id:
-                raise Denied(f"{peer.name} is not a server of this cluster ({protocol} connection refused)")
+                raise Denied(f"{self._no_server(peer)} ({protocol} connection refused)")
             peer.role = "server"
+            self._met(server_id, message)
             if protocol == "raft":
                 connection.send(hello("raft", **self._about()))
                 connection.flush()
@@ -287,13 +311,22 @@ class Endpoint:
         else:
             raise BadRequest(f"unknown protocol {str(protocol)[:32]!r}")
 
+    def _no_server(self, peer: Peer) -> str:
+        """What is told to one that speaks as a server of this cluster and is none."""
+        row = self._node.store.tables.members.get(peer.name)
+        if row is not None and row.role == "server" and row.key_hash == peer.key_hash and row.status == "left":
+            return (
+                f"{peer.name} was removed from this cluster: stop it, or let it in again with"
+                f" `rostra operator raft add-peer {peer.name}` on one of its servers"
+            )
+        return f"{peer.name} is not a server of this cluster"
+
     def _take(
-        self, connection: FrameConnection, peer: Peer, handle: Callable[[Served, int, str, tuple[Any, ...]], None]
+        self, connection: FrameConnection, peer: Peer, handle: Callable[[Served, int, str, Sequence[Any]], None]
     ) -> Served | None:
         if not connection.open:
             return None
-        served = Served(connection, self._guarded(handle), peer)
-        peer.heard = time.monotonic()
+        served = Served(connection, handle, peer, unforeseen=self._unforeseen)
         self._connections[connection] = peer
         of_node = self._of_node.setdefault(peer.key_hash, {})
         of_node[connection] = None
@@ -307,13 +340,10 @@ class Endpoint:
             if self.sessions.get(peer.name) is served:
                 del self.sessions[peer.name]
             if reason.startswith(_VIOLATIONS):
+                self.dropped += 1
                 self._rejects.warn("dropped a connection", key=peer.name, node=peer.name, reason=reason)
 
-        def frame(payload: bytes) -> None:
-            peer.heard = time.monotonic()
-            served.on_frame(payload)
-
-        connection.on_frame = frame
+        connection.on_frame = served.on_frame
         connection.on_lost = lost
         connection.raise_bound(PEER_FRAME_BYTES_MAX if peer.role == "server" else RPC_FRAME_BYTES_MAX)
         connection.send(hello("ok", **self._about()))
@@ -321,23 +351,9 @@ class Endpoint:
             next(iter(of_node)).abort("too many connections of one node")
         return served
 
-    def _guarded(
-        self, handle: Callable[[Served, int, str, tuple[Any, ...]], None]
-    ) -> Callable[[Served, int, str, tuple[Any, ...]], None]:
-        def guarded(served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
-            try:
-                handle(served, request_id, verb, arguments)
-            except (RostraError, TypeError, ValueError, IndexError, KeyError):
-                raise  # the peer's mistakes, which `Served` tells it
-            except Exception as e:
-                self._rejects.err("a request failed in an unforeseen way", verb=verb[:64], error=repr(e))
-                served.fail(request_id, Internal(f"{verb[:64]}: unforeseen error"))
-
-        return guarded
-
     # -- verbs ------------------------------------------------------------------------------------------------
 
-    def _handle_rpc(self, served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+    def _handle_rpc(self, served: Served, request_id: int, verb: str, arguments: Sequence[Any]) -> None:
         if verb in ("read", "watch") and self._node.raft is None:
             raise NoLeader("No cluster leader: this server has not read its log yet")
         if verb == "write":
@@ -367,11 +383,14 @@ class Endpoint:
         else:
             served.fail(request_id, BadRequest(f"unknown verb {verb!r}"))
 
-    def _handle_peer(self, served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+    def _handle_peer(self, served: Served, request_id: int, verb: str, arguments: Sequence[Any]) -> None:
         """Verbs between servers."""
+        if served.peer.role == FORMER and tuple(arguments[:1]) != ("ping",):
+            raise Denied(self._no_server(served.peer))
         if verb == "propose":
             origin, kind, args, actor, source = arguments
-            self._answer(served, request_id, self._node.propose(_origin(origin), kind, args, actor, source))
+            proposed = _Proposed(served, request_id)
+            self._node.propose_for(proposed, _origin(origin), kind, args, actor, source)
         elif verb == "index":
             (mode,) = arguments
             self._spawn(self._settle(served, request_id, self._node.leader_index(mode)))
@@ -381,70 +400,54 @@ class Endpoint:
         else:
             served.fail(request_id, BadRequest(f"unknown verb {verb!r} between servers"))
 
-    def _handle_bootstrap(self, served: Served, request_id: int, verb: str, arguments: tuple[Any, ...]) -> None:
+    def _handle_bootstrap(self, served: Served, request_id: int, verb: str, arguments: Sequence[Any]) -> None:
         (args,) = arguments
         if not isinstance(args, dict):
             raise BadRequest("the arguments of a greeting are a map")
-        served.reply(request_id, self._bootstrap(verb, args, served.peer.key_hash))
+        served.reply(request_id, self._bootstrap(verb, args, served.peer))
 
     def _write(self, served: Served, request_id: int, origin: Any, kind: str, args: Any, actor: str) -> None:
         node = self._node
-        if kind not in EDGE_VOCABULARY:
+        if kind not in _EDGE_KINDS:
             raise Denied(f"{str(kind)[:64]} is not a command for agents")
         check_arguments(args)
+        if kind == SetAutopilot.kind and args.get("auto_admit_servers") and not served.peer.local:
+            # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of itself.
+            raise Denied("AutoAdmitServers is set from the host of a server: run the command there")
         clients = served.peer.clients
         if origin[0] not in clients:
             if len(clients) >= CLIENTS_OF_A_CONNECTION_MAX:
                 raise Denied(f"more than {CLIENTS_OF_A_CONNECTION_MAX} clients write on one connection")
             clients.add(origin[0])
-        if node.is_leader:
-            # The common case without a task: validate, append, answer when it is applied.
-            try:
-                future = node.propose(origin, kind, args, actor, served.peer.address)
-            except NoLeader:
-                pass
-            else:
-                node.counts["writes"] += 1
-                self._answer_write(served, request_id, future, origin, kind, args, actor)
-                return
-        self._spawn(
-            self._settle(served, request_id, node.write(origin, kind, args, actor=actor, source=served.peer.address))
-        )
+        # The common case without a task: validate, append, answer when it is applied.
+        write = _Write(self, served, request_id, origin, kind, args, actor)
+        try:
+            node.propose_for(write, origin, kind, args, actor, served.peer.address)
+        except NoLeader:
+            write.go_on()
+        else:
+            node.counts["writes"] += 1
 
-    def _answer_write(
-        self, served: Served, request_id: int, future: Any, origin: Any, kind: str, args: Any, actor: str
+    def write_elsewhere(
+        self,
+        served: Served,
+        request_id: int,
+        origin: Any,
+        kind: str,
+        args: Any,
+        actor: str,
+        *,
+        is_unknown: bool,
     ) -> None:
-        def done(f: asyncio.Future[Any]) -> None:
-            error = f.exception() if not f.cancelled() else NoLeader()
-            if error is None:
-                result = f.result()
-                if result[0] == "ok":
-                    served.reply(request_id, result[1])
-                else:
-                    served.refuse(request_id, result[1], result[2])
-            else:
-                # Leadership was lost: find the next leader under the same origin.
-                again = self._node.write(origin, kind, args, actor=actor, source=served.peer.address)
-                work = self._settle(served, request_id, again)
-                try:
-                    self._spawn(work)
-                except RostraError as e:  # this server is stopping
-                    again.close()
-                    served.fail(request_id, e)
-
-        future.add_done_callback(done)
-
-    def _answer(self, served: Served, request_id: int, future: Any) -> None:
-        """The result tuple itself: the asking server unwraps it."""
-
-        def done(f: asyncio.Future[Any]) -> None:
-            error = f.exception() if not f.cancelled() else NoLeader()
-            if error is None:
-                served.reply(request_id, f.result())
-            else:
-                served.fail(request_id, error if isinstance(error, RostraError) else NoLeader())
-
-        future.add_done_callback(done)
+        """Through the next leader, or the one that this server follows."""
+        source = served.peer.address
+        write = self._node.write(origin, kind, args, actor=actor, source=source, is_unknown=is_unknown)
+        work = self._settle(served, request_id, write)
+        try:
+            self._spawn(work)
+        except RostraError as e:  # this server is stopping
+            write.close()
+            served.fail(request_id, Timeout(UNKNOWN) if is_unknown else e)
 
     def _read(self, served: Served, request_id: int, query: Any, min_index: int) -> None:
         self._node.counts["reads"] += 1
@@ -530,8 +533,63 @@ class Endpoint:
         return Internal(f"{what}: unforeseen error")
 
 
+# -- who waits for the outcome of a proposal ---------------------------------------------------------------------------
+
+
+class _Proposed:
+    """Another server: it gets the result tuple itself, and unwraps it."""
+
+    __slots__ = ("_request_id", "_served")
+
+    def __init__(self, served: Served, request_id: int) -> None:
+        self._served, self._request_id = served, request_id
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, result: Any) -> None:
+        self._served.reply(self._request_id, result)
+
+    def set_exception(self, error: Exception) -> None:
+        self._served.fail(self._request_id, error if isinstance(error, RostraError) else NoLeader())
+
+
+class _Write:
+    """An agent. Where this server ceases to lead, the write goes on under the same origin to the next leader."""
+
+    __slots__ = ("_actor", "_args", "_endpoint", "_kind", "_origin", "_request_id", "_served")
+
+    def __init__(
+        self, endpoint: Endpoint, served: Served, request_id: int, origin: Any, kind: str, args: Any, actor: str
+    ) -> None:
+        self._endpoint, self._served, self._request_id = endpoint, served, request_id
+        self._origin, self._kind, self._args, self._actor = origin, kind, args, actor
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, result: Any) -> None:
+        if result[0] == "ok":
+            self._served.reply(self._request_id, result[1])
+        else:
+            self._served.refuse(self._request_id, result[1], result[2])
+
+    def set_exception(self, error: Exception) -> None:
+        if isinstance(error, (NoLeader, Timeout)):
+            self.go_on(is_unknown=isinstance(error, Timeout))
+        else:
+            self._served.fail(self._request_id, error)  # type: ignore[arg-type]
+
+    def go_on(self, *, is_unknown: bool = False) -> None:
+        """Ask whoever leads next. `is_unknown`: it may have been done already."""
+        self._endpoint.write_elsewhere(
+            self._served, self._request_id, self._origin, self._kind, self._args, self._actor, is_unknown=is_unknown
+        )
+
+
 # -- what a peer may say ---------------------------------------------------------------------------------------------
 
+_EDGE_KINDS = frozenset(EDGE_VOCABULARY)
 _NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 #: Beginnings of the reasons for which `FrameConnection` and `Served` end a connection by themselves.

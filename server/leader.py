@@ -84,10 +84,13 @@ class Leader:
         peer: Callable[[str], Any],
         probe: Callable[[MemberRow], Awaitable[bool]],
         ensure_roots: Callable[[], Awaitable[None]],
+        remove_server: Callable[[str], Awaitable[Any]],
+        is_leaving: Callable[[str], bool],
         spawn: Callable[..., asyncio.Task[Any]],
     ) -> None:
         self._node, self._sessions, self._peer, self._probe = node, sessions, peer, probe
         self._ensure_roots, self._spawn = ensure_roots, spawn
+        self._remove_server, self._is_leaving = remove_server, is_leaving
         self._heard: dict[str, float] = {}
         self._leading_since = 0.0
         self._leading = False
@@ -123,19 +126,23 @@ class Leader:
     async def force_leave(self, name: str, *, prune: bool) -> None:
         """Mark a node that is gone as left and take it out of the catalog; with `prune`, free its name.
 
-        Raises NotFound, and Conflict for what is not gone. Repeating it is harmless. Who comes back is alive again.
+        A server is taken out of the list of servers as well. Raises NotFound, and Conflict for what is not gone.
+        Repeating it is harmless. Who comes back is alive again.
         """
         node = self._node
         tables = node.store.tables
         member = tables.members.get(name)
         if member is None:
             raise NotFound(f"no member is called {name!r}")
-        if member.role == "server":
-            raise Conflict(f"{name!r} is a server of this cluster: this version cannot remove servers")
         if member.status == "alive":
             is_heard = time.monotonic() - self._heard.get(name, float("-inf")) < SILENT_S
             if is_heard or await self._probe(member):
-                raise Conflict(f"node {name!r} ({member.address}) is alive: stop its agent first")
+                how = "stop its agent first"
+                if member.voter:
+                    how += f", or take the server out with `rostra operator raft remove-peer -id={member.node_id}`"
+                raise Conflict(f"node {name!r} ({member.address}) is alive: {how}")
+        if member.voter:
+            await self._remove_server(member.node_id)
         self._heard.pop(name, None)
         await node.own_write(SetMemberStatus(name=name, status="left", key_hash=member.key_hash), hold_s=2)
         listed = tables.nodes.get(tables.node_name(name))
@@ -217,10 +224,12 @@ class Leader:
                 peer = self._peer(member.node_id)
                 if member.name == me or (peer is not None and peer.open):
                     self._heard[member.name] = now
-            if now < self._refused_until.get(member.name, 0.0):
+            if now < self._refused_until.get(member.name, 0.0) or self._is_leaving(member.name):
                 continue
             with self._refusals_of(member):
-                if member.status != "alive" and now - self._heard.get(member.name, float("-inf")) < 1.0:
+                is_heard = now - self._heard.get(member.name, float("-inf")) < 1.0
+                was_server = member.role == "server" and not member.voter  # heard or not, it has left
+                if member.status != "alive" and is_heard and not was_server:
                     await self._mark(member, "alive")
                 elif member.status == "alive" and not self._is_registered(member):
                     await self._register(member, alive=True)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 from rostra.acl.authorizer import Everything
 from rostra.runtime.log import get
 from rostra.server.raft.log import RaftLog
+from rostra.server.state.capture import Loader
 from rostra.server.state.commands import COMMAND_VOCABULARY
 from rostra.server.state.entry import encode_args
 from rostra.server.state.kv import SetKey
@@ -23,20 +25,49 @@ from rostra.server.state.store import Store
 from rostra.server.watches import Watches
 from rostra.wire.codec import encode_value
 from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout, from_wire
+from rostra.wire.rpc import Lost
 
 log = get("server")
 
 #: How long a request waits for a leader before it is refused (Consul's rpc_hold_timeout).
 HOLD_S = 7.0
+#: What is said of a write of which nobody here will learn what became of it.
+UNKNOWN = "the leader was lost before it answered: the write may or may not have been done"
+#: No row has this modify_index, so a compare-and-set with it writes nothing.
+NEVER = (1 << 63) - 1
 #: So many lock-delays are noted before those that are over are looked for.
 LOCK_DELAYS_MIN = 1024
+
+
+class Outcome(Protocol):
+    """Who waits for the result of a proposal; a Future is one."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, result: Any, /) -> None: ...
+
+    def set_exception(self, error: Exception, /) -> None:
+        """NoLeader (certainly not done), Timeout (unknown), or the refusal of what does not fit into the log."""
 
 
 class ServerNode:
     """The state machine of one server behind its log."""
 
-    def __init__(self, *, node_id: str, name: str, datacenter: str, spawn: Callable[..., asyncio.Task[Any]]) -> None:
+    def __init__(
+        self,
+        *,
+        node_id: str,
+        name: str,
+        datacenter: str,
+        spawn: Callable[..., asyncio.Task[Any]],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        client_id: str = "",
+    ) -> None:
+        """`clock` gives monotonic seconds, `wall` what an entry shows as its time; `client_id` names this process."""
         self.node_id, self.name, self.datacenter = node_id, name, datacenter
+        self.clock, self._wall = clock, wall
         self.store = Store()
         #: What entries are proposed under: from the bootstrap on disk, before the state knows it.
         self.cluster_id = ""
@@ -46,7 +77,7 @@ class ServerNode:
         self.peer: Callable[[str], Any] = lambda server_id: None
         self.on_effects: Callable[[Sequence[tuple[Any, ...]]], None] = lambda effects: None
         self._loop = asyncio.get_running_loop()
-        self._client_id = str(uuid.uuid4())
+        self._client_id = client_id or str(uuid.uuid4())
         self._sequence = 0
         self._outstanding: dict[int, None] = {}
         self._leader_changed = asyncio.Event()
@@ -71,18 +102,31 @@ class ServerNode:
 
     def apply(self, entries: Sequence[bytes]) -> list[Any]:
         """Apply one Raft entry's commands in order; called by the log, also for what it replays at the start."""
-        results = []
-        for entry in entries:
-            applied = self.store.apply(entry)
-            results.append(applied.result)
-            if applied.touched:
-                self.watches.applied(applied.touched, applied.index)
-            if applied.effects:
-                self._note(applied.effects)
+        results, touches, effects = self.store.apply_all(entries)
+        if touches:
+            self.watches.applied(touches)
+        if effects:
+            self._note(effects)
         return results
 
+    def capture(self) -> Iterator[bytes | None]:
+        """The state for a snapshot, see `capture.py`: None means that the log must apply nothing yet."""
+        return self.store.capture()
+
+    def loader(self) -> Loading:
+        """Takes the chunks of a snapshot and then puts its state in the place of this one."""
+        return Loading(self)
+
+    def adopt(self, loaded: Loader) -> None:
+        """Go on from the state of a snapshot. Clocks start again, which is late perhaps and early never."""
+        self.store.adopt(loaded)
+        now = self.clock()
+        self.session_seen = dict.fromkeys(self.store.tables.sessions.rows, now)
+        self.lock_delays.clear()
+        self.watches.touch_all()
+
     def _note(self, effects: Sequence[tuple[Any, ...]]) -> None:
-        now = time.monotonic()
+        now = self.clock()
         for effect in effects:
             what = effect[0]
             if what in ("session-renewed", "session-created"):
@@ -107,9 +151,11 @@ class ServerNode:
     def role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
         self._leader_changed.set()
         self._leader_changed = asyncio.Event()
-        if is_leader:
+        if not is_leader:
+            self.store.expect_nothing()
+        else:
             # Never expire early: a session's clock starts again when leadership does.
-            now = time.monotonic()
+            now = self.clock()
             for session_id in self.session_seen:
                 self.session_seen[session_id] = now
 
@@ -130,7 +176,7 @@ class ServerNode:
 
     async def _leader_settled(self, deadline: float) -> None:
         """Wait until the picture of who leads may have changed; NoLeader at the deadline."""
-        left = deadline - time.monotonic()
+        left = deadline - self.clock()
         if left <= 0:
             raise NoLeader
         try:
@@ -150,77 +196,108 @@ class ServerNode:
         actor: str = "",
         source: str = "",
         hold_s: float = HOLD_S,
+        is_unknown: bool = False,
     ) -> Any:
         """The result of applying the command, once for each `origin` (client id, sequence, first outstanding).
 
-        Raises the refusal of the state machine, NoLeader, or Timeout where the outcome is unknown to the end.
+        The outcome is told apart: the value, the state machine's refusal, NoLeader (certainly not done), or Timeout
+        (it may have been done, or may still be). `is_unknown`: an attempt under this origin has ended so before. Every
+        attempt has the same origin, so a result is the result, whichever of them was applied.
         """
         self.counts["writes"] += 1
-        deadline = time.monotonic() + hold_s
+        deadline = self.clock() + hold_s
         while True:
-            raft = self.raft
-            if raft is not None and raft.is_leader:
-                try:
-                    return unwrap(await self.propose(origin, kind, args, actor, source))
-                except (NoLeader, Timeout):
-                    # Not done, or unknown because leadership was lost: the same origin makes a repeat harmless.
-                    if time.monotonic() >= deadline:
-                        raise
-            else:
-                peer = self.peer(self.leader_id) if self.leader_id else None
-                if peer is not None and peer.open:
-                    self.counts["writes_forwarded"] += 1
-                    try:
-                        return await self._forward(peer, self.leader_id, origin, kind, args, actor, source, deadline)
-                    except (NoLeader, Timeout):
-                        if time.monotonic() >= deadline:
-                            raise
-            await self._leader_settled(deadline)
+            result = None
+            try:
+                result = await self._attempt(origin, kind, args, actor, source, deadline)
+            except Timeout:
+                is_unknown = True
+            except NoLeader as e:
+                if self.clock() >= deadline and not is_unknown:
+                    raise NoLeader(e.message) from None
+            except RostraError:
+                if not is_unknown:
+                    raise
+                raise Timeout(UNKNOWN) from None  # this one was refused at the door; what became of the other?
+            if result is not None:
+                return unwrap(result)
+            try:
+                await self._leader_settled(deadline)
+            except NoLeader:
+                if is_unknown:
+                    raise Timeout(UNKNOWN) from None
+                raise
 
-    async def _forward(
+    async def _attempt(
+        self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str, deadline: float
+    ) -> Any:
+        """The result tuple, or None where there is no leader to ask. Raises NoLeader (not done), Timeout (unknown)."""
+        if self.is_leader:
+            return await self.propose(origin, kind, args, actor, source)
+        leader_id = self.leader_id
+        peer = self.peer(leader_id) if leader_id else None
+        if peer is None or not peer.open:
+            return None
+        self.counts["writes_forwarded"] += 1
+        call = peer.call("propose", origin, kind, args, actor, source)
+        try:
+            return await self._while_leader(call, leader_id, deadline)
+        except Lost as e:
+            if e.was_sent:
+                raise Timeout(UNKNOWN) from None
+            raise
+        except NoLeader:
+            if call.cancelled():  # it is another leader now, and the one that was asked may never answer
+                raise Timeout(UNKNOWN) from None
+            raise
+
+    def propose(
+        self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str
+    ) -> asyncio.Future[Any]:
+        """On the leader: validate, decide what must be decided before the log, append. Resolves to a result tuple.
+
+        Raises NoLeader, or the refusal of what must not get into the log.
+        """
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self.propose_for(future, origin, kind, args, actor, source)
+        return future
+
+    def propose_for(
         self,
-        peer: Any,
-        leader_id: str | None,
+        outcome: Outcome,
         origin: tuple[str, int, int],
         kind: str,
         args: dict[str, Any],
         actor: str,
         source: str,
-        deadline: float,
-    ) -> Any:
-        """Ask the leader; give up as soon as another leads, because the old one may never answer."""
-        call = peer.call("propose", origin, kind, args, actor, source)
-        return unwrap(await self._while_leader(call, leader_id, deadline))
-
-    def propose(
-        self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str
-    ) -> Awaitable[Any]:
-        """On the leader: validate, decide what must be decided before the log, append. Resolves to a result tuple."""
-        raft = self._running()
-        if not raft.is_leader or not (self.store.cluster_id or kind == "cluster.bootstrap"):
+    ) -> None:
+        """As `propose`; the result goes to `outcome`."""
+        raft = self.raft
+        cluster_id = self.store.cluster_id
+        if raft is None or not raft.is_leader or not (cluster_id or kind == "cluster.bootstrap"):
             raise NoLeader
         command = COMMAND_VOCABULARY.decode(kind, args)
         if not command.allowed(self._can):
             raise Denied(f"Permission denied: {kind}")
-        if kind == "kv.set" and command.acquire and self._lock_delayed(command) and not self.store.knows(origin):
-            return _ready(("ok", False))
-        return raft.propose(
-            encode_args(
-                kind,
-                args,
-                cluster_id=self.cluster_id,
-                client=origin,
-                at_ms=int(time.time() * 1000),
-                actor=actor,
-                source=source,
-            )
+        if self.lock_delays and kind == "kv.set" and command.acquire and self._lock_delayed(command):
+            # Refused through the log: an earlier attempt of the same origin may be under way, and one answer holds.
+            command = SetKey(command.key, b"", cas=NEVER)
+            args = {"key": command.key, "value": b"", "cas": NEVER}
+        at_ms = int(self._wall() * 1000)
+        entry = encode_args(
+            kind, args, cluster_id=self.cluster_id, client=origin, at_ms=at_ms, actor=actor, source=source
         )
+        if hasattr(raft, "propose_for"):
+            raft.propose_for(outcome, entry)
+        else:
+            raft.propose(entry).add_done_callback(partial(_pass_on, outcome))
+        self.store.expect(entry, self.cluster_id, origin, at_ms, actor, kind, command)
 
     def _lock_delayed(self, command: SetKey) -> bool:
         until = self.lock_delays.get(command.key)
         if until is None:
             return False
-        if time.monotonic() >= until:
+        if self.clock() >= until:
             del self.lock_delays[command.key]
             return False
         return True
@@ -243,10 +320,10 @@ class ServerNode:
 
     async def at_least(self, min_index: int, timeout_s: float = HOLD_S) -> None:
         """Wait until the state's index is at least `min_index`. Raises Timeout."""
-        deadline = time.monotonic() + timeout_s
+        deadline = self.clock() + timeout_s
         while self.store.index < min_index:
             raft = self._running()
-            if time.monotonic() >= deadline:
+            if self.clock() >= deadline:
                 raise Timeout(f"this server is at index {self.store.index}, {min_index} was asked for")
             try:
                 await raft.wait_applied(raft.applied_index + 1, 0.05)
@@ -272,7 +349,7 @@ class ServerNode:
     async def _round(self, mode: str) -> None:
         """One question to the leader (or to the followers, if this is it), then wait until it is applied here."""
         self.counts["barrier_rounds"] += 1
-        deadline = time.monotonic() + HOLD_S
+        deadline = self.clock() + HOLD_S
         while True:
             raft = self._running()
             try:
@@ -283,7 +360,7 @@ class ServerNode:
                 peer = self.peer(leader_id) if leader_id else None
                 if peer is not None and peer.open:
                     index = await self._while_leader(peer.call("index", mode), leader_id, deadline)
-                    await raft.wait_applied(index, max(0.05, deadline - time.monotonic()))
+                    await raft.wait_applied(index, max(0.05, deadline - self.clock()))
                     return
             except (NoLeader, Timeout):
                 pass
@@ -295,14 +372,14 @@ class ServerNode:
             while True:
                 changed = asyncio.ensure_future(self._leader_changed.wait())
                 try:
-                    left = max(0.0, deadline - time.monotonic())
+                    left = max(0.0, deadline - self.clock())
                     await asyncio.wait((call, changed), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     changed.cancel()
                 if call.done():
                     return call.result()
-                if time.monotonic() >= deadline:
-                    raise Timeout("the leader did not answer in time; a write may or may not have been done")
+                if self.clock() >= deadline:
+                    raise Timeout("the leader did not answer in time: a write may or may not have been done")
                 if self.leader_id != leader_id:
                     raise NoLeader
         finally:
@@ -327,6 +404,23 @@ class ServerNode:
         if raft.is_leader:
             return True, 0
         return raft.leader_id is not None, int(raft.last_heard_age_s() * 1000)
+
+
+class Loading:
+    """A snapshot on its way into a server's state."""
+
+    def __init__(self, node: ServerNode) -> None:
+        self._node = node
+        self._loader = Loader()
+
+    def feed(self, chunk: bytes) -> None:
+        """Take one chunk. Raises ValueError."""
+        self._loader.feed(chunk)
+
+    def finish(self) -> Callable[[], None]:
+        """The short step that swaps the states. Raises ValueError where the end is missing."""
+        self._loader.finish()
+        return lambda: self._node.adopt(self._loader)
 
 
 class _Rounds:
@@ -362,14 +456,19 @@ class _Rounds:
                 future.set_result(None)
 
 
+def _pass_on(outcome: Outcome, future: asyncio.Future[Any]) -> None:
+    if outcome.done():
+        return
+    if future.cancelled():
+        outcome.set_exception(NoLeader())
+    elif error := future.exception():
+        outcome.set_exception(error)  # type: ignore[arg-type]
+    else:
+        outcome.set_result(future.result())
+
+
 def unwrap(result: Any) -> Any:
     """The value of a result tuple of the state machine; raises its refusal."""
     if result[0] == "ok":
         return result[1]
     raise from_wire(result[1], result[2])
-
-
-def _ready(value: Any) -> asyncio.Future[Any]:
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    future.set_result(value)
-    return future

@@ -2,7 +2,8 @@
 
 Every connection is mTLS and the other end must show the key that the replicated member list names. A peer that is
 down is tried again with a short back-off; a peer that does not answer a ping in time is dropped, because a cut network
-closes no connection by itself.
+closes no connection by itself. Where a server was last heard from is tried before the address in the list: it may have
+moved, and it is its key that says who it is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rostra.runtime.log import get
 from rostra.runtime.tls import explain, peer_key_hash
-from rostra.server.raft.log import Member
+from rostra.server.raft.members import Member
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Denied, NoLeader, RostraError
 from rostra.wire.frames import PEER_FRAME_BYTES_MAX
@@ -87,27 +88,57 @@ class Peers:
         spawn: Callable[..., asyncio.Task[Any]],
     ) -> None:
         self._me, self._context, self._about, self._spawn = me, context, about, spawn
+        self._members: dict[str, Member] = {}
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._callers: dict[str, Caller] = {}
+        self._hints: dict[str, tuple[str, int]] = {}
 
-    def follow(self, members: list[Member]) -> None:
-        """Keep a caller to each of `members` but ourselves. Called once; membership changes are a later matter."""
-        for member in members:
-            if member.id != self._me:
-                self._spawn(self._keep(member))
+    def follow(self, members: Iterable[Member]) -> None:
+        """Keep a caller to each of `members` but ourselves, and to nobody else. The newest list counts."""
+        self._members = {m.id: m for m in members if m.id != self._me}
+        for server_id in [i for i in self._tasks if i not in self._members]:
+            self._tasks.pop(server_id).cancel()
+            self._hints.pop(server_id, None)
+        for server_id, member in self._members.items():
+            if self._hints.get(server_id) == (member.host, member.port):
+                del self._hints[server_id]
+            if server_id not in self._tasks:
+                self._tasks[server_id] = self._spawn(self._keep(server_id))
 
     def caller(self, server_id: str) -> Caller | None:
         return self._callers.get(server_id)
 
+    def hint(self, server_id: str, host: str, port: int) -> None:
+        """That server, known by its key, was reached or heard from there."""
+        member = self._members.get(server_id)
+        if member is not None and (member.host, member.port) != (host, port):
+            self._hints[server_id] = (host, port)
+        else:
+            self._hints.pop(server_id, None)
+
     async def dial_raft(self, member: Member) -> FrameConnection:
         """For the Raft layer: a connection that has exchanged hellos. Raises RostraError."""
+        return await self._dial(member, "raft")
+
+    async def _dial(self, member: Member, protocol: str) -> FrameConnection:
+        hint = self._hints.get(member.id)
+        if hint is not None:
+            try:
+                connection, _, _ = await dial(
+                    *hint, self._context(), hello(protocol, **self._about()), key_hash=member.key_hash, timeout_s=1.0
+                )
+                return connection
+            except RostraError:
+                if self._hints.get(member.id) == hint:
+                    del self._hints[member.id]
         connection, _, _ = await dial(
-            member.host, member.port, self._context(), hello("raft", **self._about()), key_hash=member.key_hash
+            member.host, member.port, self._context(), hello(protocol, **self._about()), key_hash=member.key_hash
         )
         return connection
 
-    async def _keep(self, member: Member) -> None:
+    async def _keep(self, server_id: str) -> None:
         told = ""
-        while True:
+        while (member := self._members.get(server_id)) is not None:
             try:
                 await self._session(member)
                 told = ""
@@ -115,13 +146,10 @@ class Peers:
                 if told != e.message:
                     log.warn("server is not reachable, trying again", server=member.name, error=e.message)
                     told = e.message
-            self._callers.pop(member.id, None)
             await asyncio.sleep(RETRY_S)
 
     async def _session(self, member: Member) -> None:
-        connection, _, _ = await dial(
-            member.host, member.port, self._context(), hello("peer", **self._about()), key_hash=member.key_hash
-        )
+        connection = await self._dial(member, "peer")
         caller = Caller(connection, request_bytes_max=PEER_FRAME_BYTES_MAX)
         connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
         self._callers[member.id] = caller
@@ -133,4 +161,6 @@ class Peers:
         except TimeoutError:
             log.warn("server does not answer, dropping the connection", server=member.name)
         finally:
+            if self._callers.get(member.id) is caller:
+                del self._callers[member.id]
             connection.abort("done")

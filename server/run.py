@@ -1,6 +1,6 @@
 """The core process: builds one server from its settings, in the order in which the parts need each other.
 
-    data directory, identity, listeners  →  bootstrap (once in a cluster's life)  →  log and state  →  duties
+    data directory, identity, listeners  →  bootstrap or being let in  →  log and state  →  duties
 
 It stops in the reverse order. Exit status 70: a promise could not be kept (disk, log, apply), start again; 78: the
 data is damaged, of a newer version or of another node, do not; 1: it cannot start as things are (a port in use).
@@ -30,18 +30,23 @@ from rostra.runtime.identity import DataDirectory, NewerFormat, NodeIdentity, pa
 from rostra.runtime.service import Tasks
 from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
-from rostra.server.bootstrap import FILE_NAME, Bootstrap, Membership, ServerInfo, load
-from rostra.server.endpoint import Endpoint, Peer, about_node
-from rostra.server.leader import SERF_CHECK, Leader
+from rostra.server.autopilot import Autopilot
+from rostra.server.bootstrap import FILE_NAME, JOIN, Bootstrap, Membership, ServerInfo, load
+from rostra.server.endpoint import Endpoint, Peer
+from rostra.server.enrolment import Enrolment
+from rostra.server.leader import Leader
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, ask, dial
 from rostra.server.raft.journal import has_journal
-from rostra.server.raft.log import Member, RaftLog, Timing
+from rostra.server.raft.log import RaftLog, Timing
+from rostra.server.raft.members import LEARNER, REPLICA, Member, Members, voters
+from rostra.server.raft.recovery_disk import peers_files
+from rostra.server.roster import Roster
 from rostra.server.settings import CoreSettings
+from rostra.server.standing import Standing
 from rostra.server.state import cluster as cluster_commands
 from rostra.server.state.rows import MemberRow
-from rostra.server.state.tables import Tables
-from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError, Timeout
+from rostra.wire.errors import Conflict, NoLeader, RostraError, Timeout
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import Caller, hello
 
@@ -54,9 +59,8 @@ EXIT_DAMAGED = 78
 #: How often this server looks whether its certificate is due and its report still true.
 CERTIFICATE_EVERY_S = 60.0
 CERTIFICATE_RETRY_S = 1.0
-#: A refused node comes again and again; it is answered from memory for this long.
-REFUSED_S = 1.0
-REFUSED_MAX = 1024
+#: How long a leader that stops may take to hand leadership over.
+HAND_OVER_S = 0.8
 #: Where a development server keeps its identity; younger directories may not have taken their lock yet.
 DEV_PREFIX = "rostra-dev-"
 STALE_S = 60.0
@@ -75,12 +79,12 @@ class Core:
         self._tasks = Tasks("server", on_crash=self._crashed)
         self._temporary: Path | None = None
         self._candidates: list[str] = list(settings.candidates)
-        self._members: list[Member] = []
+        self._members: Members = ()
+        self._introduced: Members = ()  # servers that are not in this one's list, see `standing.py`
         self._server_ids: dict[str, str] = {}
         self._raft: RaftLog | None = None
         self._steps = LoopSteps()
         self._started = time.monotonic()
-        self._refused: dict[tuple[str, str], tuple[float, RostraError]] = {}  # (name, key) -> (until, why)
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -116,18 +120,27 @@ class Core:
             spawn=self._spawn,
         )
         node.peer = self._peers.caller
+        self._roster = Roster(
+            node, serf_port=s.serf_port, version=s.version, hello=self._bootstrap.hello, hint=self._peers.hint
+        )
+        self._autopilot = Autopilot(node, self._roster, heartbeat_s=s.heartbeat_s)
         self._leader = Leader(
             node,
             sessions=lambda: self._endpoint.heard(),
             peer=self._peers.caller,
             probe=self._probe,
             ensure_roots=self._ensure_roots,
+            remove_server=lambda node_id: self._roster.remove(node_id=node_id),
+            is_leaving=self._roster.leaving.__contains__,
             spawn=self._spawn,
         )
+        enrolment = Enrolment(node, s, server_id=self._server_ids.get, on_enrolled=self._leader.kick)
         acts = self._acts = Acts(
             node,
             self._leader,
             self._peers.caller,
+            self._roster,
+            self._autopilot,
             learn_candidates=self.learn,
             servers=self._servers,
             metrics=self.metrics,
@@ -136,11 +149,12 @@ class Core:
             node,
             spawn=self._spawn,
             server_key=self._server_ids.get,
-            enrol=self._enrol,
+            enrol=enrolment.enrol,
             accept_raft=self._accept_raft,
-            bootstrap=self._bootstrap.handle,
+            bootstrap=self._greeted,
             acts=acts.table,
             about=self._about,
+            met=self._met,
         )
         self._endpoint.listen_tcp(listener, self._identity.server_context)
         path = _socket_path(directory)
@@ -155,6 +169,11 @@ class Core:
         return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
 
     async def stop(self) -> None:
+        if self._raft is not None and self._raft.is_leader and len(voters(self._members)) > 1:
+            # Another leads before this one is gone: nobody has to miss it first.
+            with contextlib.suppress(RostraError, TimeoutError):
+                async with asyncio.timeout(HAND_OVER_S):
+                    await self._raft.transfer()
         await self._tasks.stop(1.0)
         self._endpoint.close()
         if self._raft is not None:
@@ -173,6 +192,12 @@ class Core:
     def _check_identity(self, directory: Path) -> None:
         """A server is who it was when it voted: its node id and name stand in the log of the others. Raises."""
         s = self.settings
+        for path in peers_files(directory):
+            raise UnusableData(
+                f"{path}: a list of servers is not read at a start. `rostra recover apply -keep={directory}"
+                f" -peers={path}` makes it the members and removes it (`rostra recover plan {directory}` says what that"
+                " costs); or remove it yourself, and the server starts as before"
+            )
         on_disk = read_node_id(directory)
         with _refusing():
             stored = load(directory / "server" / FILE_NAME)
@@ -189,12 +214,6 @@ class Core:
                     f"node name {s.node_name!r}: this server is {me.name!r} in its cluster and stays so;"
                     f" start it with -node={me.name}"
                 )
-            if me is not None and me.address != s.advertise:
-                log.warn(
-                    "the cluster knows this server under another address and will look for it there",
-                    known=me.host_port,
-                    now=s.advertise,
-                )
 
     def _open_bootstrap(self, directory: Path) -> Bootstrap:
         s = self.settings
@@ -206,12 +225,17 @@ class Core:
             key_hash=self._identity.key_hash,
             datacenter=s.datacenter,
         )
+        raft = directory / "server" / "raft"
+        has_log = not s.dev and has_journal(raft)
         with _refusing():
             return Bootstrap(
                 directory / "server",
                 me,
                 expect=s.bootstrap_expect,
-                has_data=not s.dev and has_journal(directory / "server" / "raft"),
+                has_data=has_log or any(raft.glob("snapshot-*")),
+                has_log=has_log,
+                suffrage=REPLICA if s.non_voting_server else LEARNER,
+                version=s.version,
             )
 
     def _spawn(self, coro: Any) -> asyncio.Task[Any]:
@@ -238,20 +262,20 @@ class Core:
         s = self.settings
         self._cluster_id = membership.cluster_id
         self.node.cluster_id = membership.cluster_id
-        self._members = [
-            Member(id=m.node_id, host=m.address, port=m.rpc_port, key_hash=m.key_hash, name=m.name)
-            for m in membership.members
-        ]
-        self._server_ids.update({m.key_hash: m.id for m in self._members})
+        members = tuple(
+            Member(m.node_id, m.address, m.rpc_port, m.key_hash, m.name, m.suffrage) for m in membership.members
+        )
+        self._members_changed(members)
         raft = RaftLog(
             directory=None if s.dev else self._directory / "server" / "raft",
             node_id=self._identity.node_id,
             cluster_id=membership.cluster_id,
-            members=self._members,
-            apply=self.node.apply,
+            members=members,
+            state=self.node,
             dial=self._peers.dial_raft,
             timing=Timing(heartbeat_s=s.heartbeat_s, election_min_s=s.election_min_s, election_max_s=s.election_max_s),
             on_role_change=self._role_changed,
+            on_members=self._members_changed,
             fail_stop=self._fail,
         )
         try:
@@ -259,13 +283,75 @@ class Core:
         except RostraError as e:
             log.err("this server's log cannot be used, it does not start", reason=e.message)
             os._exit(EXIT_DAMAGED)
+        if not s.dev:
+            self._bootstrap.note_started()
         self._raft = self.node.raft = raft
-        self._peers.follow(self._members)
+        self._follow_servers()
         # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).
         gc.collect()
         gc.freeze()
         gc.disable()
         self._tasks.start("leader duties", self._leader.run())
+        self._tasks.start("autopilot", self._autopilot.run())
+        standing = Standing(
+            self.node,
+            raft,
+            self._peers,
+            host=s.advertise,
+            port=self.rpc_port,
+            candidates=lambda: self._candidates,
+            asking=self._bootstrap.asking,
+            ask=self._call_bootstrap,
+            moved=self._roster.moved,
+            introduce=self._introduce,
+        )
+        self._tasks.start("standing", standing.keep())
+
+    # -- who the servers are ------------------------------------------------------------------------------------
+
+    def _members_changed(self, members: Members) -> None:
+        """Another list of servers is in force."""
+        if self._tasks.stopped:
+            return
+        me = self._identity.node_id
+        if any(m.id == me for m in self._members) and not any(m.id == me for m in members):
+            log.warn("this server was removed from the cluster; it keeps its data and takes no part any more")
+        self._members = members
+        self._follow_servers()
+
+    def _introduce(self, members: Members) -> None:
+        """A server of this one's list says that these are its servers now. Only the log changes the list, but whoever
+        leads may be one that it does not have yet, and is heard."""
+        known = {m.id for m in self._members}
+        for member in members:
+            self._peers.hint(member.id, member.host, member.port)
+        strangers = tuple(m for m in members if m.id not in known)
+        if strangers != self._introduced:
+            self._introduced = strangers
+            self._follow_servers()
+            if self._raft is not None:
+                self._raft.introduce(strangers)
+
+    def _follow_servers(self) -> None:
+        listed = {m.id for m in self._members}
+        servers = (*self._members, *(m for m in self._introduced if m.id not in listed))
+        self._server_ids.clear()
+        self._server_ids.update({m.key_hash: m.id for m in servers})
+        if self._raft is not None:
+            self._peers.follow(servers)
+        self._endpoint.drop_former_servers()
+
+    def _met(self, server_id: str, said: dict[str, Any]) -> None:
+        """A server has connected and says where it can be reached."""
+        host, port = said.get("address"), said.get("rpc_port")
+        if isinstance(host, str) and 0 < len(host) <= 253 and type(port) is int and 0 < port < 65536:
+            self._peers.hint(server_id, host, port)
+        self._roster.note_version(server_id, said.get("version"))
+
+    def _greeted(self, kind: str, args: dict[str, Any], peer: Peer) -> dict[str, Any]:
+        if kind == JOIN:
+            return self._roster.answer_join(args, peer)
+        return self._bootstrap.handle(kind, args, peer.key_hash)
 
     def _role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
         name = next((m.name for m in self._members if m.id == leader_id), "")
@@ -289,6 +375,8 @@ class Core:
             "cluster": self.node.cluster_id,
             "datacenter": s.datacenter,
             "version": s.version,
+            "address": s.advertise,
+            "rpc_port": self.rpc_port,
         }
 
     def _servers(self) -> list[dict[str, Any]]:
@@ -304,7 +392,11 @@ class Core:
     async def _call_bootstrap(self, address: str, kind: str, args: dict[str, Any]) -> tuple[dict[str, Any], str]:
         host, _, port = address.rpartition(":")
         connection, _, key_hash = await dial(
-            host, int(port), self._identity.client_context(), hello("bootstrap", **self._about()), key_hash=None
+            host.strip("[]"),
+            int(port),
+            self._identity.client_context(),
+            hello("bootstrap", **self._about()),
+            key_hash=None,
         )
         try:
             caller = Caller(connection)
@@ -315,51 +407,6 @@ class Core:
             raise NoLeader(f"{address} does not answer") from None
         finally:
             connection.close()
-
-    async def _enrol(self, peer: Peer) -> None:
-        """Bind a node's name to its key the first time it is seen; refuse another key. Raises Conflict, NoLeader."""
-        s = self.settings
-        about = about_node(peer.about, s.datacenter, peer.address)
-        if about.datacenter != s.datacenter:
-            raise BadRequest(
-                f"node {peer.name} is in datacenter {about.datacenter!r}, this server in {s.datacenter!r}:"
-                " -datacenter has to be the same"
-            )
-        if peer.local:
-            if peer.name != s.node_name:
-                raise Conflict(f"the server of this host is called {s.node_name}, not {peer.name}")
-            return
-        refused = self._refused.get((peer.name, peer.key_hash))
-        if refused is not None and time.monotonic() < refused[0]:
-            raise refused[1]
-        role = "client" if self._server_ids.get(peer.key_hash) is None else "server"
-        known = self.node.store.tables.members.get(peer.name)
-        if known is not None and known.key_hash == peer.key_hash and known.status == "alive":
-            seen = (known.node_id, known.role, known.address, known.serf_port, known.version)
-            if seen == (peer.node_id, role, about.address, about.serf_port, about.version):
-                return
-        await self.node.barrier("default")
-        try:
-            if problem := enrolment_problem(self.node.store.tables, peer):
-                raise Conflict(problem)
-            await self.node.own_write(
-                cluster_commands.BindNode(
-                    name=peer.name,
-                    key_hash=peer.key_hash,
-                    role=role,
-                    address=about.address,
-                    node_id=peer.node_id,
-                    serf_port=about.serf_port,
-                    version=about.version,
-                ),
-                hold_s=5.0,
-            )
-        except Conflict as e:
-            if len(self._refused) >= REFUSED_MAX:
-                self._refused.clear()
-            self._refused[peer.name, peer.key_hash] = (time.monotonic() + REFUSED_S, e)
-            raise
-        self._leader.kick()
 
     # -- this server's own certificate ------------------------------------------------------------------------
 
@@ -394,26 +441,10 @@ class Core:
 
     async def _ensure_roots(self) -> None:
         """The first leader of a cluster writes down who its servers are and makes the mesh's first root."""
-        node, s = self.node, self.settings
-        tables = node.store.tables
+        node, tables = self.node, self.node.store.tables
         if not node.store.cluster_id:
             await self._found_cluster()
-        for member in self._members:
-            known = tables.members.get(member.name)
-            if known is None or known.key_hash != member.key_hash or known.version != s.version:
-                await node.own_write(
-                    cluster_commands.BindNode(
-                        name=member.name,
-                        key_hash=member.key_hash,
-                        role="server",
-                        address=member.host,
-                        node_id=member.id,
-                        serf_port=s.serf_port,
-                        rpc_port=member.port,
-                        version=s.version,
-                    ),
-                    hold_s=2,
-                )
+        await self._roster.keep_rows()
         if not any(r.active for r in tables.roots.rows.values()):
             from rostra.server.ca.issue import create_root
             from rostra.server.state.ca import SetRoot
@@ -474,6 +505,8 @@ class Core:
                 **node.counts,
                 "watch_deltas": node.watches.deltas,
                 "internal_errors": len(node.store.internal_errors),
+                "connections_rejected": self._endpoint.rejected,
+                "connections_dropped": self._endpoint.dropped,
             },
             "watches": len(node.watches),
             "connections": self._endpoint.connections,
@@ -481,53 +514,6 @@ class Core:
             "rss_bytes": usage.ru_maxrss * 1024,
             "uptime_s": time.monotonic() - self._started,
         }
-
-
-def enrolment_problem(tables: Tables, peer: Peer) -> str:
-    """Why `peer` may not have its name and node id at present, or "". The log decides; this spares it the refusals."""
-    members = tables.members.rows
-    known = members.get(peer.name)
-    if known is not None and known.key_hash != peer.key_hash and (known.voter or known.status == "alive"):
-        gone = (
-            "remove that server from the cluster first, or restore its node key"
-            if known.voter
-            else f"choose another node name, or run `rostra force-leave {peer.name}` if that node is gone for good"
-        )
-        return (
-            f"{_of(peer.name)} belongs to another node key ({known.address}),"
-            f" and that node is {'a server' if known.voter else 'alive'}: {gone}"
-        )
-    folded = peer.name.lower()
-    for other in members.values():
-        if other.name == peer.name or not (other.voter or other.status == "alive"):
-            continue
-        if other.name.lower() == folded:
-            return f"{_of(peer.name)} differs only by case from that of node {other.name} ({other.address})"
-        if other.key_hash == peer.key_hash:
-            return (
-                f"{_of(peer.name)} shows the key of node {other.name} ({other.address}), which is alive: if this data"
-                " directory is a copy, remove node-id and tls/ in it; if the node was renamed, wait until its old name"
-                " has failed"
-            )
-        if other.node_id == peer.node_id:
-            return (
-                f"{_of(peer.name)} has the node id {peer.node_id} of node {other.name} ({other.address}), which is"
-                " alive: remove the file node-id in one's data directory, or give it another -node-id"
-            )
-    listed = tables.nodes.get(tables.node_name(peer.name))
-    if listed is not None and listed.id and listed.id != peer.node_id:
-        # The leader could not register it under this id, see `catalog.Register`.
-        check = tables.checks.get((listed.name, SERF_CHECK))
-        if check is not None and check.status == "passing":
-            return (
-                f"{_of(peer.name)} is listed in the catalog with node id {listed.id} ({listed.address}) and passing:"
-                " wait until that one has failed, or deregister it"
-            )
-    return ""
-
-
-def _of(name: str) -> str:
-    return f"node name {name!r}"
 
 
 def remove_stale(where: Path) -> None:

@@ -20,6 +20,7 @@ class CoreSettings:
     rpc_port: int = 8300
     serf_port: int = 8301
     bootstrap_expect: int = 0
+    non_voting_server: bool = False  # a replica of everything that never votes
     candidates: tuple[str, ...] = ()  # host:port of other servers' RPC
     secrets: tuple[str, ...] = ()
     node_id: str = ""

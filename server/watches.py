@@ -13,8 +13,8 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from rostra.server.state.granules import granule_hash
-from rostra.server.state.store import Store
+from rostra.server.state.granules import granule_hash, parent_directories
+from rostra.server.state.store import Store, Touches
 from rostra.wire.errors import RostraError, Timeout
 from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, ServedStream, pack_rows
 
@@ -70,6 +70,10 @@ class SharedWatch:
         if not self._busy:
             self._busy = True
             self._hub.loop.call_soon(self._refresh)
+
+    def touch_all(self) -> None:
+        """Everything may differ, and nothing is known of when it changed: the next evaluation says."""
+        self.touched(None, self._touched_index)
 
     def subscribe(self, stream: ServedStream, *, once: bool) -> None:
         subscriber = _Subscriber(stream, once)
@@ -155,6 +159,7 @@ class SharedWatch:
         self._listen(evaluation.granules)
         if not self._filled:
             self.index = evaluation.index
+        self._touched_index = max(self._touched_index, evaluation.index)
         while part := evaluation.step(SLICE_ROWS):
             rows.update(part)
             await asyncio.sleep(0)
@@ -317,6 +322,7 @@ class Watches:
         self.loop = asyncio.get_running_loop()
         self._by_query: dict[Any, SharedWatch] = {}
         self._by_granule: dict[str, set[SharedWatch]] = {}
+        self._of_keys = 0  # how many of these granules are of the KV table
         self.deltas = 0
 
     def __len__(self) -> int:
@@ -340,16 +346,34 @@ class Watches:
                 watches.discard(watch)
                 if not watches:
                     del self._by_granule[granule]
+                    self._of_keys -= granule.startswith(_OF_KEYS)
         for granule in new:
-            self._by_granule.setdefault(granule, set()).add(watch)
+            if granule not in self._by_granule:
+                self._by_granule[granule] = set()
+                self._of_keys += granule.startswith(_OF_KEYS)
+            self._by_granule[granule].add(watch)
 
-    def applied(self, touched: Iterable[tuple[str, Any]], index: int) -> None:
-        """What one log entry touched; `index`: the state's after it."""
+    def applied(self, touches: Iterable[Touches]) -> None:
+        """What entries of the log touched, in their order."""
         by_granule = self._by_granule
         if not by_granule:
             return
-        for granule, key in touched:
-            watches = by_granule.get(granule)
-            if watches is not None:
-                for watch in watches:
-                    watch.touched(key, index)
+        for index, touched, keys in touches:
+            for granule, row_key in touched:
+                for watch in by_granule.get(granule, ()):
+                    watch.touched(row_key, index)
+            if keys and self._of_keys:
+                for key in keys:
+                    for watch in by_granule.get("kv:" + key, ()):
+                        watch.touched(key, index)
+                    for directory in parent_directories(key):
+                        for watch in by_granule.get("kvdir:" + directory, ()):
+                            watch.touched(key, index)
+
+    def touch_all(self) -> None:
+        """The store has become another one: every watch looks at everything again and tells what differs."""
+        for watch in self._by_query.values():
+            watch.touch_all()
+
+
+_OF_KEYS = ("kv:", "kvdir:")

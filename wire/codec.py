@@ -51,11 +51,14 @@ class Vocabulary:
 
     def __init__(self, known: Iterable[type]) -> None:
         self._specs: dict[str, _Spec] = {}
+        #: kind -> what makes the value of a map of its fields; raises as `decode`.
+        self.decoders: dict[str, Callable[[Any], Any]] = {}
         for cls in known:
             kind = cls.kind  # type: ignore[attr-defined]
             if kind in self._specs:
                 raise ValueError(f"two types are called {kind!r}")
-            self._specs[kind] = _Spec(cls)
+            self._specs[kind] = spec = _Spec(cls)
+            self.decoders[kind] = _decoder(kind, spec)
 
     def __contains__(self, kind: object) -> bool:
         return kind in self._specs
@@ -73,33 +76,10 @@ class Vocabulary:
         What only a newer version can have sent raises the subclass Unknown.
         """
         try:
-            spec = self._specs[kind]
+            decode = self.decoders[kind]
         except (KeyError, TypeError):
             raise Unknown(f"unknown kind {kind!r}: is the other side of a newer version?") from None
-        if type(fields) is not dict:
-            raise BadRequest(f"{kind}: the fields must be a map, not {type(fields).__name__}")
-        given = {}
-        shapes = spec.shapes
-        for name, value in fields.items():
-            try:
-                accepted, inside = shapes[name]
-            except (KeyError, TypeError):
-                if spec.is_strict:
-                    raise Unknown(f"{kind}: unknown field {name!r}: is the sender of a newer version?") from None
-                continue
-            if accepted is not None and type(value) not in accepted:
-                raise BadRequest(f"{kind}: field {name!r} must be {_expected(accepted)}, not {type(value).__name__}")
-            if inside is not None:
-                try:
-                    value = inside(value)
-                except _WrongInside as e:
-                    raise BadRequest(f"{kind}: field {name!r}: {e}") from None
-            given[name] = value
-        if len(given) < spec.required_count or not spec.required <= given.keys():
-            missing = ", ".join(sorted(spec.required - given.keys()))
-            if missing:
-                raise BadRequest(f"{kind}: missing field {missing}")
-        return spec.cls(**given)
+        return decode(fields)
 
 
 def decode_fields(row_type: type[tuple[Any, ...]], fields: Any, what: str) -> dict[str, Any]:
@@ -140,7 +120,7 @@ def decode_row(row_type: type[R], fields: Any, what: str, **fixed: Any) -> R:
 
 
 class _Spec:
-    __slots__ = ("cls", "is_strict", "required", "required_count", "shapes")
+    __slots__ = ("cls", "is_strict", "required", "shapes")
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -149,7 +129,100 @@ class _Spec:
         fields = dataclasses.fields(cls)
         self.shapes: dict[str, Shape] = {f.name: _shape(hints[f.name]) for f in fields}
         self.required = frozenset(f.name for f in fields if _default(f) is dataclasses.MISSING)
-        self.required_count = len(self.required)
+
+
+def _decoder(kind: str, spec: _Spec) -> Callable[[Any], Any]:
+    """Reads the fields as most senders write them; whatever is otherwise goes to `_decode_slowly`, which says what.
+
+    Written as source, as dataclasses do it: each field is looked up once, by name, and checked where it was given.
+    """
+    names: dict[str, Any] = {"cls": spec.cls, "slowly": functools.partial(_decode_slowly, kind, spec)}
+    names["WrongInside"] = _WrongInside
+    head, optional, arguments = [], [], []
+    fields = dataclasses.fields(spec.cls)  # type: ignore[arg-type]
+    for at, field in enumerate(fields):
+        accepted, inside = spec.shapes[field.name]
+        names[f"accepted{at}"], names[f"inside{at}"] = accepted, inside
+        check = []
+        if accepted is not None:
+            if len(accepted) == 1:
+                (names[f"accepted{at}"],) = accepted
+                check.append(f"if type(v{at}) is not accepted{at}: return slowly(fields)")
+            else:
+                check.append(f"if type(v{at}) not in accepted{at}: return slowly(fields)")
+        if inside is not None:
+            check.append(f"v{at} = inside{at}(v{at})")
+        if field.name in spec.required:
+            head += [f"v{at} = fields[{field.name!r}]", *check]
+        else:
+            names[f"default{at}"] = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                names[f"default{at}"] = field.default_factory
+                head.append(f"v{at} = default{at}()")
+            else:
+                head.append(f"v{at} = default{at}")
+            optional += [f"if {field.name!r} in fields:", f"    v{at} = fields[{field.name!r}]"]
+            optional += [f"    {line}" for line in ("given += 1", *check)]
+        arguments.append(f"v{at}")
+    twin = _twin(spec.cls)
+    if twin is None:
+        make = [f"return cls({', '.join(arguments)})"]
+    else:
+        names["twin"] = twin
+        make = ["made = twin()", *(f"made.{field.name} = v{at}" for at, field in enumerate(fields))]
+        make += ["made.__class__ = cls", "return made"]
+    lines = [
+        "def decode(fields):",
+        "    if type(fields) is not dict: return slowly(fields)",
+        "    try:",
+        *(f"        {line}" for line in head or ["pass"]),
+        f"        given = {len(spec.required)}",
+        "        if len(fields) != given:",
+        *(f"            {line}" for line in optional),
+        "            if len(fields) != given: return slowly(fields)",
+        "    except (KeyError, WrongInside): return slowly(fields)",
+        *(f"    {line}" for line in make),
+    ]
+    exec("\n".join(lines), names)  # noqa: S102  nothing in it comes from outside
+    return names["decode"]  # type: ignore[no-any-return]
+
+
+def _twin(cls: Any) -> type | None:
+    """A class whose instances can be filled plainly and then become one of `cls`; None where that is not the same.
+
+    A frozen dataclass sets each of its fields by a call, which takes as long as all the rest of decoding.
+    """
+    slots = cls.__dict__.get("__slots__")
+    if cls.__bases__ != (object,) or slots is None or hasattr(cls, "__post_init__"):
+        return None
+    return type(cls.__name__, (), {"__slots__": tuple(slots)})
+
+
+def _decode_slowly(kind: str, spec: _Spec, fields: Any) -> Any:
+    """As a decoder does it, one field after the other. Raises BadRequest naming the field that is wrong, or Unknown."""
+    if type(fields) is not dict:
+        raise BadRequest(f"{kind}: the fields must be a map, not {type(fields).__name__}")
+    given = {}
+    shapes = spec.shapes
+    for name, value in fields.items():
+        try:
+            accepted, inside = shapes[name]
+        except (KeyError, TypeError):
+            if spec.is_strict:
+                raise Unknown(f"{kind}: unknown field {name!r}: is the sender of a newer version?") from None
+            continue
+        if accepted is not None and type(value) not in accepted:
+            raise BadRequest(f"{kind}: field {name!r} must be {_expected(accepted)}, not {type(value).__name__}")
+        if inside is not None:
+            try:
+                value = inside(value)
+            except _WrongInside as e:
+                raise BadRequest(f"{kind}: field {name!r}: {e}") from None
+        given[name] = value
+    if not spec.required <= given.keys():
+        missing = ", ".join(sorted(spec.required - given.keys()))
+        raise BadRequest(f"{kind}: missing field {missing}")
+    return spec.cls(**given)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-from rostra.wire.frames import RPC_FRAME_BYTES_MAX, FrameDecoder, FrameTooLarge, frame
+from rostra.wire.frames import HEADER_BYTES, RPC_FRAME_BYTES_MAX, FrameDecoder, FrameTooLarge
 
 #: A peer that takes nothing while this much waits for it is dropped: memory is bounded, and it will reconnect.
 BACKLOG_BYTES_MAX = 64 << 20
@@ -37,6 +37,8 @@ class FrameConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._flush_scheduled = False
         self._lost = False
+        #: When the peer last said something, in the loop's time.
+        self.heard_at = self._loop.time()
         self.writable = asyncio.Event()
         self.writable.set()
 
@@ -46,7 +48,7 @@ class FrameConnection(asyncio.Protocol):
         """Queue one frame. Silently dropped on a lost connection: `on_lost` has told the owner already."""
         if self._lost or self._transport is None:
             return
-        self._out.append(frame(payload))
+        self._out.append(len(payload).to_bytes(HEADER_BYTES, "big") + payload)
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self.flush)
@@ -102,6 +104,7 @@ class FrameConnection(asyncio.Protocol):
             self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
+        self.heard_at = self._loop.time()
         try:
             payloads = self._decoder.feed(data)
         except FrameTooLarge as e:
@@ -110,7 +113,7 @@ class FrameConnection(asyncio.Protocol):
         for payload in payloads:
             if self._lost:
                 return
-            if self.on_frame is not None:
+            if self.on_frame is not None:  # it may be another one after each frame
                 self.on_frame(payload)
 
     def pause_writing(self) -> None:
@@ -121,6 +124,8 @@ class FrameConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone(str(exc) if exc else "closed by the peer")
+        # It holds us as its protocol: a cycle, with all of TLS in it, and a core runs without the cyclic collector.
+        self._transport = None
 
     def _gone(self, reason: str) -> None:
         if self._lost:
@@ -128,5 +133,8 @@ class FrameConnection(asyncio.Protocol):
         self._lost = True
         self._out.clear()
         self.writable.set()
-        if self.on_lost is not None:
-            self.on_lost(reason)
+        on_lost = self.on_lost
+        self.on_frame = self.on_lost = self._on_made = None  # closures that hold us: cycles too
+        self._decoder.clear()
+        if on_lost is not None:
+            on_lost(reason)

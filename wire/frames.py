@@ -8,11 +8,13 @@ more is disconnected (`FrameTooLarge`), so that one number cannot make this proc
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import msgpack
 
 HEADER_BYTES = 4
+_length = struct.Struct(">I").unpack_from
 #: Requests of the RPC.
 RPC_FRAME_BYTES_MAX = 1 << 20
 #: A request that a server passes on, with what it adds to it.
@@ -39,25 +41,42 @@ class FrameDecoder:
     def feed(self, data: bytes | bytearray | memoryview) -> list[bytes]:
         """All payloads completed by `data`. Raises FrameTooLarge."""
         buffer = self._data
-        buffer += data
+        if buffer:
+            buffer += data
+            if not self._is_whole(buffer):
+                return []
+            data = bytes(buffer)
+            buffer.clear()
         payloads: list[bytes] = []
-        at, size = 0, len(buffer)
+        at, size, bytes_max = 0, len(data), self._bytes_max
         while size - at >= HEADER_BYTES:
-            length = int.from_bytes(buffer[at : at + HEADER_BYTES], "big")
-            if length > self._bytes_max:
-                raise FrameTooLarge(f"frame of {length} bytes, at most {self._bytes_max} allowed")
+            (length,) = _length(data, at)
             end = at + HEADER_BYTES + length
-            if end > size:
+            if end > size or length > bytes_max:
                 break
-            payloads.append(bytes(buffer[at + HEADER_BYTES : end]))
+            payloads.append(bytes(data[at + HEADER_BYTES : end]))
             at = end
-        if at:
-            del buffer[:at]
+        if at < size:
+            buffer += data[at:]
+            self._is_whole(buffer)
         return payloads
+
+    def _is_whole(self, buffer: bytearray) -> bool:
+        """Whether the first frame of `buffer` is complete. Raises FrameTooLarge as soon as its length is there."""
+        if len(buffer) < HEADER_BYTES:
+            return False
+        (length,) = _length(buffer)
+        if length > self._bytes_max:
+            raise FrameTooLarge(f"frame of {length} bytes, at most {self._bytes_max} allowed")
+        return len(buffer) >= HEADER_BYTES + length
 
     @property
     def buffered(self) -> int:
         return len(self._data)
+
+    def clear(self) -> None:
+        """Forget what has come of an unfinished frame."""
+        self._data.clear()
 
     def raise_bound(self, bytes_max: int) -> None:
         """After the hello a connection may turn into one with larger frames (Raft)."""
@@ -71,8 +90,25 @@ def frame(payload: bytes) -> bytes:
 
 def pack(message: Any) -> bytes:
     """A message as msgpack; str and bytes stay apart, tuples become arrays."""
-    packed: bytes = msgpack.packb(message, use_bin_type=True)
+    packed: bytes = _packer.pack(message)
+    if len(packed) > _KEPT_BYTES:
+        _packer.reset_buffer()
     return packed
+
+
+class _Packer:
+    """One packer for all messages: to make one costs more than to pack a short message."""
+
+    def __init__(self) -> None:
+        self.reset_buffer()
+
+    def reset_buffer(self) -> None:
+        """Packers keep their buffer as large as it ever was."""
+        self.pack = msgpack.Packer(use_bin_type=True).pack
+
+
+_KEPT_BYTES = 1 << 20
+_packer = _Packer()
 
 
 def unpack(payload: bytes) -> Any:

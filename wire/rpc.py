@@ -19,8 +19,10 @@ map, the hello, before any request; see `hello` and `check_hello`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import msgpack
 
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, NoLeader, RostraError, TooLarge, from_wire
@@ -30,6 +32,8 @@ PROTOCOL_VERSION = 1
 CHUNK_BYTES = 64 << 10
 CREDIT_CHUNKS = 8
 FULL, DONE, END = 1, 2, 4
+
+_unpack = msgpack.unpackb
 
 #: Requests that may be under way on one connection; one more is refused.
 REQUESTS_MAX = 16_384
@@ -128,10 +132,10 @@ class Caller:
         return self._connection.open
 
     def call(self, verb: str, *arguments: Any) -> asyncio.Future[Any]:
-        """Resolves to the answer. Raises the server's error; a lost connection is Lost (outcome unknown)."""
+        """Resolves to the answer. Raises the server's error; a lost connection is Lost."""
         future: asyncio.Future[Any] = self._loop.create_future()
         if not self._connection.open:
-            future.set_exception(Lost())
+            future.set_exception(Lost(was_sent=False))
             return future
         self._next_id += 1
         request = pack((self._next_id, verb, *arguments))
@@ -202,10 +206,15 @@ class Caller:
 
 
 class Lost(NoLeader):
-    """The connection went away. Whether the request was carried out is unknown: repeat it under the same ids only."""
+    """The connection went away.
 
-    def __init__(self, reason: str = "connection lost") -> None:
+    `was_sent`: whether the request was carried out is unknown, repeat it under the same ids only. Else it was too late
+    to send it, and it was certainly not.
+    """
+
+    def __init__(self, reason: str = "connection lost", *, was_sent: bool = True) -> None:
         super().__init__(f"No cluster leader: the connection to the server was lost ({reason})")
+        self.was_sent = was_sent
 
 
 class ServedStream:
@@ -269,27 +278,33 @@ class Served:
     """The answering side of a connection: counts, bounds and routes; `handle(served, id, verb, arguments)` decides."""
 
     def __init__(
-        self, connection: FrameConnection, handle: Callable[[Served, int, str, tuple[Any, ...]], None], peer: Any = None
+        self,
+        connection: FrameConnection,
+        handle: Callable[[Served, int, str, Sequence[Any]], None],
+        peer: Any = None,
+        *,
+        unforeseen: Callable[[str, Exception], RostraError] | None = None,
     ) -> None:
+        """`unforeseen(verb, error)` is told of what `handle` should not raise, and what the peer is told instead."""
         self.connection = connection
         self.peer = peer
         self._handle = handle
+        self._unforeseen = unforeseen
         self._open = 0
         self.streams: dict[int, ServedStream] = {}
 
     def on_frame(self, payload: bytes) -> None:
         try:
-            message = unpack(payload)
-            request_id, verb = message[0], message[1]
-            if not isinstance(request_id, int) or not isinstance(verb, str):
+            request_id, verb, *arguments = _unpack(payload, use_list=False, strict_map_key=False)
+            if type(request_id) is not int or type(verb) is not str:
                 raise ValueError("id or verb of the wrong type")
-        except (ValueError, TypeError, IndexError, KeyError):
+        except Exception:  # the library raises a dozen types for bad input
             self.connection.abort("malformed request")
             return
         if verb == "credit":
             stream = self.streams.get(request_id)
-            if stream is not None and len(message) > 2 and isinstance(message[2], int):
-                stream.credit = min(stream.credit + message[2], CREDIT_CHUNKS)
+            if stream is not None and arguments and isinstance(arguments[0], int):
+                stream.credit = min(stream.credit + arguments[0], CREDIT_CHUNKS)
                 stream._wake()
             return
         if verb == "cancel":
@@ -306,12 +321,16 @@ class Served:
             return
         self._open += 1
         try:
-            self._handle(self, request_id, verb, message[2:])
+            self._handle(self, request_id, verb, arguments)
         except RostraError as e:
             self.fail(request_id, e)
         except (TypeError, ValueError, IndexError, KeyError) as e:
             # Arguments of the wrong number or type: the peer's mistake, told to the peer.
             self.fail(request_id, BadRequest(f"malformed arguments of {verb}: {e}"))
+        except Exception as e:
+            if self._unforeseen is None:
+                raise
+            self.fail(request_id, self._unforeseen(verb, e))
 
     def open_stream(self, request_id: int) -> ServedStream:
         self._open -= 1

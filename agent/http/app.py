@@ -27,9 +27,9 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_server import Server
 
 from rostra.agent.context import Agent
-from rostra.agent.http import catalog, connect, health, kv, session, status
-from rostra.agent.http.errors import HttpError, error_response
-from rostra.agent.http.gate import Gate
+from rostra.agent.http import catalog, connect, health, kv, operator, session, status
+from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, outcome
+from rostra.agent.http.gate import READS, Gate
 from rostra.agent.http.hot import HotConnection, HotReads, StoredAnswer, insides_fit
 from rostra.agent.http.reads import WAIT_MAX_S
 from rostra.agent.http.routing import JSON_TYPE, TEXT_TYPE, Match, Request, Response, Route, Router
@@ -61,7 +61,7 @@ _BLOCKS = ("index", "hash", "wait")
 
 def all_routes() -> list[Route]:
     """The routes of every resource module that exists."""
-    modules: list[Any] = [catalog, connect, health, kv, session, status]
+    modules: list[Any] = [catalog, connect, health, kv, operator, session, status]
     for name in ("agent", "ui"):
         if importlib.util.find_spec(f"rostra.agent.http.{name}") is not None:
             modules.append(importlib.import_module(f"rostra.agent.http.{name}"))
@@ -189,11 +189,11 @@ class HttpServer:
         except asyncio.CancelledError:
             if not self._deadlines.expired():
                 raise
-            response, keep_alive = error_response(TimeoutError()), False
+            response, keep_alive = _failed(TimeoutError(), base.method), False
         except ConnectionError:
             raise
         except Exception as e:
-            response = error_response(e)
+            response = _failed(e, base.method)
             if isinstance(e, _CloseAfter):
                 keep_alive = False
         finally:
@@ -251,6 +251,13 @@ class HttpServer:
             labels = {"method": method, "path": path.removeprefix("/")} if path else {"method": "", "path": name}
             found = self._histograms[name] = self._agent.metrics.histogram("api.http", labels)
         return found
+
+
+def _failed(error: BaseException, method: str) -> Response:
+    response = error_response(error)
+    if method not in READS:
+        response.headers = {**response.headers, OUTCOME_HEADER: outcome(error)}
+    return response
 
 
 class _CloseAfter(HttpError):

@@ -20,7 +20,7 @@ from rostra.agent.servers_port import Key, Row
 from rostra.server.state.ca import CaConfig, Roots
 from rostra.server.state.intention import DeleteIntention, Intentions, IntentionsFor, SetIntention
 from rostra.server.state.rows import IntentionRow, RootRow
-from rostra.wire.errors import BadRequest
+from rostra.wire.errors import BadRequest, NoLeader, Timeout
 
 _PRECEDENCE = IntentionRow._fields.index("precedence")
 _CERT, _INTERMEDIATES = RootRow._fields.index("cert_pem"), RootRow._fields.index("intermediates_pem")
@@ -132,15 +132,21 @@ async def read_by_id(request: Request, agent: Agent) -> Response:
 
 async def update_by_id(request: Request, agent: Agent) -> Response:
     wanted = _intention_id(request)
-    old = await _find(request, agent, lambda row: row.id == wanted)
-    if old is None:
+    entry = await agent.results.fetch(Intentions(), token=request.token)
+    olds = [row for row in (IntentionRow(*row) for row in entry.rows.values()) if row.id == wanted]
+    if not olds:
         raise HttpError(500, f"Cannot modify non-existent intention: '{wanted}'")
-    given = _parse(request, old.source, old.destination)
-    if (given.source, given.destination) != (old.source, old.destination):
-        # The pair is the identity, so another pair is another intention, which takes the id over.
-        await write(agent.servers, DeleteIntention(old.source, old.destination), request.token)
+    given = _parse(request, olds[0].source, olds[0].destination)
     command = SetIntention(given.source, given.destination, given.action, given.description, given.meta, id=wanted)
     await _set(request, agent, command)
+    # The pair is the identity, so another pair is another intention, which takes the id over. It is written first: what
+    # is refused, or lost in between, must not leave the connection without any rule. Repeating the request mends that.
+    for old in olds:
+        if (old.source, old.destination) != (given.source, given.destination):
+            try:
+                await write(agent.servers, DeleteIntention(old.source, old.destination), request.token)
+            except NoLeader:
+                raise Timeout("the new intention was written, the one it replaces is still there: try again") from None
     return json_response({"ID": wanted})
 
 

@@ -1,6 +1,7 @@
 """The one table from the error taxonomy to HTTP. Bodies are plain text that starts with the reason, as clients expect.
 
-Clients of Consul match texts and statuses that differ from our taxonomy: a handler raises `HttpError` for those.
+Clients of Consul match texts and statuses that differ from our taxonomy: a handler raises `HttpError` for those. As
+500 says little, a change that failed also has a header that tells whether repeating it could do it twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import logging
 from typing import Any
 
 from rostra.agent.http.routing import Response, text_response
-from rostra.wire.errors import BadRequest, RostraError
+from rostra.wire.errors import BadRequest, NoLeader, RostraError
+from rostra.wire.rpc import Lost
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,10 @@ STATUS = {
     "timeout": 500,
     "internal": 500,
 }
+
+
+#: On answers to failed changes: refused (and would be again), not-done (safe to repeat), unknown (perhaps done).
+OUTCOME_HEADER = "X-Rostra-Outcome"
 
 
 class HttpError(Exception):
@@ -46,6 +52,15 @@ def error_response(error: BaseException) -> Response:
         return text_response("The request took too long", status=500)
     log.error("a request failed", exc_info=error)
     return text_response("Internal error, see the agent's log", status=500)
+
+
+def outcome(error: BaseException) -> str:
+    """What became of a change that ended with this."""
+    if isinstance(error, NoLeader):
+        return "unknown" if isinstance(error, Lost) else "not-done"
+    if isinstance(error, HttpError) or (isinstance(error, RostraError) and error.code not in ("timeout", "internal")):
+        return "refused"
+    return "unknown"
 
 
 async def write(servers: Any, command: Any, token: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from rostra.agent.http.errors import HttpError
 
-_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+READS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Gate:
@@ -31,7 +31,7 @@ class Gate:
         """Raises HttpError 403 with the setting that refuses the request."""
         if self._block and path.startswith(self._block):
             raise HttpError(403, "Endpoint is blocked by agent configuration (http_config.block_endpoints)")
-        if self._networks and method not in _READS and remote:
+        if self._networks and method not in READS and remote:
             address = ipaddress.ip_address(remote)
             address = getattr(address, "ipv4_mapped", None) or address
             if not any(address in network for network in self._networks):

@@ -32,8 +32,8 @@ socket.inet_ntop = _socket.inet_ntop
 
 LIBRARY_SHA256 = "e8bdf06797085d734df86e24ab4802fe87893dff77268565ec036f7ad4a1cfe4"
 
-# First byte of a log entry's command, as the core writes them. MEMBERSHIP (2) comes with the change of members;
-# VERSION (3) is applied twice by the core and never written by us.
+# First byte of a log entry's command, as the core writes them; members.py has MEMBERSHIP (2). H16: VERSION (3) is
+# applied twice by the core and never written by us.
 BATCH, NO_OP = b"\x00", b"\x01"
 
 FOLLOWER, CANDIDATE, LEADER = 0, 1, 2
@@ -126,16 +126,16 @@ class Core(library.SyncObj):  # type: ignore[misc]
         return False
 
     def _SyncObj__tryLogCompaction(self) -> None:
-        """The core's own snapshots can lose acknowledged entries, so it takes none."""
+        """H3 H4 H22: the core's own snapshots can lose acknowledged entries, so it takes none."""
 
     def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:
-        raise Internal("the core tried to load a snapshot of its own")
+        raise Internal("the core tried to load a snapshot of its own")  # H9: it would swallow a failure
 
     def _SyncObj__doApplyCommand(self, command: bytes) -> None:
-        raise Internal("the core tried to apply an entry by itself")
+        raise Internal("the core tried to apply an entry by itself")  # H15 H16
 
     def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> None:
-        """Would unpickle; members do not change yet."""
+        """H20 H21: would unpickle; who the members are is decided by membership.py and told by `set_peers`."""
 
     # -- its state, under names that can be spoken
 
@@ -171,6 +171,11 @@ class Core(library.SyncObj):  # type: ignore[misc]
     def set_applied_index(self, index: int) -> None:
         self._SyncObj__raftLastApplied = index
 
+    def set_commit_index(self, index: int) -> None:
+        """Only for what is known to be committed: a snapshot's index."""
+        self._SyncObj__raftCommitIndex = index
+        self._SyncObj__raftLog.setRaftCommitIndex(index)
+
     def noop_index(self) -> int | None:
         """The entry with which this server's last leadership began."""
         return self._SyncObj__noopIDx  # type: ignore[no-any-return]
@@ -184,6 +189,11 @@ class Core(library.SyncObj):  # type: ignore[misc]
     def match_index(self, node: Node) -> int:
         return self._SyncObj__raftMatchIndex.get(node, 0)  # type: ignore[no-any-return]
 
+    def set_match_index(self, node: Node, index: int) -> None:
+        """`node` has everything up to `index` on its disk. Never falls."""
+        if self._SyncObj__raftMatchIndex[node] < index:
+            self._SyncObj__raftMatchIndex[node] = index
+
     def campaign_in(self, seconds: float) -> None:
         """Move the election deadline."""
         self._SyncObj__raftElectionDeadline = library.monotonicTime() + seconds
@@ -192,8 +202,29 @@ class Core(library.SyncObj):  # type: ignore[misc]
         """Seconds to the election deadline."""
         return self._SyncObj__raftElectionDeadline - library.monotonicTime()  # type: ignore[no-any-return]
 
+    def heartbeat_is_due(self) -> bool:
+        return library.monotonicTime() > self._SyncObj__newAppendEntriesTime  # type: ignore[no-any-return]
+
     def send_heartbeat(self) -> None:
         self._SyncObj__sendAppendEntries()
 
-    def peers(self) -> list[Node]:
-        return sorted(self._SyncObj__otherNodes, key=lambda node: node.id)
+    def set_peers(self, voters: Iterable[str], others: Iterable[str]) -> None:
+        """Who else decides (`voters`), and who is only told (`others`: learners and replicas)."""
+        deciding, told = {Node(each) for each in voters}, {Node(each) for each in others}
+        now, last = library.monotonicTime(), self._SyncObj__raftLog[-1][1]
+        present = self._SyncObj__otherNodes | self._SyncObj__readonlyNodes
+        for node in (deciding | told) - present:
+            self._SyncObj__raftNextIndex[node] = last + 1
+            self._SyncObj__raftMatchIndex[node] = 0
+        for node in (deciding | told) - set(self._SyncObj__lastResponseTime):
+            self._SyncObj__lastResponseTime[node] = now  # it has a whole timeout to be heard
+        for node in present - (deciding | told):
+            for indexed in ("NextIndex", "MatchIndex"):
+                getattr(self, f"_SyncObj__raft{indexed}").pop(node, None)
+            self._SyncObj__lastResponseTime.pop(node, None)
+        self._SyncObj__otherNodes: set[Node] = deciding
+        self._SyncObj__readonlyNodes: set[Node] = told
+
+    def last_response_age_s(self, node: Node) -> float:
+        """Seconds since `node` answered this leader."""
+        return library.monotonicTime() - self._SyncObj__lastResponseTime.get(node, 0.0)  # type: ignore[no-any-return]

@@ -8,12 +8,14 @@ equal, and adds term and round to answers. Sans-IO: messages are dicts, sending 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from pysyncobj.node import Node
 
 from rostra.server.raft.core import Core
 from rostra.server.raft.elections import Elections
 from rostra.server.raft.journal import Journal
+from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
 from rostra.server.raft.replication import Replication
 
@@ -29,13 +31,28 @@ class Guard:
         journal: Journal,
         elections: Elections,
         replication: Replication,
+        membership: Membership,
         *,
+        snapshot: Callable[[str, Message], None],
+        snapshot_answer: Callable[[str, Message], None],
         send: Callable[[str, Message], None],
         deliver: Callable[[Node, Message], None],
     ) -> None:
         self._core, self._journal = core, journal
-        self._elections, self._replication = elections, replication
+        self._elections, self._replication, self._membership = elections, replication, membership
         self._send, self._deliver = send, deliver
+        self._handlers: dict[str, Callable[[str, Message], None]] = {
+            "append_entries": self._on_append,
+            "next_node_idx": self._on_answer,
+            "request_vote": self._on_request_vote,
+            "response_vote": self._on_vote,
+            "pre_vote": elections.on_pre_vote,
+            "pre_vote_reply": elections.on_pre_vote_reply,
+            "stale": self._on_stale,
+            "timeout_now": elections.on_timeout_now,
+            "snapshot": partial(self._on_piece, snapshot),
+            "snapshot_answer": partial(self._on_piece_answer, snapshot_answer),
+        }
         # About the append that is being handled: its round, and what the answer must say instead of the core's opinion.
         self._round = 0
         self._answer_next: int | None = None
@@ -46,23 +63,15 @@ class Guard:
 
     def inbound(self, peer_id: str, message: Message) -> None:
         """One checked message of a member. Raises BadMessage (close the link) or BrokenInvariant (stop)."""
-        handle = {
-            "append_entries": self._on_append,
-            "next_node_idx": self._on_answer,
-            "request_vote": self._on_request_vote,
-            "response_vote": self._on_vote,
-            "pre_vote": self._elections.on_pre_vote,
-            "pre_vote_reply": self._elections.on_pre_vote_reply,
-            "stale": self._on_stale,
-        }.get(message["type"])
-        if handle is None:  # apply_command, timeout_now, utility lists: not in this house
+        handle = self._handlers.get(message["type"])
+        if handle is None:  # H17 H20: apply_command, utility lists and the like are not in this house
             self.dropped += 1
             return
         handle(peer_id, message)
 
     def _on_append(self, peer_id: str, message: Message) -> None:
         core = self._core
-        if message["term"] < core.term():
+        if message["term"] < core.term():  # H13: the core would ignore it without a word
             self._reply_stale(peer_id)
             return
         if message["term"] == core.term() and (core.is_leader() or core.leader_id() not in (None, peer_id)):
@@ -72,16 +81,22 @@ class Guard:
             )
         self._elections.heard_leader()
         self._round, self._answer_next = message["r"], None
+        fits = False
         if "prevLogIdx" in message:
+            fits = self._journal.term_at(message["prevLogIdx"]) == message["prevLogTerm"]
             message = self._only_conflicts(message)
-        else:  # nothing in it says that our log is the leader's, so it proves no commit
+        else:  # H1: nothing in it says that our log is the leader's, so it proves no commit
             message = {**message, "commit_index": min(message["commit_index"], core.commit_index())}
-        self._is_news = bool(message.get("entries"))
+        entries = message.get("entries")
+        self._is_news = bool(entries)
         self._deliver(Node(peer_id), message)
         self._answer_next = None
+        if entries and fits:  # else the core has asked for an earlier one
+            self._membership.truncated(entries[0][1])
+            self._membership.appended(entries)
 
     def _only_conflicts(self, message: Message) -> Message:
-        """The same append without what we have: the core truncates after `prevLogIdx`, whatever comes."""
+        """The same append without what we have. H2: the core truncates after `prevLogIdx`, whatever comes."""
         journal = self._journal
         first, last = journal.first_index, journal.last_index
         prev, entries = message["prevLogIdx"], message["entries"]
@@ -113,7 +128,7 @@ class Guard:
         }
 
     def _on_answer(self, peer_id: str, message: Message) -> None:
-        if message["term"] != self._core.term() or not self._core.is_leader():  # the core would count it
+        if message["term"] != self._core.term() or not self._core.is_leader():  # H10: the core would count it
             self.dropped += 1
             return
         if not 1 <= message["next_node_idx"] <= self._journal.last_index + 1 or message["r"] > self._replication.round:
@@ -127,6 +142,25 @@ class Guard:
             self._deliver(Node(peer_id), message)
         else:
             self.dropped += 1
+
+    def _on_piece(self, take: Callable[[str, Message], None], peer_id: str, message: Message) -> None:
+        """A piece of a snapshot. Heartbeats tell who leads; this only tells that it lives."""
+        if message["term"] < self._core.term():
+            self._reply_stale(peer_id)
+        elif message["term"] == self._core.term() and self._core.leader_id() == peer_id:
+            self._elections.heard_leader()
+            take(peer_id, message)
+        else:
+            self.dropped += 1
+
+    def _on_piece_answer(self, take: Callable[[str, Message], None], peer_id: str, message: Message) -> None:
+        if message["term"] != self._core.term() or not self._core.is_leader():  # H10
+            self.dropped += 1
+            return
+        if message["r"] > self._replication.round or message["index"] > self._core.commit_index():
+            raise BadMessage("an answer to something that was never sent")
+        self._replication.heard(peer_id, message["r"])
+        take(peer_id, message)
 
     def _on_vote(self, peer_id: str, message: Message) -> None:
         if self._elections.takes_vote(peer_id, message):  # the core counts votes, not voters
@@ -144,13 +178,15 @@ class Guard:
 
     def outbound(self, message: Message) -> Message:
         """What the core wants to say, made fit for the wire."""
+        if message["type"] == "request_vote":
+            return self._elections.about_request_vote(message)
         if message["type"] != "next_node_idx":
             return message
         next_index = message["next_node_idx"]
         if message["success"]:
             next_index = self._answer_next or next_index
         elif message["reset"]:
-            # What is committed here is the leader's for certain: one round trip instead of a search.
+            # H11: what is committed here is the leader's for certain: one round trip instead of a search.
             next_index = min(next_index, self._core.commit_index() + 1)
         return {**message, "next_node_idx": next_index, "term": self._core.term(), "r": self._round}
 

@@ -15,27 +15,33 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgpack
 
 from rostra.runtime import log as logging
 from rostra.server.raft.core import BATCH, LEADER, NO_OP, Core, Timing, check_library
+from rostra.server.raft.disk import DirectoryDisk, Disk
 from rostra.server.raft.elections import LEASE, Elections, boottime_ns
 from rostra.server.raft.guard import Guard
 from rostra.server.raft.journal import Journal
+from rostra.server.raft.members import MEMBERSHIP, Member, Members, check_change, encode_members, voters
+from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
 from rostra.server.raft.metrics import Durations
 from rostra.server.raft.replication import Replication
-from rostra.server.raft.transport import Dial, Links, Member
+from rostra.server.raft.snapshots import Snapshot
+from rostra.server.raft.snapshotting import Limits, Snapshots, StateMachine
+from rostra.server.raft.transport import Dial, Links
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import Internal, NoLeader, RostraError, Timeout, TooLarge
+from rostra.wire.errors import Conflict, Internal, NoLeader, RostraError, Timeout, TooLarge
 
 log = logging.get("raft")
 
@@ -51,8 +57,21 @@ APPLY_TURN_S, APPLY_SLICE = 0.001, 16
 #: The leader takes no more into the log while it has this many entries to apply.
 UNAPPLIED_MAX = 4
 
+#: What counts only from a server that this one leads.
+_ANSWERS = frozenset({"next_node_idx", "snapshot_answer"})
+
 #: Followers hear of a commit at the latest after this long, unless the next batch tells them.
 COMMIT_NOTICE_S = 0.001
+
+
+class Outcome(Protocol):
+    """Who waits for the result of a proposal; a Future is one."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, result: Any, /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
 
 
 @dataclass(slots=True)
@@ -60,12 +79,26 @@ class _Batch:
     """Proposals in one Raft entry of this leadership."""
 
     term: int
-    futures: list[asyncio.Future[Any]]
+    futures: list[Outcome]
     started_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """What the leader knows of another server."""
+
+    id: str
+    suffrage: str
+    is_up: bool
+    match_index: int
+    lag_entries: int
+    last_contact_s: float
+    snapshot_progress: float | None  # 0 to 1 while it is sent a snapshot
 
 
 @dataclass(slots=True)
 class _Counters:
+    transfers: int = 0
     elections: int = 0
     leaderships: int = 0
     step_downs: int = 0
@@ -78,13 +111,32 @@ class _Counters:
     turn: Durations = field(default_factory=Durations)
 
 
+def _or_stop(method: Callable[..., None]) -> Callable[..., None]:
+    """H8: whatever goes wrong inside leaves core, journal and memory half-changed, so the process ends with it.
+
+    BadMessage is the peer's fault and costs the peer its link.
+    """
+
+    @wraps(method)
+    def run(self: RaftLog, *args: Any) -> None:
+        try:
+            method(self, *args)
+        except BadMessage:
+            raise
+        except Exception as e:
+            self._fail_with(e)
+
+    return run
+
+
 class RaftLog:
     """One server's end of the replicated log.
 
-    `apply(entries)` is called with proposals in log order, on every server and again on restart, and returns one
-    result for each. `dial(member)` returns an authenticated connection. `on_role_change(is_leader, leader_id, term)`
-    runs on the loop. Without a directory (`-dev`, one server only) nothing is kept, a server's own vote included.
-    `fail_stop(reason)` must end the process (exit 70). `start` raises DamagedJournal or NewerFormat (exit 78).
+    `members` counts where neither log nor snapshot says otherwise. `dial(member)` returns an authenticated connection.
+    `on_role_change(is_leader, leader_id, term)` and `on_members(members)` run on the loop. Without a directory or disk
+    (`-dev`, one server only) nothing is kept, a server's own vote included. `fail_stop(reason)` must end the process
+    (exit 70). `start` raises DamagedJournal or NewerFormat (exit 78). `clock` (ns), `perf` (s) and `chance` are given
+    by the simulator.
     """
 
     def __init__(
@@ -93,21 +145,28 @@ class RaftLog:
         directory: Path | None,
         node_id: str,
         cluster_id: str,
-        members: Sequence[Member],
-        apply: Callable[[Sequence[bytes]], list[Any]],
+        members: Members,
+        state: StateMachine,
         dial: Dial,
         timing: Timing = Timing(),  # noqa: B008 (frozen)
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
         on_role_change: Callable[[bool, str | None, int], None],
+        on_members: Callable[[Members], None] = lambda _members: None,
         fail_stop: Callable[[str], NoReturn],
         sync_inline: bool = False,
+        disk: Disk | None = None,
         clock: Callable[[], int] = boottime_ns,
+        perf: Callable[[], float] = time.perf_counter,
+        chance: random.Random | None = None,
     ) -> None:
-        if node_id not in {member.id for member in members}:
-            raise Internal(f"this server ({node_id}) is not in the member list")
-        self._directory, self._node_id, self._cluster_id = directory, node_id, cluster_id
-        self._members = list(members)
-        self._apply, self._dial, self._timing, self._clock = apply, dial, timing, clock
-        self._on_role_change, self._fail_stop, self._sync_inline = on_role_change, fail_stop, sync_inline
+        self._directory, self._disk, self._node_id, self._cluster_id = directory, disk, node_id, cluster_id
+        self._membership = Membership(0, tuple(members))
+        self._strangers: Members = ()
+        self._state, self._apply, self._dial, self._timing = state, state.apply, dial, timing
+        self._limits, self._clock, self._perf = limits, clock, perf
+        self._chance = chance or random.Random()  # noqa: S311
+        self._on_role_change, self._on_members = on_role_change, on_members
+        self._fail_stop, self._sync_inline = fail_stop, sync_inline
         self._lease_ns = int(timing.election_min_s * LEASE * 1e9)
 
         self._is_running = self._is_started = False
@@ -119,13 +178,17 @@ class RaftLog:
         self._led_ns = -(1 << 62)  # when this server last led
         self._role: tuple[bool, str | None, int] = (False, None, 0)
 
-        self._pending: deque[tuple[bytes, asyncio.Future[Any]]] = deque()
+        self._pending: deque[tuple[bytes, Outcome]] = deque()
         self._pending_bytes = 0
         self._batches: dict[int, _Batch] = {}  # by index, this leadership's
         self._partly: tuple[int, list[bytes], int, list[Any]] | None = None  # (index, proposals, done, results)
         self._reads: list[asyncio.Future[int]] = []  # for the next round
         self._rounds: deque[tuple[int, int, list[asyncio.Future[int]]]] = deque()  # (round, index, waiters)
         self._applied_waiters: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._changes: dict[int, asyncio.Future[None]] = {}  # by index, changes of members that wait for their commit
+        self._transfer_term = -1  # in this term leadership was offered to another: the lease is void
+        self._handing_over = False  # nothing new goes into the log, so that the successor can be level
+        self._log_bytes_peak = 0
         self._sequence = itertools.count()
         self.counters = _Counters()
 
@@ -135,52 +198,74 @@ class RaftLog:
         """Returns when what this server knows to be committed has been applied; alone, also when it leads."""
         check_library()
         self._loop = asyncio.get_running_loop()
-        if self._directory is None:
+        if self._directory is not None and self._disk is None:
+            make = partial(DirectoryDisk, self._directory, inline=self._sync_inline)
+            self._disk = await self._loop.run_in_executor(None, make)
+        disk = self._disk
+        if disk is None:
             self._journal = Journal.memory()
         else:
             open_it = partial(
                 Journal.open,
-                self._directory,
+                disk,
                 cluster_id=self._cluster_id,
                 node_id=self._node_id,
-                inline=self._sync_inline,
+                segment_bytes=self._limits.segment_bytes,
+                allocate_bytes=min(4 << 20, self._limits.segment_bytes),
             )
-            self._journal = await self._loop.run_in_executor(None, open_it)
+            # The simulator's disk is no thread's business.
+            self._journal = open_it() if self._directory is None else await self._loop.run_in_executor(None, open_it)
         journal = self._journal
         journal.on_durable, journal.on_failed = self._on_durable, self._fail
         if journal.wiped_bytes:
             log.warn("journal had a torn tail, which nobody was told of; wiped", bytes=journal.wiped_bytes)
 
-        peer_ids = [member.id for member in self._members if member.id != self._node_id]
+        self._snapshots = Snapshots(
+            disk,
+            journal=journal,
+            membership=self._membership,
+            state=self._state,
+            cluster_id=self._cluster_id,
+            node_id=self._node_id,
+            limits=self._limits,
+            send=self._post,
+            schedule=self._schedule,
+            is_idle=lambda: self._partly is None,
+            installed=self._on_installed,
+            failed=self._fail_with,
+        )
+        await self._snapshots.restore()
+        if len(journal):
+            first = max(journal.first_index, self._membership.index) + 1
+            self._membership.appended(journal.entry(i) for i in range(first, journal.last_index + 1))
+
         self._links = Links(
             node_id=self._node_id,
             cluster_id=self._cluster_id,
-            members=self._members,
             journal=journal,
             timing=self._timing,
             dial=self._dial,
+            chance=self._chance,
             on_message=self._on_message,
             on_link=self._on_link,
             rewrite=self._rewrite,
         )
-        self._core = Core(
-            self._node_id, peer_ids, journal=journal, transport=self._links, timing=self._timing, owner=self
-        )
+        self._core = Core(self._node_id, [], journal=journal, transport=self._links, timing=self._timing, owner=self)
         self._replication = Replication(
             self._core,
             journal,
-            peer_ids=peer_ids,
             clock=self._clock,
             send=self._links.post,
             deliver=self._links._onMessageReceived,
+            needs_snapshot=self._snapshots.send_to,
         )
         self._elections = Elections(
             self._core,
             journal,
             node_id=self._node_id,
-            peer_ids=peer_ids,
             timing=self._timing,
             clock=self._clock,
+            chance=self._chance,
             send=self._links.post,
             lease_valid=self.lease_valid,
         )
@@ -189,18 +274,25 @@ class RaftLog:
             journal,
             self._elections,
             self._replication,
+            self._membership,
+            snapshot=self._snapshots.on_piece,
+            snapshot_answer=self._snapshots.on_answer,
             send=self._links.post,
             deliver=self._links._onMessageReceived,
         )
+        self._snapshots.attach(self._core, self._replication)
+        self._membership.on_change = self._members_changed
         self._is_running = self._is_started = True
+        self._members_changed()
         self._pumped_s = self._loop.time()
         committed = self._core.commit_index()
-        if not peer_ids:
+        alone = voters(self.members) == {self._node_id}
+        if alone:
             self._core.campaign_in(-1.0)
         self._links.start()
         self._pump()
         self._on_timer()
-        if not peer_ids:
+        if alone:
             committed = max(committed, self._core.noop_index() or 0)
         while self.applied_index < committed and self._is_running:
             await self._applied_future(committed)
@@ -213,13 +305,22 @@ class RaftLog:
         for handle in (self._timer, self._notice):
             if handle is not None:
                 handle.cancel()
+        await self._snapshots.stop()
         await self._links.stop()
         self._abandon("this server stops")
         for _, _, waiter in self._applied_waiters:
             if not waiter.done():
                 waiter.set_exception(NoLeader("this server stops"))
         self._applied_waiters.clear()
-        await self._loop.run_in_executor(None, self._journal.close)
+        if self._directory is None:
+            self._close()
+        else:
+            await self._loop.run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        self._journal.close()
+        if self._disk is not None:
+            self._disk.close()
 
     def accept(self, peer_id: str, connection: FrameConnection) -> None:
         """An inbound connection, authenticated as `peer_id` by the caller. Its frames are this log's from now on."""
@@ -233,29 +334,40 @@ class RaftLog:
     def propose(self, entry: bytes) -> asyncio.Future[Any]:
         """The result of `entry`'s apply. Fails with NoLeader (not done, never will be), Timeout (unknown), TooLarge."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.propose_for(future, entry)
+        return future
+
+    def propose_for(self, outcome: Outcome, entry: bytes) -> None:
+        """As `propose`, for someone who is told at once, in the middle of applying: it must be short."""
         if not self._is_running or not self._core.is_leader():
-            future.set_exception(NoLeader())
+            outcome.set_exception(NoLeader())
         elif len(entry) > PROPOSAL_BYTES_MAX:
-            future.set_exception(
+            outcome.set_exception(
                 TooLarge(f"a log entry of {len(entry)} bytes; at most {PROPOSAL_BYTES_MAX} are allowed")
             )
         elif self._pending_bytes > PENDING_BYTES_MAX:
-            future.set_exception(NoLeader("too many writes are waiting for the disk or the followers"))
+            outcome.set_exception(NoLeader("too many writes are waiting for the disk or the followers"))
         else:
-            self._pending.append((entry, future))
+            self._pending.append((entry, outcome))
             self._pending_bytes += len(entry)
-            self._schedule()
-        return future
+            if not self._pump_scheduled:
+                self._pump_scheduled = True
+                self._loop.call_soon(self._pump)
 
     def _has_room(self) -> bool:
         """Whether the batch before is committed, and apply is not left behind: what waits meanwhile shares an entry."""
         commit = self._core.commit_index()
-        return commit >= self._journal.last_index and commit - self._core.applied_index() < UNAPPLIED_MAX
+        return (
+            commit >= self._journal.last_index
+            and commit - self._core.applied_index() < UNAPPLIED_MAX
+            and self._snapshots.has_room
+            and not self._handing_over
+        )
 
     def _submit(self) -> None:
         """The next batch into the log."""
         entries: list[bytes] = []
-        futures: list[asyncio.Future[Any]] = []
+        futures: list[Outcome] = []
         size = 0
         while self._pending and len(entries) < BATCH_ENTRIES_MAX:
             entry, future = self._pending[0]
@@ -271,9 +383,162 @@ class RaftLog:
         if entries:
             index, term = self._journal.last_index + 1, self._core.term()
             self._journal.add(BATCH + msgpack.packb(entries), index, term)
-            self._batches[index] = _Batch(term, futures, time.perf_counter())
+            self._batches[index] = _Batch(term, futures, self._perf())
             self.counters.batches += 1
             self.counters.proposals += len(entries)
+
+    # -- members and leadership
+
+    @property
+    def members(self) -> Members:
+        """The servers of the cluster as this one knows them, committed or not."""
+        return self._membership.members
+
+    @property
+    def members_index(self) -> int:
+        return self._membership.index
+
+    @property
+    def members_settled(self) -> bool:
+        """Whether the list in force is committed."""
+        return self._is_running and self._membership.index <= self._core.commit_index()
+
+    @property
+    def suffrage(self) -> str:
+        """This server's own; "" where it is not a member (not yet, or not any more)."""
+        return next((m.suffrage for m in self.members if m.id == self._node_id), "")
+
+    def change_members(self, new: Members) -> asyncio.Future[None]:
+        """Another list of members; done when it is committed.
+
+        Fails with NoLeader (not done), Timeout (unknown), and BadRequest or Conflict for a change that is not allowed:
+        more than one voter at once, the leader itself, or before the change before is committed.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            self._check_change(new)
+        except RostraError as e:
+            future.set_exception(e)
+            return future
+        self._put_members(new, future)
+        return future
+
+    @_or_stop
+    def _put_members(self, new: Members, future: asyncio.Future[None]) -> None:
+        index = self._journal.last_index + 1
+        entry = (encode_members(new), index, self._core.term())
+        self._changes[index] = future
+        self._journal.add(*entry)
+        self._membership.appended([entry])
+        self._core.send_heartbeat()
+        self._schedule()
+
+    def _check_change(self, new: Members) -> None:
+        if not self.is_leader or self._handing_over:
+            raise NoLeader
+        check_change(self.members, new)
+        if new == self.members:
+            raise Conflict("the list of servers is that already")
+        # Raft §4.1 and the erratum to it: one change at a time, and none before an entry of this term is committed.
+        if not self._is_established():
+            raise NoLeader("the leader has only just been elected")
+        if not self.members_settled:
+            raise Conflict("another change of the servers is on its way: try again when it is done")
+        if self._node_id not in voters(new):
+            raise Conflict("the leader cannot take its own vote: transfer leadership first")
+
+    def peers(self) -> list[PeerStatus]:
+        """On the leader: how the others are. Elsewhere: who they are."""
+        if not self._is_running:
+            return []
+        found = []
+        for member in self.members:
+            follower = self._replication.followers.get(member.id)
+            if follower is None:
+                continue
+            match = self._core.match_index(follower.node)
+            found.append(
+                PeerStatus(
+                    id=member.id,
+                    suffrage=member.suffrage,
+                    is_up=follower.up,
+                    match_index=match,
+                    lag_entries=max(0, self._journal.last_index - match),
+                    last_contact_s=self._core.last_response_age_s(follower.node) if self.is_leader else 0.0,
+                    snapshot_progress=self._snapshots.progress(member.id),
+                )
+            )
+        return found
+
+    async def transfer(self, to: str = "") -> str:
+        """Leadership to voter `to`, or to the one that is most up to date: its id, when this server does not lead.
+
+        Raises NoLeader, Conflict (no such voter, or it cannot be reached), Timeout (it did not happen).
+        """
+        if not self.is_leader or self._handing_over:
+            raise NoLeader
+        able = [peer for peer in self.peers() if peer.suffrage == "voter" and peer.is_up]
+        if to:
+            able = [peer for peer in able if peer.id == to]
+        if not able:
+            raise Conflict(f"leadership cannot go to {to or 'anyone'}: no such voting server can be reached")
+        heir, term = max(able, key=lambda peer: peer.match_index).id, self.term
+        deadline = self._loop.time() + 2 * self._timing.election_max_s
+        node = self._replication.followers[heir].node
+        self._handing_over = True
+        try:
+            while self._loop.time() < deadline and self.is_leader and self.term == term:
+                last = self._journal.last_index
+                is_level = self._core.commit_index() == last and self._core.match_index(node) == last
+                if is_level and self._transfer_term != term:
+                    # From here on another leader may be elected at any moment: no lease in this term any more.
+                    self._transfer_term = term
+                    self.counters.transfers += 1
+                    self._links.post(heir, {"type": "timeout_now", "term": term})
+                    self._links.flush()
+                await asyncio.sleep(self._timing.heartbeat_s / 10)
+        finally:
+            self._handing_over = False
+            self._schedule()
+        if self.is_leader and self.term == term:
+            raise Timeout(f"leadership was offered to {heir}, which did not take it")
+        return heir
+
+    def take_snapshot(self) -> asyncio.Future[Snapshot | None]:
+        """A snapshot of what is applied now. None: it could not be written, the log says why."""
+        return self._snapshots.take()
+
+    def introduce(self, strangers: Members) -> None:
+        """Hear these as well: a member named them, and this server's list may be old. They count for nothing.
+
+        Without it a server that was away while the others changed could not hear a leader that came meanwhile.
+        """
+        self._strangers = tuple(strangers)
+        if self._is_running:
+            self._members_changed()
+
+    def _members_changed(self) -> None:
+        """Another list is in force: everyone who counts or talks follows it at once."""
+        members = self.members
+        others = [m for m in members if m.id != self._node_id]
+        deciding = [m.id for m in others if m.votes]
+        self._core.set_peers(deciding, [m.id for m in others if not m.votes])
+        self._replication.set_members((m.id, m.votes) for m in others)
+        self._elections.set_voters(m.id for m in members if m.votes)
+        listed = {m.id for m in members}
+        self._links.set_members((*members, *(m for m in self._strangers if m.id not in listed)))
+        for follower_id, follower in self._replication.followers.items():
+            follower.up = self._links.links[follower_id].is_up
+        self._on_members(members)
+        if self._is_running:
+            self._schedule()
+
+    def _on_installed(self, index: int) -> None:
+        """A snapshot took the place of the state: what was awaited of its past is over."""
+        self._wake_applied()
+
+    def _post(self, peer_id: str, message: Message) -> None:
+        self._links.post(peer_id, message)
 
     # -- reading
 
@@ -309,7 +574,9 @@ class RaftLog:
 
     def lease_valid(self) -> bool:
         """Whether no other server can lead now, and all that was acknowledged before this leadership is applied."""
-        return self._is_established() and self._clock() < self._replication.quorum_round() + self._lease_ns
+        if self._transfer_term == self.term or not self._is_established():
+            return False
+        return self._clock() < self._replication.quorum_round() + self._lease_ns
 
     async def read_index(self) -> int:
         """An index applied here that covers all writes acknowledged before the call. Leader only, else NoLeader."""
@@ -352,7 +619,18 @@ class RaftLog:
             "last_heard_age_s": self.last_heard_age_s(),
             "lease_valid": self.lease_valid(),
             "links_up": sum(link.is_up for link in self._links.links.values()),
-            "members": len(self._members),
+            "members": len(self.members),
+            "suffrage": self.suffrage,
+            "first_index": self._journal.first_index,
+            "log_bytes": self._journal.log_bytes,
+            "log_bytes_peak": self._log_bytes_peak,
+            "log_bytes_max": self._limits.log_bytes_max,
+            "snapshot_index": self._snapshots.newest.index if self._snapshots.newest else 0,
+            "snapshot_bytes": self._snapshots.newest.size if self._snapshots.newest else 0,
+            "snapshots_taken": self._snapshots.taken,
+            "snapshots_sent": self._snapshots.sent,
+            "snapshots_installed": self._snapshots.received,
+            "transfers": counters.transfers,
             "link_ups": self._links.reconnects,
             "answers_waiting_for_disk": self._links.waiting,
             "dropped_messages": self._guard.dropped,
@@ -384,16 +662,14 @@ class RaftLog:
             self._pump_scheduled = True
             self._loop.call_soon(self._pump)
 
+    @_or_stop
     def _pump(self) -> None:
         self._pump_scheduled = False
         if not self._is_running:
             return
-        started = time.perf_counter()
-        try:
-            self._turn()
-        except Exception as e:
-            self._fail_with(e)
-        self.counters.turn.note(time.perf_counter() - started)
+        started = self._perf()
+        self._turn()
+        self.counters.turn.note(self._perf() - started)
 
     def _turn(self) -> None:
         if self._was_paused():
@@ -403,10 +679,11 @@ class RaftLog:
         replication.release_held()
         commit, last = core.commit_index(), journal.last_index
         # Alone, the core would commit at append: it may look only when the disk has everything.
-        if replication.followers or journal.is_durable or not core.is_leader():
+        if replication.has_other_voters or journal.is_durable or not core.is_leader():
             core.doTick(0)
         else:
             self.apply_committed()
+            replication.is_due |= core.heartbeat_is_due()
         if core.is_leader():
             while self._pending and self._has_room():
                 self._submit()
@@ -421,6 +698,8 @@ class RaftLog:
         journal.start_sync()  # inline, this calls _on_durable, which schedules another turn
         self._settle_rounds()
         self._report_role()
+        self._log_bytes_peak = max(self._log_bytes_peak, journal.log_bytes)
+        self._snapshots.take_if_due()
 
     def _was_paused(self) -> bool:
         """Whether this process stood still. What has arrived meanwhile is read before judging who is silent."""
@@ -432,32 +711,32 @@ class RaftLog:
         self._links.forgive_silence()
         return True
 
+    @_or_stop
     def _on_timer(self) -> None:
         if not self._is_running:
             return
         self._timer = self._loop.call_later(self._timing.heartbeat_s / 3, self._on_timer)
         if not self._was_paused():
             self._links.check()
+            self._snapshots.check()
             self._pump()
 
+    @_or_stop
     def _tell_commit(self) -> None:
         self._notice = None
         if self.is_leader and self._replication.is_news():
             self._core.send_heartbeat()
             self._links.flush()
 
+    @_or_stop
     def _on_message(self, peer_id: str, message: Message) -> None:
-        if not self._is_running:
-            return
-        try:
+        if self._is_running:
+            if message["type"] in _ANSWERS and peer_id not in self._replication.followers:
+                return  # of a stranger, see `introduce`
             self._guard.inbound(peer_id, message)
-        except BadMessage:
-            raise
-        except Exception as e:
-            self._fail_with(e)
-        else:
             self._schedule()
 
+    @_or_stop
     def _on_link(self, peer_id: str, is_up: bool) -> None:
         if not self._is_running:
             return
@@ -465,10 +744,12 @@ class RaftLog:
             self._replication.link_up(peer_id)
         else:
             self._replication.link_down(peer_id)
+            self._snapshots.stop_sending(peer_id)
             if self._core.leader_id() == peer_id:
                 self._elections.leader_link_lost()
         self._schedule()
 
+    @_or_stop
     def _on_durable(self, seconds: float) -> None:
         self.counters.sync.note(seconds)
         if self._is_running:
@@ -498,21 +779,29 @@ class RaftLog:
         elif old == LEADER:
             self.counters.step_downs += 1
             self._led_ns = self._clock()
+            self._snapshots.stop_sending()
             self._abandon("the leader has changed")
 
     def apply_committed(self) -> None:
         """Apply what is committed, for about APPLY_TURN_S; what is left is for the next turn of the loop."""
         core = self._core
-        until = time.perf_counter() + APPLY_TURN_S
+        if self._snapshots.holds_apply:  # its end schedules another turn
+            return
+        until = self._perf() + APPLY_TURN_S
         while core.applied_index() < core.commit_index():
             index = core.applied_index() + 1
             if self._apply_some(index, until):
                 core.set_applied_index(index)
-            if time.perf_counter() >= until:
+                self._snapshots.note_applied(self._journal.cost(index))
+            if self._perf() >= until:
                 break
         if core.applied_index() < core.commit_index():
             self._schedule()
-        while self._applied_waiters and self._applied_waiters[0][0] <= core.applied_index():
+        self._wake_applied()
+
+    def _wake_applied(self) -> None:
+        applied = self._core.applied_index()
+        while self._applied_waiters and self._applied_waiters[0][0] <= applied:
             waiter = heapq.heappop(self._applied_waiters)[2]
             if not waiter.done():
                 waiter.set_result(None)
@@ -523,6 +812,11 @@ class RaftLog:
             command = self._journal.entry(index)[0]
             kind = command[:1]
             if kind == NO_OP:
+                return True
+            if kind == MEMBERSHIP:
+                change = self._changes.pop(index, None)
+                if change is not None and not change.done():
+                    change.set_result(None)
                 return True
             if kind != BATCH:
                 raise Internal(f"log entry {index} is of kind {command[0]}, which this release does not know")
@@ -535,7 +829,7 @@ class RaftLog:
                 raise Internal(f"apply of {len(part)} proposals returned {len(outcome)} results")
             results += outcome
             done += len(part)
-            if done < len(proposals) and time.perf_counter() >= until:
+            if done < len(proposals) and self._perf() >= until:
                 self._partly = (index, proposals, done, results)
                 return False
         self._partly = None
@@ -547,10 +841,13 @@ class RaftLog:
     def _answer(self, index: int, batch: _Batch, results: list[Any]) -> None:
         if self._journal.term_at(index) != batch.term:
             raise Internal(f"entry {index} was replaced while this server led term {batch.term}")
-        self.counters.commit.note(time.perf_counter() - batch.started_s)
+        self.counters.commit.note(self._perf() - batch.started_s)
         for future, result in zip(batch.futures, results):
             if not future.done():
-                future.set_result(result)
+                try:
+                    future.set_result(result)
+                except Exception as e:  # H15: who waits for a result must not disturb the applying of it
+                    log.err("the result of a write could not be told", exc_info=e)
 
     # -- reads
 
@@ -583,9 +880,11 @@ class RaftLog:
     def _abandon(self, why: str) -> None:
         """Leadership is over: nobody here will learn what becomes of the entries on their way."""
         batches, self._batches = self._batches, {}
+        changes, self._changes = self._changes, {}
         pending, self._pending, self._pending_bytes = self._pending, deque(), 0
         for batch in batches.values():
             _fail_all(batch.futures, partial(Timeout, f"{why}: the write may or may not have been done"))
+        _fail_all(changes.values(), partial(Timeout, f"{why}: the servers may or may not have been changed"))
         _fail_all((future for _, future in pending), NoLeader)
         _fail_all(self._reads, NoLeader)
         for _, _, waiters in self._rounds:
@@ -619,4 +918,4 @@ def _fail_all(futures: Any, error: Callable[[], RostraError]) -> None:
             future.set_exception(error())
 
 
-__all__ = ["Member", "RaftLog", "Timing"]
+__all__ = ["Limits", "Member", "Members", "PeerStatus", "RaftLog", "StateMachine", "Timing"]

@@ -18,6 +18,8 @@ Message = dict[str, Any]
 #: Bound on every number: indexes, terms and rounds stay far below.
 _INT_MAX = 1 << 62
 
+SNAPSHOT_ID_CHARS_MAX = 200
+
 _FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
     # The dialling side is ready to receive; nothing is sent to it before.
     "ready": (1, ()),
@@ -37,14 +39,39 @@ _FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
     ),
     # Follower → leader. Neither success nor reset: "heard you", while the disk is still working.
     "next_node_idx": (4, (("term", int), ("r", int), ("next_node_idx", int), ("reset", bool), ("success", bool))),
-    "request_vote": (5, (("term", int), ("last_log_index", int), ("last_log_term", int))),
+    # `transfer`: the leader of the term before asked for this election (a later addition: may be absent).
+    "request_vote": (5, (("term", int), ("last_log_index", int), ("last_log_term", int), ("transfer", bool))),
     "response_vote": (6, (("term", int),)),
     # "Would you vote for me in `term`?" Changes nothing at the other side.
     "pre_vote": (7, (("term", int), ("last_log_index", int), ("last_log_term", int))),
     "pre_vote_reply": (8, (("term", int), ("current", int), ("granted", bool))),
     # "You are behind: the term is at least `term`." The answer to a leader or candidate of the past.
     "stale": (9, (("term", int),)),
+    # Leader → the follower that shall follow it: stand for election at once.
+    "timeout_now": (10, (("term", int),)),
+    # Leader → follower: a piece of the snapshot file `id` of `size` bytes that ends with entry (index, snap_term).
+    # Without data: how much of it do you have?
+    "snapshot": (
+        11,
+        (
+            ("term", int),
+            ("r", int),
+            ("id", str),
+            ("index", int),
+            ("snap_term", int),
+            ("size", int),
+            ("offset", int),
+            ("data", bytes),
+        ),
+    ),
+    # Follower → leader: the next piece wanted begins at `offset`; `done`: everything up to `index` is here for good.
+    "snapshot_answer": (
+        12,
+        (("term", int), ("r", int), ("id", str), ("index", int), ("offset", int), ("done", bool)),
+    ),
 }
+#: What an older release does not send, and what it means then.
+_DEFAULTS: dict[str, tuple[Any, ...]] = {"request_vote": (False,)}
 _BY_NUMBER = {number: (kind, fields) for kind, (number, fields) in _FIELDS.items()}
 
 
@@ -53,8 +80,14 @@ class BadMessage(ValueError):
 
 
 def encode(cluster_id: str, message: Message) -> bytes:
-    number, fields = _FIELDS[message["type"]]
-    return pack([number, cluster_id, *(message[name] for name, _ in fields)])
+    kind = message["type"]
+    number, fields = _FIELDS[kind]
+    values = [message[name] for name, _ in fields]
+    for default in reversed(_DEFAULTS.get(kind, ())):
+        if values[-1] != default:
+            break
+        values.pop()
+    return pack([number, cluster_id, *values])
 
 
 def decode(cluster_id: str, payload: bytes) -> Message | None:
@@ -71,8 +104,12 @@ def decode(cluster_id: str, payload: bytes) -> Message | None:
     if known is None:
         return None
     kind, fields = known
-    if len(parts) < 2 + len(fields):
-        raise BadMessage(f"{kind} with {len(parts) - 2} fields")
+    missing = 2 + len(fields) - len(parts)
+    if missing > 0:
+        defaults = _DEFAULTS.get(kind, ())
+        if missing > len(defaults):
+            raise BadMessage(f"{kind} with {len(parts) - 2} fields")
+        parts += defaults[-missing:]
     message: Message = {"type": kind}
     for (name, wanted), value in zip(fields, parts[2:]):
         if type(value) is not wanted or (type(value) is int and not 0 <= value < _INT_MAX):
@@ -80,6 +117,8 @@ def decode(cluster_id: str, payload: bytes) -> Message | None:
         message[name] = value
     if kind == "append_entries":
         _check_entries(message)
+    elif kind == "snapshot":
+        _check_piece(message)
     return message
 
 
@@ -93,3 +132,10 @@ def _check_entries(message: Message) -> None:
         if entry[1] != index or type(entry[2]) is not int or not term <= entry[2] <= message["term"]:
             raise BadMessage("append_entries with entries out of order")
         term = entry[2]
+
+
+def _check_piece(message: Message) -> None:
+    if not 0 < len(message["id"]) <= SNAPSHOT_ID_CHARS_MAX:
+        raise BadMessage("snapshot with a bad id")
+    if message["offset"] + len(message["data"]) > message["size"]:
+        raise BadMessage("snapshot with a piece beyond its end")

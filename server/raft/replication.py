@@ -10,7 +10,7 @@ leader as having them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from pysyncobj.node import Node
@@ -33,7 +33,9 @@ class Follower:
     up: bool = False
     echoed: int = NEVER  # the latest round that it has answered
     reset_floor: int = NEVER  # resets in answer to rounds up to this one are about the past
+    votes: bool = True
     told_commit: int = 0
+    streaming: str = ""  # id of the snapshot that it is being sent; until it has it, entries are of no use to it
     flight: deque[tuple[int, int]] = field(default_factory=deque)  # (last index, bytes) of unanswered messages
     flight_bytes: int = 0
     held: deque[Message] = field(default_factory=deque)  # answers that wait for our own disk
@@ -52,16 +54,32 @@ class Replication:
         core: Core,
         journal: Journal,
         *,
-        peer_ids: list[str],
         clock: Callable[[], int],
         send: Callable[[str, Message], None],
         deliver: Callable[[Node, Message], None],
+        needs_snapshot: Callable[[str], None],
     ) -> None:
         self._core, self._journal, self._clock, self._send, self._deliver = core, journal, clock, send, deliver
-        self.followers = {peer_id: Follower(Node(peer_id)) for peer_id in peer_ids}
+        self._needs_snapshot = needs_snapshot
+        self.followers: dict[str, Follower] = {}
+        self._other_voters = 0
         self.round = 0
         #: Set when a message should go out without waiting for the next heartbeat.
         self.is_due = False
+
+    def set_members(self, others: Iterable[tuple[str, bool]]) -> None:
+        """Replicate to these, (id, whether it votes), and to nobody else."""
+        old = self.followers
+        self.followers = {}
+        for peer_id, votes in others:
+            follower = self.followers[peer_id] = old.get(peer_id) or Follower(Node(peer_id))
+            follower.votes = votes
+        self._other_voters = sum(follower.votes for follower in self.followers.values())
+        self.is_due = True
+
+    @property
+    def has_other_voters(self) -> bool:
+        return self._other_voters > 0
 
     # -- the life of a leadership and of a link
 
@@ -69,13 +87,15 @@ class Replication:
         """This server has become leader: nothing that was answered before counts."""
         for follower in self.followers.values():
             follower.echoed = follower.reset_floor = NEVER
-            follower.told_commit = 0
+            follower.told_commit, follower.streaming = 0, ""
             follower.forget_flight()
 
     def link_up(self, peer_id: str) -> None:
-        follower = self.followers[peer_id]
+        follower = self.followers.get(peer_id)
+        if follower is None:  # a stranger, see `RaftLog.introduce`
+            return
         follower.up = True
-        follower.told_commit = 0
+        follower.told_commit, follower.streaming = 0, ""
         follower.forget_flight()
         if self._core.is_leader():
             matched = self._core.match_index(follower.node)
@@ -84,9 +104,10 @@ class Replication:
             self.is_due = True
 
     def link_down(self, peer_id: str) -> None:
-        follower = self.followers[peer_id]
-        follower.up = False
-        follower.forget_flight()
+        follower = self.followers.get(peer_id)
+        if follower is not None:
+            follower.up, follower.streaming = False, ""
+            follower.forget_flight()
 
     # -- sending
 
@@ -106,12 +127,15 @@ class Replication:
     def _send_to(self, peer_id: str, follower: Follower, current: int) -> None:
         core, journal = self._core, self._journal
         last = journal.last_index
-        # Below the log's beginning only a snapshot could help; the log begins at entry 1 until there are snapshots.
-        next_index = min(max(core.next_index(follower.node), journal.first_index + 1), last + 1)
+        next_index = core.next_index(follower.node)
+        if 1 < journal.first_index >= next_index and not follower.streaming:
+            self._needs_snapshot(peer_id)  # what it lacks is below the log's beginning
+        # H12: whatever a follower lacks, it gets one message for each call, not as many as fit into a heartbeat.
+        next_index = min(max(next_index, journal.first_index + 1), last + 1)
         is_first = True
         while True:
             entries = []
-            if next_index <= last and follower.flight_bytes < WINDOW_BYTES:
+            if next_index <= last and follower.flight_bytes < WINDOW_BYTES and not follower.streaming:
                 entries = journal.entries_from(next_index, MESSAGE_BYTES)
             if not entries and not is_first:
                 break
@@ -149,13 +173,15 @@ class Replication:
         follower = self.followers[peer_id]
         follower.echoed = max(follower.echoed, message["r"])
         if message["reset"]:
+            # H11: one reset is honoured per flight. The others answer messages that were sent before it was known.
             if message["r"] <= follower.reset_floor:
                 return
             follower.reset_floor = self.round
             follower.forget_flight()
-            self.is_due = True
+            self.is_due = not follower.streaming
             self._deliver(follower.node, message)
             return
+        # H19: the core counts this server as having its own log; until its disk has it, the answer must not count.
         if message["success"] and message["next_node_idx"] - 1 > self._journal.durable_index:
             follower.held.append(message)
             # The core still learns that the follower lives, or a slow disk would cost the leadership.
@@ -185,11 +211,26 @@ class Replication:
         if self._core.next_index(follower.node) <= self._journal.last_index:
             self.is_due = True
 
+    def heard(self, peer_id: str, round_: int) -> None:
+        """It has answered something of `round_` in this term, if only a piece of a snapshot."""
+        follower = self.followers[peer_id]
+        follower.echoed = max(follower.echoed, round_)
+
+    def has_snapshot(self, peer_id: str, index: int) -> None:
+        """Everything up to `index` is on its disk, from a snapshot; entries go on from there."""
+        follower = self.followers[peer_id]
+        follower.streaming = ""
+        follower.forget_flight()
+        self._core.set_match_index(follower.node, index)
+        self._core.set_next_index(follower.node, index + 1)
+        self.is_due = True
+
     # -- what a majority has answered
 
     def quorum_round(self) -> int:
-        """The latest round that a majority, this server included, has answered. Without others: now."""
-        needed = (len(self.followers) + 1) // 2  # of the others
+        """The latest round that a majority of the voters, this server one of them, has answered. Alone: now."""
+        needed = (self._other_voters + 1) // 2
         if needed == 0:
             return self._clock()
-        return sorted((follower.echoed for follower in self.followers.values()), reverse=True)[needed - 1]
+        echoes = sorted((f.echoed for f in self.followers.values() if f.votes), reverse=True)
+        return echoes[needed - 1]

@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from pysyncobj.transport import Transport
 from rostra.runtime import log as logging
 from rostra.server.raft.core import Timing
 from rostra.server.raft.journal import Journal
+from rostra.server.raft.members import Member, Members
 from rostra.server.raft.messages import BadMessage, Message, decode, encode
 from rostra.wire.connection import FrameConnection
 from rostra.wire.frames import RAFT_FRAME_BYTES_MAX
@@ -30,20 +30,10 @@ from rostra.wire.frames import RAFT_FRAME_BYTES_MAX
 log = logging.get("raft")
 
 #: Said in the heat of the moment: they promise nothing that a crash could break.
-_UNBOUND = frozenset({"append_entries", "pre_vote", "ready", "ping"})
+#: A piece of a snapshot is of a file that is whole on this server's disk; timeout_now gives up a lease, no promise.
+_UNBOUND = frozenset({"append_entries", "pre_vote", "ready", "ping", "snapshot", "timeout_now"})
 
 DIAL_AGAIN_MIN_S, DIAL_AGAIN_MAX_S = 0.02, 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One server of the cluster, as the replicated member list has it."""
-
-    id: str
-    host: str
-    port: int
-    key_hash: str
-    name: str
 
 
 Dial = Callable[[Member], Awaitable[FrameConnection]]
@@ -52,7 +42,7 @@ Dial = Callable[[Member], Awaitable[FrameConnection]]
 class Link:
     """The connection to one member, while there is one."""
 
-    __slots__ = ("connection", "heard_s", "is_up", "lost", "member", "node", "spoke_s")
+    __slots__ = ("connection", "dialer", "heard_s", "is_up", "lost", "member", "node", "spoke_s")
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -60,6 +50,7 @@ class Link:
         self.connection: FrameConnection | None = None
         self.is_up = False  # the core may send
         self.heard_s = self.spoke_s = 0.0
+        self.dialer: asyncio.Task[None] | None = None
         self.lost = asyncio.Event()
         self.lost.set()
 
@@ -72,10 +63,10 @@ class Links(Transport):  # type: ignore[misc]
         *,
         node_id: str,
         cluster_id: str,
-        members: Sequence[Member],
         journal: Journal,
         timing: Timing,
         dial: Dial,
+        chance: random.Random,
         on_message: Callable[[str, Message], None],
         on_link: Callable[[str, bool], None],
         rewrite: Callable[[Message], tuple[Message, bool]],
@@ -83,29 +74,52 @@ class Links(Transport):  # type: ignore[misc]
         super().__init__(None, None, [])
         self._node_id, self._cluster_id, self._journal, self._dial = node_id, cluster_id, journal, dial
         self._on_message, self._on_link, self._rewrite = on_message, on_link, rewrite
-        self.links = {member.id: Link(member) for member in members if member.id != node_id}
+        self.links: dict[str, Link] = {}
+        self._chance = chance
         self._waiting: deque[tuple[int, FrameConnection, bytes]] = deque()  # (lsn, …): spoken when that is durable
         self._loop = asyncio.get_running_loop()
-        self._dialers: list[asyncio.Task[None]] = []
         self._silent_after_s = max(2.0, 4 * timing.election_max_s)
-        self._unflushed: set[FrameConnection] = set()
-        self._closed = False
+        self._unflushed: dict[FrameConnection, None] = {}
+        self._started = self._closed = False
         self.reconnects = 0
 
     # -- the life of links
 
+    def set_members(self, members: Members) -> None:
+        """Have a link to each of `members` but this server, and to nobody else (H21)."""
+        wanted = {member.id: member for member in members if member.id != self._node_id}
+        for gone in [link for peer_id, link in self.links.items() if peer_id not in wanted]:
+            del self.links[gone.member.id]
+            if gone.dialer is not None:
+                gone.dialer.cancel()
+            connection = gone.connection
+            if connection is not None:
+                self._detach(gone, connection, "not a member any more")
+                connection.abort("not a member any more")
+        for member in wanted.values():
+            link = self.links.get(member.id)
+            if link is None:
+                link = self.links[member.id] = Link(member)
+            link.member = member  # a new address counts from the next dialling on
+            if self._started and link.dialer is None and member.id < self._node_id:
+                self._dial_for_ever(link)
+
     def start(self) -> None:
         """Dial the members with lower ids, for ever."""
+        self._started = True
         for link in self.links.values():
-            if link.member.id < self._node_id:
-                task = self._loop.create_task(self._keep_dialled(link), name=f"raft-dial-{link.member.name}")
-                self._dialers.append(task)
+            if link.dialer is None and link.member.id < self._node_id:
+                self._dial_for_ever(link)
+
+    def _dial_for_ever(self, link: Link) -> None:
+        link.dialer = self._loop.create_task(self._keep_dialled(link), name=f"raft-dial-{link.member.name}")
 
     async def stop(self) -> None:
         self._closed = True
-        for task in self._dialers:
+        dialers = [link.dialer for link in self.links.values() if link.dialer is not None]
+        for task in dialers:
             task.cancel()
-        await asyncio.gather(*self._dialers, return_exceptions=True)
+        await asyncio.gather(*dialers, return_exceptions=True)
         self._waiting.clear()
         for link in self.links.values():
             connection = link.connection
@@ -138,7 +152,7 @@ class Links(Transport):  # type: ignore[misc]
                 await link.lost.wait()
                 if self._loop.time() - connected_s > 1.0:
                     wait_s = DIAL_AGAIN_MIN_S
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311
+            await asyncio.sleep(wait_s * self._chance.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, DIAL_AGAIN_MAX_S)
 
     def _attach(self, link: Link, connection: FrameConnection) -> None:
@@ -222,15 +236,15 @@ class Links(Transport):  # type: ignore[misc]
         self.post(node.id, message)
         if is_urgent and self._waiting:
             # The disk is at work. That this server lives and follows needs no disk; the answer itself follows later.
-            link = self.links[node.id]
-            if link.connection is not None:
+            link = self.links.get(node.id)
+            if link is not None and link.connection is not None:
                 self._send_now(link, {**message, "success": False, "reset": False, "next_node_idx": 1})
         return True
 
     def post(self, peer_id: str, message: Message) -> None:
         """Send now, or as soon as the journal has what the message promises."""
-        link = self.links[peer_id]
-        if link.connection is None or not link.is_up:
+        link = self.links.get(peer_id)
+        if link is None or link.connection is None or not link.is_up:
             return
         if message["type"] in _UNBOUND or (self._journal.is_durable and not self._waiting):
             self._send_now(link, message)
@@ -241,18 +255,18 @@ class Links(Transport):  # type: ignore[misc]
         if link.connection is not None:
             link.spoke_s = self._loop.time()
             link.connection.send(encode(self._cluster_id, message))
-            self._unflushed.add(link.connection)
+            self._unflushed[link.connection] = None
 
     def release(self) -> None:
         """Send what the disk has by now."""
         while self._waiting and self._waiting[0][0] <= self._journal.durable_lsn:
             _, connection, payload = self._waiting.popleft()
             connection.send(payload)
-            self._unflushed.add(connection)
+            self._unflushed[connection] = None
 
     def flush(self) -> None:
         """Write what was sent in this turn."""
-        unflushed, self._unflushed = self._unflushed, set()
+        unflushed, self._unflushed = self._unflushed, {}
         for connection in unflushed:
             connection.flush()
 

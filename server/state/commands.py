@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rostra.server.state import ca, catalog, cluster, health, intention, kv, session
+from rostra.server.state import ca, catalog, cluster, health, intention, kv, operator, session
 from rostra.wire.codec import Vocabulary
 
 COMMANDS: tuple[type[Any], ...] = (
@@ -35,6 +35,7 @@ COMMANDS: tuple[type[Any], ...] = (
     cluster.NodeReports,
     cluster.StateHash,
     cluster.ReapTombstones,
+    operator.SetAutopilot,
 )
 
 QUERIES: tuple[type[Any], ...] = (
@@ -57,6 +58,7 @@ QUERIES: tuple[type[Any], ...] = (
     ca.CaConfig,
     cluster.Members,
     cluster.ClusterInfo,
+    operator.Autopilot,
 )
 
 EDGE_COMMANDS: tuple[type[Any], ...] = tuple(c for c in COMMANDS if not getattr(c, "servers_only", False))

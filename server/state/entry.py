@@ -18,6 +18,9 @@ from rostra.wire.errors import BadRequest
 
 FORMAT = 1
 
+_pack = msgpack.Packer(use_bin_type=True).pack
+_unpack = msgpack.unpackb
+
 
 class UnknownEntry(Exception):
     """An entry that this version cannot apply. Guessing would make servers differ, so the process has to stop."""
@@ -65,14 +68,26 @@ def encode_args(
         raise BadRequest("a client is named by a string and two integers")
     if not 0 <= first_outstanding <= sequence < 1 << 63:
         raise BadRequest("a sequence number must not be below the first outstanding one")
-    packed: bytes = msgpack.packb((FORMAT, cluster_id, client, at_ms, actor, source, kind, args), use_bin_type=True)
+    packed: bytes = _pack((FORMAT, cluster_id, client, at_ms, actor, source, kind, args))
     return packed
+
+
+def read_entry(data: bytes) -> tuple[str, tuple[str, int, int], int, str, str, dict[str, Any]]:
+    """(cluster_id, client, at_ms, actor, kind, args) of an entry: `decode_entry` for the one who reads all of them."""
+    try:
+        format_, cluster_id, client, at_ms, actor, _, kind, args = _unpack(data, use_list=False, strict_map_key=False)
+        client_id, sequence, first = client
+    except Exception:
+        raise _refused(data) from None
+    if format_ != FORMAT or type(client_id) is not str or type(sequence) is not int or type(first) is not int:
+        raise _refused(data)
+    return cluster_id, client, at_ms, actor, kind, args
 
 
 def decode_entry(data: bytes) -> Entry:
     """The entry in `data`. Raises UnknownEntry on anything but the known format."""
     try:
-        parts = msgpack.unpackb(data, use_list=False, strict_map_key=False)
+        parts = _unpack(data, use_list=False, strict_map_key=False)
     except Exception as e:
         raise UnknownEntry(f"a log entry is no msgpack message: {type(e).__name__}") from None
     if type(parts) is not tuple or not parts or parts[0] != FORMAT:
@@ -85,3 +100,12 @@ def decode_entry(data: bytes) -> Entry:
     if type(client_id) is not str or type(sequence) is not int or type(first_outstanding) is not int:
         raise UnknownEntry("a log entry names its client in an unknown way")
     return Entry(cluster_id, client_id, sequence, first_outstanding, at_ms, actor, source, kind, args)
+
+
+def _refused(data: bytes) -> UnknownEntry:
+    """What `decode_entry` says of an entry that it cannot read."""
+    try:
+        entry = decode_entry(data)
+    except UnknownEntry as e:
+        return e
+    raise AssertionError(f"an entry that can be read: {entry.kind}")

@@ -3,6 +3,7 @@
     kv:<key>  kvdir:<directory>  service:<name>  connect:<destination>  node:<name>  session:<id>
     intention:<destination>  config:<kind>/<name>
     table:nodes  table:service-names  table:checks  table:sessions  table:intentions  table:ca  table:cluster
+    table:autopilot
 
 Names of nodes and services do not differ by case, so their granules are in lower case. Agents see only the 64-bit hash.
 """
@@ -43,6 +44,23 @@ def directories(key: str) -> list[str]:
         found.append(key[:at])
         at = key.find("/", at) + 1
     return found
+
+
+def parent_directories(key: str) -> tuple[str, ...]:
+    """As `directories`, remembered by the directory in which the key lies."""
+    parent = key[: key.rfind("/") + 1]
+    found = _remembered.get(parent)
+    if found is None:
+        found = tuple(directories(parent))
+        if len(parent) <= _REMEMBERED_CHARS_MAX:
+            if len(_remembered) >= _REMEMBERED_MAX:
+                _remembered.clear()
+            _remembered[parent] = found
+    return found
+
+
+_REMEMBERED_MAX, _REMEMBERED_CHARS_MAX = 16384, 256
+_remembered: dict[str, tuple[str, ...]] = {}
 
 
 def directory_of(prefix: str) -> str:

@@ -67,7 +67,7 @@ class SetKey:
         ):
             return True
         else:
-            row = KVRow(self.key, self.value, self.flags, lock_index, session, old.create_index, tx.index)
+            row = KVRow(old.key, self.value, self.flags, lock_index, session, old.create_index, tx.index)
         write_row(tx, row)
         return True
 

@@ -150,3 +150,16 @@ class CaRow(NamedTuple):
     config_index: int = 0  # index of the state at which `config` changed
     create_index: int = 0
     modify_index: int = 0
+
+
+class AutopilotRow(NamedTuple):
+    """How the leader cares for the servers; names and defaults as Consul's, the last one is ours."""
+
+    cleanup_dead_servers: bool = True
+    last_contact_threshold_ms: int = 200
+    max_trailing_logs: int = 250
+    min_quorum: int = 0
+    server_stabilization_time_ms: int = 10_000
+    auto_admit_servers: bool = False  # whoever holds `encrypt` may become a server, and has every secret then
+    create_index: int = 0
+    modify_index: int = 0

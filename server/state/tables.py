@@ -1,8 +1,8 @@
 """The tables of the state, and what is derived from them: sorted keys, who runs what, who holds which lock.
 
-Tables are dicts of immutable rows. Only `Table.put` and `Table.remove` change one; they keep the derived part right and
-remember the row as it was when the state's hash was last brought up to date. Only rows are dumped; the derived part is
-built again while loading. Transactions and loading call this; queries read it; nothing here knows a command.
+Tables are dicts of immutable rows. Only `Table.put` and `Table.remove` change one; they keep the derived part right.
+Only rows are captured; the derived part is built again while loading. Transactions and loading call this; queries read
+it; nothing here knows a command.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from sortedcontainers import SortedList
 
-from rostra.server.state.granules import FLOORS, after_prefix, directories, directory_of
+from rostra.server.state.granules import FLOORS, after_prefix, directory_of, parent_directories
 from rostra.server.state.rows import (
+    AutopilotRow,
     CaRow,
     CheckRow,
     ClusterRow,
@@ -39,7 +40,7 @@ EXACT_PREFIX_KEYS_MAX = 4096
 class Table(Generic[K, R]):
     """Rows by key. `changed(key, old, new)` keeps what is derived; `order`, where kept, is the sorted keys."""
 
-    __slots__ = ("changed", "dirty", "get", "make", "name", "order", "rows")
+    __slots__ = ("changed", "get", "make", "name", "order", "rows")
 
     def __init__(
         self,
@@ -50,19 +51,16 @@ class Table(Generic[K, R]):
         ordered: bool = False,
     ) -> None:
         self.name = name
-        self.make = make  # builds a row from its dumped array; None: the value is dumped as it is, with its key
+        self.make = make  # builds a row from its captured array; None: the value is captured as it is, with its key
         self.changed = changed
         self.rows: dict[K, R] = {}
         self.get = self.rows.get
         self.order: list[K] | None = [] if ordered else None
-        self.dirty: dict[K, R | None] = {}
 
     def put(self, key: K, row: R) -> R | None:
         """Set a row; the row that was there."""
         rows = self.rows
         old = rows.get(key)
-        if key not in self.dirty:
-            self.dirty[key] = old
         rows[key] = row
         if old is None and self.order is not None:
             insort(self.order, key)  # type: ignore[call-overload]
@@ -75,12 +73,24 @@ class Table(Generic[K, R]):
         old = self.rows.pop(key, None)
         if old is None:
             return None
-        if key not in self.dirty:
-            self.dirty[key] = old
         if self.order is not None:
             discard(self.order, key)
         if self.changed is not None:
             self.changed(key, old, None)
+        return old
+
+
+class KVTable(Table[str, KVRow]):
+    """The keys: by far the most changes, and most of them change a value only."""
+
+    __slots__ = ()
+
+    def put(self, key: str, row: KVRow) -> KVRow | None:
+        rows = self.rows
+        old = rows.get(key)
+        rows[key] = row
+        if old is None or old.session != row.session:
+            self.changed(key, old, row)  # type: ignore[misc]
         return old
 
 
@@ -117,7 +127,7 @@ class Tables:
         self.sources_for: dict[str, list[str]] = {}  # intention's destination -> sources
 
         # Replicated.
-        self.kv: Table[str, KVRow] = Table("kv", KVRow, self._kv_changed)
+        self.kv = KVTable("kv", KVRow, self._kv_changed)
         self.tombstones: Table[str, int] = Table("tombstones", None, self._tombstone_changed)
         self.nodes: Table[str, NodeRow] = Table("nodes", NodeRow, self._node_changed, ordered=True)
         self.services: Table[Pair, ServiceRow] = Table("services", ServiceRow, self._service_changed)
@@ -135,8 +145,7 @@ class Tables:
         self.counters: Table[str, int] = Table("counters")
         self.granules: Table[str, int] = Table("granules")  # all but kv: and kvdir:, which follow from rows
         self.floors: Table[str, int] = Table("floors")
-        self.clients: Table[str, tuple[int, int]] = Table("clients")  # client -> (first outstanding, index of last use)
-        self.results: Table[tuple[str, int], tuple[Any, ...]] = Table("results")  # (client, sequence) -> result
+        self.autopilot: Table[str, AutopilotRow] = Table("autopilot", AutopilotRow)  # one row, key ""
         for family in FLOORS:
             self.floors.put(family, 1)
 
@@ -158,8 +167,7 @@ class Tables:
             self.counters,
             self.granules,
             self.floors,
-            self.clients,
-            self.results,
+            self.autopilot,
         )
 
     # -- key/value ------------------------------------------------------------------------------------------------
@@ -351,7 +359,7 @@ class Tables:
     def raise_directories(self, key: str, index: int) -> None:
         """While loading: `key` was changed or deleted at `index`, in whatever order keys come."""
         highest = self.kv_directories
-        for directory in directories(key):
+        for directory in parent_directories(key):
             if highest.get(directory, 0) < index:
                 highest[directory] = index
 

@@ -21,27 +21,32 @@ Key = str | tuple[str, ...]
 class Tx:
     """One command on its way into the state."""
 
-    __slots__ = ("_undo", "actor", "at_ms", "cluster_id", "effects", "index", "keys", "tables", "touched")
+    __slots__ = ("actor", "at_ms", "changes", "cluster_id", "effects", "index", "keys", "tables", "touched")
 
-    def __init__(self, tables: Tables, index: int, cluster_id: str, at_ms: int, actor: str) -> None:
+    def __init__(self, tables: Tables) -> None:
         self.tables = tables
+        self.begin(0, "", 0, "")
+        self.touched: list[tuple[str, Key | None]] = []
+        self.keys: list[str] = []
+        self.effects: list[tuple[Any, ...]] = []
+        #: (table, key, the row before, the row after) of every change, in order; None: there is none.
+        self.changes: list[tuple[Table[Any, Any], Any, Any, Any]] = []
+
+    def begin(self, index: int, cluster_id: str, at_ms: int, actor: str) -> None:
+        """The next command. What the one before has left behind was taken or put back."""
         self.index = index  # what a row that is written now has as its modify_index
         self.cluster_id = cluster_id
         self.at_ms = at_ms  # for display only: nothing may be decided by it
         self.actor = actor
-        self.touched: list[tuple[str, Key | None]] = []
-        self.keys: list[str] = []
-        self.effects: list[tuple[Any, ...]] = []
-        self._undo: list[tuple[Table[Any, Any], Any, Any]] = []
 
     def put(self, table: Table[K, R], key: K, row: R) -> None:
-        self._undo.append((table, key, table.put(key, row)))
+        self.changes.append((table, key, table.put(key, row), row))
 
     def delete(self, table: Table[K, R], key: K) -> R | None:
         """Drop a row; the row that was there."""
         old = table.remove(key)
         if old is not None:
-            self._undo.append((table, key, old))
+            self.changes.append((table, key, old, None))
         return old
 
     def touch(self, granule: str, key: Key | None = None) -> None:
@@ -56,18 +61,14 @@ class Tx:
         """Something that each server's own clock has to know; no part of the state."""
         self.effects.append(effect)
 
-    @property
-    def changes(self) -> int:
-        return len(self._undo)
-
     def rollback(self) -> None:
         """Put back every row, in reverse order, so that what is derived goes back the way it came."""
-        for table, key, old in reversed(self._undo):
+        for table, key, old, _ in reversed(self.changes):
             if old is None:
                 table.remove(key)
             else:
                 table.put(key, old)
-        self._undo.clear()
+        self.changes.clear()
         self.touched.clear()
         self.keys.clear()
         self.effects.clear()

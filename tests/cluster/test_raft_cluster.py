@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
-from rostra.server.raft import Member, RaftLog, Timing
+from rostra.server.raft import Limits, Member, RaftLog, Timing
+from rostra.server.raft.members import LEARNER, VOTER, Members
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import NoLeader, RostraError, Timeout
+from rostra.wire.errors import Conflict, NoLeader, RostraError, Timeout
+from tests.support.raft_state import AppliedEntries
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy")]
 
@@ -49,12 +52,12 @@ class Wire(FrameConnection):
             super().send(payload)
 
 
-class Server:
+class Server(AppliedEntries):
     """One server: its log, its state, and the ways in which it can be ill-treated."""
 
     def __init__(self, cluster: Cluster, node: str, directory: Path) -> None:
+        super().__init__()
         self.cluster, self.node, self.directory = cluster, node, directory
-        self.applied: list[bytes] = []
         self.raft: RaftLog | None = None
         self.stops: list[str] = []
 
@@ -62,7 +65,7 @@ class Server:
         loop = asyncio.get_running_loop()
         self.listener = await loop.create_server(lambda: self.wire(on_made=self._greet), "127.0.0.1", 0)
         host, port = self.listener.sockets[0].getsockname()
-        self.member = Member(self.node, host, port, "", self.node)
+        self.member = Member(self.node, host, port, f"key of {self.node}", self.node)
 
     def wire(self, **more: Any) -> Wire:
         wire = Wire(**more)
@@ -89,7 +92,7 @@ class Server:
         return wire
 
     def apply(self, entries: Sequence[bytes]) -> list[Any]:
-        self.applied += entries
+        super().apply(entries)
         return [bytes(entry) for entry in entries]
 
     async def start(self) -> None:
@@ -98,8 +101,9 @@ class Server:
             directory=self.directory,
             node_id=self.node,
             cluster_id="c1",
-            members=[server.member for server in self.cluster.servers.values()],
-            apply=self.apply,
+            members=self.cluster.members,
+            state=self,
+            limits=self.cluster.limits,
             dial=self.dial,
             timing=TIMING,
             on_role_change=lambda *role: None,
@@ -117,11 +121,15 @@ class Server:
 class Cluster:
     def __init__(self, directory: Path, size: int = 3) -> None:
         self.network = Network()
+        self.limits = Limits()
+        self.directory = directory
         self.servers = {node: Server(self, node, directory / node) for node in "abcde"[:size]}
+        self.members: Members = ()
 
     async def start(self) -> None:
         for server in self.servers.values():
             await server.listen()
+        self.members = tuple(server.member for server in self.servers.values())
         for server in self.servers.values():
             await server.start()
 
@@ -133,6 +141,29 @@ class Cluster:
 
     def running(self) -> list[Server]:
         return [server for server in self.servers.values() if server.raft is not None]
+
+    async def add(self, node: str, suffrage: str = LEARNER) -> Server:
+        """An empty server is made a member and started, as bootstrap does it."""
+        server = self.servers[node] = Server(self, node, self.directory / node)
+        await server.listen()
+        leader = (await self.leader()).raft
+        assert leader is not None
+        server.member = replace(server.member, suffrage=suffrage)
+        await leader.change_members((*leader.members, server.member))
+        self.members = leader.members
+        await server.start()
+        return server
+
+    async def vote_for(self, node: str, suffrage: str = VOTER) -> None:
+        """`node` is given another suffrage."""
+        leader = (await self.leader()).raft
+        assert leader is not None
+        await leader.change_members(tuple(replace(m, suffrage=suffrage) if m.id == node else m for m in leader.members))
+
+    async def remove(self, node: str) -> None:
+        leader = (await self.leader()).raft
+        assert leader is not None
+        await leader.change_members(tuple(m for m in leader.members if m.id != node))
 
     async def leader(self, *, not_node: str = "") -> Server:
         """The server that leads and can prove it."""
@@ -157,6 +188,11 @@ class Cluster:
                         except (NoLeader, Timeout):
                             pass
                 await asyncio.sleep(0.002)
+
+    async def agree_on_members(self) -> None:
+        leader = raft_of(await self.leader())
+        logs = [raft_of(self.servers[member.id]) for member in leader.members]
+        await eventually(lambda: len({raft.members for raft in logs}) == 1)
 
     async def agree(self) -> list[bytes]:
         """All running servers have applied the same; what that is."""
@@ -362,3 +398,157 @@ async def test_heartbeats_and_turns_are_on_time_under_load(cluster: Cluster) -> 
     turns = leader.raft.metrics()["turn"]
     late = sum(count for bound, count in turns["buckets"].items() if float(bound) > 0.005)
     assert late / turns["count"] < 0.01
+
+
+# -- members --------------------------------------------------------------------------------------------------------
+
+
+def raft_of(server: Server) -> RaftLog:
+    assert server.raft is not None
+    return server.raft
+
+
+async def test_a_learner_gets_everything_counts_for_nothing_and_is_promoted(cluster: Cluster) -> None:
+    for number in range(20):
+        await cluster.write(b"%d" % number)
+    added = await cluster.add("d")
+    await eventually(lambda: len(added.applied) == 20)
+    assert raft_of(added).suffrage == LEARNER
+    # With two of three voters gone nothing is decided, though two servers live.
+    leader = await cluster.leader()
+    gone = [s.node for s in cluster.running() if s is not leader and s is not added]
+    for node in gone:
+        cluster.network.isolate(node, [n for n in "abcd" if n != node])
+    await eventually(lambda: not raft_of(leader).is_leader)
+    cluster.network.heal()
+    await cluster.vote_for("d")
+    await eventually(lambda: raft_of(added).suffrage == VOTER)
+    # Four voters: three are a majority, with the new one among them.
+    leader = await cluster.leader()
+    other = next(s for s in cluster.running() if s is not leader and s is not added)
+    await other.stop()
+    await cluster.write(b"more")
+    await other.start()
+    assert len(await cluster.agree()) == 21
+
+
+async def test_a_removed_server_is_left_alone_and_disturbs_nobody(cluster: Cluster) -> None:
+    leader = await cluster.leader()
+    term = raft_of(leader).term
+    victim = next(s for s in cluster.running() if s is not leader)
+    await cluster.remove(victim.node)
+    await cluster.write(b"without it")
+    assert not raft_of(leader)._links.links.get(victim.node)
+    await asyncio.sleep(2 * TIMING.election_max_s)  # time enough for it to campaign
+    assert (raft_of(leader).is_leader, raft_of(leader).term) == (True, term)
+    assert b"without it" not in victim.applied
+    await victim.stop()
+    del cluster.servers[victim.node]
+    await cluster.agree()
+
+
+async def test_members_change_one_at_a_time_and_never_the_leader_itself(cluster: Cluster) -> None:
+    leader = raft_of(await cluster.leader())
+    two_less = tuple(m for m in leader.members if m.id == leader._node_id)
+    with pytest.raises(Conflict, match="one at a time"):
+        await leader.change_members(two_less)
+    with pytest.raises(Conflict, match="transfer leadership first"):
+        await leader.change_members(tuple(m for m in leader.members if m.id != leader._node_id))
+    one_less = tuple(m for m in leader.members if m.id != leader.peers()[0].id)
+    first = leader.change_members(one_less)
+    with pytest.raises(Conflict, match="on its way"):
+        await leader.change_members(tuple(m for m in leader.members if m.id != leader.peers()[0].id))
+    await first
+    assert leader.members == one_less
+
+
+async def test_members_survive_the_restart_of_all(cluster: Cluster) -> None:
+    added = await cluster.add("d")
+    await cluster.vote_for("d")
+    await cluster.remove(next(s.node for s in cluster.running() if s.node != "d" and not raft_of(s).is_leader))
+    await cluster.write(b"x")
+    await cluster.agree_on_members()
+    members = raft_of(added).members
+    kept = [s for s in cluster.servers.values() if s.node in {m.id for m in members}]
+    for server in cluster.servers.values():
+        await server.stop()
+    for server in kept:
+        await server.start()
+    await cluster.leader()
+    for server in kept:
+        assert raft_of(server).members == members
+
+
+async def test_leadership_is_handed_over_without_an_election_timeout(cluster: Cluster) -> None:
+    leader = await cluster.leader()
+    heir = next(s for s in cluster.running() if s is not leader)
+    writes = [asyncio.create_task(cluster.write(b"%d" % n)) for n in range(50)]
+    assert await raft_of(leader).transfer(heir.node) == heir.node
+    await eventually(lambda: raft_of(heir).lease_valid())
+    assert not raft_of(leader).lease_valid()
+    await asyncio.gather(*writes)
+    assert {b"%d" % n for n in range(50)} <= set(await cluster.agree())
+
+
+async def test_leadership_is_not_offered_to_who_cannot_take_it(cluster: Cluster) -> None:
+    leader = raft_of(await cluster.leader())
+    with pytest.raises(Conflict, match="no such voting server"):
+        await leader.transfer("z")
+    await cluster.add("d")
+    with pytest.raises(Conflict, match="no such voting server"):
+        await raft_of(await cluster.leader()).transfer("d")
+
+
+# -- snapshots ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_log_stays_small_and_a_restart_begins_at_the_snapshot(cluster: Cluster) -> None:
+    cluster.limits = Limits(segment_bytes=32 << 10, snapshot_log_bytes=64 << 10, log_bytes_max=256 << 10)
+    for server in cluster.running():
+        await server.stop()
+        await server.start()
+    for number in range(1500):
+        await cluster.write(b"%d " % number + b"x" * 300)
+    everything = await cluster.agree()
+    for server in cluster.running():
+        await eventually(lambda server=server: raft_of(server).metrics()["snapshots_taken"] > 1)
+        assert raft_of(server).metrics()["log_bytes_peak"] < 400 << 10
+    journals = [path for path in (cluster.directory / "a").iterdir() if path.name.startswith("journal-")]
+    assert sum(path.stat().st_size for path in journals) < 600 << 10
+    for server in list(cluster.running()):
+        await server.stop()
+    for server in cluster.servers.values():
+        await server.start()
+    await cluster.write(b"after")
+    assert await cluster.agree() == [*everything, b"after"]
+
+
+async def test_an_empty_server_catches_up_from_a_snapshot_while_writes_go_on(cluster: Cluster) -> None:
+    cluster.limits = Limits(
+        segment_bytes=32 << 10, snapshot_log_bytes=64 << 10, log_bytes_max=256 << 10, chunk_bytes=4096
+    )
+    for server in cluster.running():
+        await server.stop()
+        await server.start()
+    for number in range(1200):
+        await cluster.write(b"%d " % number + b"x" * 300)
+    for server in cluster.running():
+        await eventually(lambda server=server: raft_of(server)._journal.first_index > 1)
+    going_on = asyncio.create_task(write_for_ever(cluster))
+    added = await cluster.add("d")
+    await eventually(lambda: raft_of(added).metrics()["snapshots_installed"] >= 1)
+    await eventually(lambda: len(added.applied) > 1200)
+    going_on.cancel()
+    await asyncio.gather(going_on, return_exceptions=True)
+    assert len(await cluster.agree()) > 1200
+    await added.stop()
+    await added.start()
+    await cluster.write(b"after")
+    assert (await cluster.agree())[-1] == b"after"
+
+
+async def write_for_ever(cluster: Cluster) -> None:
+    number = 0
+    while True:
+        await cluster.write(b"more %d" % number)
+        number += 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rostra.server.state.catalog import Register
 from rostra.server.state.health import ServiceInstances
 from rostra.server.state.kv import GetKey, KeyNames, SetKey
-from rostra.wire.errors import Conflict, RostraError
+from rostra.wire.errors import Conflict, RostraError, Timeout
 from tests.support.cores import Cluster, eventually
 
 pytestmark = pytest.mark.cluster
@@ -107,6 +108,33 @@ async def test_a_server_of_a_wrong_kind_of_request_says_so_and_goes_on(tmp_path:
         with pytest.raises(RostraError, match="must be"):
             await session.write(SetKey("k", "text"))  # type: ignore[arg-type]
         assert await session.write(SetKey("k", b"bytes"))
+
+
+async def test_an_act_whose_answer_was_lost_is_asked_again_unless_it_may_be_done_once_only(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, size=1) as cluster:
+        core = cluster.leader()
+        assert core is not None
+        asked: list[dict[str, Any]] = []
+
+        async def slow_once(peer: Any, args: dict[str, Any]) -> int:
+            asked.append(args)
+            if len(asked) % 2:
+                await asyncio.Event().wait()
+            return len(asked)
+
+        core._acts.table["test.slow"] = slow_once
+        session = cluster.session(core)
+
+        async def lost(asked_before: int, **how: Any) -> Any:
+            act = asyncio.create_task(session.act("test.slow", {}, **how))
+            await eventually(lambda: len(asked) == asked_before + 1)
+            session._connection.abort("a test")  # type: ignore[union-attr]
+            return await act
+
+        assert await lost(0) == 2
+        with pytest.raises(Timeout, match="may or may not"):
+            await lost(2, once=True)
+        assert len(asked) == 3
 
 
 async def test_concurrent_increments_by_compare_and_set_lose_none_over_a_change_of_leader(tmp_path: Path) -> None:

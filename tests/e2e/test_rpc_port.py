@@ -4,6 +4,7 @@ every connection ends in bounded time with one line in a while, and nothing else
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,14 +33,13 @@ class House:
     """Three servers and a client agent, and two who are not of them."""
 
     agents: dict[str, Agent]
-    friend: NodeIdentity
-    stranger: NodeIdentity
+    attackers: Target
     mark: Path
 
     def target(self, port: str, name: str = "s2") -> Target:
         agent = self.agents[name]
         number = {"rpc": agent.ports.server, "join": agent.ports.serf}[port]
-        return Target(agent.host, number, self.friend, self.stranger)
+        return dataclasses.replace(self.attackers, host=agent.host, port=number)
 
     def leadership(self) -> tuple[str, int]:
         """(the leader's address, the term), when all servers agree."""
@@ -98,8 +98,7 @@ def house(module_processes: Processes) -> House:
     directory = module_processes.directory
     house = House(
         agents,
-        NodeIdentity.open(directory / "friend", "friend", parse_secrets(secret)),
-        NodeIdentity.open(directory / "stranger", "stranger", parse_secrets(base64.b64encode(os.urandom(32)).decode())),
+        Target.of("", 0, directory, secret, NodeIdentity.open(directory / "s3", "s3", parse_secrets(secret))),
         directory / "mark",
     )
     # Everyone has its certificate, so that nothing of its own is under way when the attacks begin.
@@ -154,6 +153,21 @@ def test_agents_that_misbehave_are_told_or_closed_and_are_no_servers(unmoved: Ho
         assert "is not a server of this cluster" in answer["error"][1]
     peers = unmoved.agents["s2"].api.get("/v1/status/peers").json()
     assert len(peers) == 3
+
+
+def test_who_says_that_he_is_another_server_is_refused(unmoved: House) -> None:
+    for name, outcome in all_at_once(rpc_attack.impostors(), unmoved.target("rpc")).items():
+        assert outcome.closed_after_s < BOUND_S, name
+        (answer,) = outcome.received
+        assert answer["error"][0] in ("denied", "conflict"), (name, answer)
+
+
+def test_bombs_and_pickles_are_closed_and_leave_nothing(unmoved: House) -> None:
+    target = unmoved.target("rpc")
+    for name, attack in rpc_attack.bombers().items():  # few connections of one node are served at a time
+        outcome = attack(target)
+        assert outcome.closed_after_s < BOUND_S, name
+        assert len(outcome.received) <= 1, name  # the answer to the hello
 
 
 @pytest.mark.parametrize("port", ["rpc", "join"])

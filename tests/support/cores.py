@@ -37,9 +37,10 @@ class Cluster:
     def __init__(self, directory: Path, size: int = 3) -> None:
         self.secret = base64.b64encode(os.urandom(32)).decode()
         self.directory = directory
-        self.names = [f"s{i + 1}" for i in range(size)]
+        self.names = [f"s{i + 1}" for i in range(size)]  # of those that found it
         self.cores: dict[str, Core] = {}
         self._ports: dict[str, int] = {}
+        self._sessions: dict[Core, ServerSession] = {}
         self._tasks = Tasks("test")
 
     async def __aenter__(self) -> Cluster:
@@ -56,24 +57,54 @@ class Cluster:
         for name in list(self.cores):
             await self.stop(name)
 
-    async def start(self, name: str) -> Core:
-        core = Core(
-            CoreSettings(
-                node_name=name,
-                data_dir=str(self.directory / name),
-                bind="127.0.0.1",
-                advertise="127.0.0.1",
-                rpc_port=self._ports.get(name, 0),
-                bootstrap_expect=len(self.names),
-                secrets=(self.secret,),
-                version="test",
-            ),
-            lambda: None,
-        )
+    async def start(self, name: str, **changed: Any) -> Core:
+        """Start a server, with its data and on its port if it was here before. `changed`: other settings."""
+        options: dict[str, Any] = {
+            "node_name": name,
+            "data_dir": str(self.directory / name),
+            "bind": "127.0.0.1",
+            "advertise": "127.0.0.1",
+            "rpc_port": self._ports.get(name, 0),
+            "bootstrap_expect": len(self.names),
+            "secrets": (self.secret,),
+            "version": "test",
+        }
+        core = Core(CoreSettings(**(options | changed)), lambda: None)
         await core.start()
         self._ports[name] = core.rpc_port
         self.cores[name] = core
         return core
+
+    async def add(self, name: str, **changed: Any) -> Core:
+        """Start one more server that knows where the others are, as `retry_join` would tell it."""
+        core = await self.start(name, **changed)
+        core.learn([f"127.0.0.1:{c.rpc_port}" for c in self.cores.values() if c is not core])
+        return core
+
+    async def grow(self, name: str, **changed: Any) -> Core:
+        """As `add`, and an operator lets it in; it is a learner then, or what it asked to be."""
+        core = await self.add(name, **changed)
+        await eventually(lambda: name in [w["name"] for w in self.waiting()], what=f"{name} waits")
+        await self.act("raft.add-peer", {"name": name})
+        return core
+
+    async def act(self, kind: str, args: dict[str, Any], *, at: str = "") -> Any:
+        """What the agent of a server's host asks: of server `at`, or of any."""
+        core = self.cores[at] if at else next(iter(self.cores.values()))
+        if core not in self._sessions:
+            self._sessions[core] = self.session(core)
+        return await self._sessions[core].act(kind, args, timeout_s=15.0)
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """Who waits to be let in, as the leader knows it."""
+        leader = self.leader()
+        return leader._roster.describe_waiting() if leader is not None else []
+
+    def suffrages(self) -> dict[str, str]:
+        """name -> suffrage, as the leader has it; empty while nobody leads or a change is on its way."""
+        leader = self.leader()
+        raft = leader.node.raft if leader is not None else None
+        return {m.name: m.suffrage for m in raft.members} if raft is not None and raft.members_settled else {}
 
     async def stop(self, name: str) -> None:
         await self.cores.pop(name).stop()

@@ -116,7 +116,9 @@ class LocalServers:
                 known = None
             await changed.wait()
 
-    async def act(self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def act(
+        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+    ) -> Any:
         if not self._connected:
             raise NoLeader
         if kind in self.refuse:

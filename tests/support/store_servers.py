@@ -45,6 +45,9 @@ class StoreServers:
         self.barrier_gate: asyncio.Event | None = None
         self.leader = "127.0.0.1:8300"
         self.last_contact_ms = 0
+        self.acts: dict[str, Any] = {}  # kind -> its answer or error, or what makes one of its arguments
+        self.write_errors: list[Exception | None] = []  # what the next writes raise
+        self.asked: list[tuple[str, dict[str, Any]]] = []
         self._chunk_rows = chunk_rows
         self._connected = True
         self._since: int | None = None
@@ -77,6 +80,9 @@ class StoreServers:
 
     async def write(self, command: Any, *, token: str = "", timeout_s: float = 10.0) -> Any:
         self._check()
+        error = self.write_errors.pop(0) if self.write_errors else None
+        if error is not None:
+            raise error
         return self.apply(command, token)
 
     async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
@@ -123,8 +129,17 @@ class StoreServers:
         finally:
             self._watches.remove(watch)
 
-    async def act(self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def act(
+        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+    ) -> Any:
         self._check()
+        self.asked.append((kind, args))
+        if kind in self.acts:
+            said = self.acts[kind]
+            said = said(args) if callable(said) else said
+            if isinstance(said, Exception):
+                raise said
+            return over_the_wire(said)
         if kind == "status.leader":
             return self.leader
         if kind == "status.peers":

@@ -51,6 +51,7 @@ PURE = {
         "re",
         "sys",
         "typing",
+        "zlib",
     },
 }
 PURE_LIBRARIES = {"acl": set(), "server.state": {"msgpack", "sortedcontainers"}}

@@ -324,6 +324,19 @@ def test_even_numbers_of_servers_are_warned_about() -> None:
     assert load([*argv, "-bootstrap-expect=1"]).bootstrap
 
 
+def test_a_server_can_be_one_that_never_votes_under_both_of_its_names(write: Any) -> None:
+    argv = [*BASE, "-server"]
+    assert not load(argv).non_voting_server
+    for flag in ("-non-voting-server", "-read-replica"):
+        assert load([*argv, flag]).non_voting_server
+    for key in ("non_voting_server", "read_replica"):
+        assert load([*argv, f"-config-file={write('x.hcl', f'{key} = true')}"]).non_voting_server
+    assert "founds no cluster" in load([*argv, "-read-replica", "-bootstrap-expect=3"]).warnings[-1]
+    for more in (["-bootstrap"], ["-bootstrap-expect=1"]):
+        assert "by itself" in problems(*argv, "-read-replica", *more)[0]
+    assert "requires 'server = true'" in problems(*BASE, "-read-replica")[0]
+
+
 # ── definitions ──
 
 

@@ -13,7 +13,7 @@ import rostra
 from rostra.cli.main import _NOT_YET, _NOUNS
 
 HTTP_NOUNS = ("members", "info")
-GROUPS = ("catalog", "kv", "services", "intention", "connect")
+GROUPS = ("catalog", "kv", "services", "intention", "connect", "operator")
 
 
 def test_version_is_printed(rostra_cli: Any) -> None:

@@ -1,6 +1,7 @@
 """Bootstrap once: islands, lost messages, crashes at each step; never two clusters with a common member."""
 
 import asyncio
+import json
 import os
 import random
 import uuid
@@ -286,10 +287,76 @@ def test_with_an_existing_cluster_in_sight_no_other_is_founded():
     meet(one, founder(B, 2), founder(C, 2, Stored(committed=theirs)))
     plan = one.plan(0)
     assert plan.stored == Stored()
-    assert "a cluster exists already" in plan.remarks[0].event
+    assert "waits to be let into it" in plan.remarks[0].event
     stored, reply = one.answer(bs.PREPARE, proposal(A, B), B.key_hash, 0)
     assert not reply["ok"]
     assert stored.refused == ("p",)
+
+
+def let_in(one: Founder, *servers, cluster_id="old", by=C, **changed):
+    infos = tuple(sorted((*servers, replace(one.me, suffrage="learner"))))
+    membership = bs.dump_membership(Membership(cluster_id, "dc1", infos))
+    hello = founder(by, 2, Stored(committed=Membership("old", "dc1", (C, D)))).hello()
+    return {**hello, "state": bs.MEMBER, "leader": "", "membership": membership, **changed}
+
+
+def test_an_empty_server_that_sees_a_cluster_asks_its_servers_until_it_knows_who_leads():
+    one, theirs = founder(A, 2), Membership("old", "dc1", (C, D))
+    meet(one, founder(C, 2, Stored(committed=theirs)), founder(D, 2, Stored(committed=theirs)))
+    calls = one.plan(0).calls
+    assert [(c.kind, c.address) for c in calls] == [(bs.JOIN, C.host_port), (bs.JOIN, D.host_port)]
+    assert one.asking()["suffrage"] == "learner"
+    assert one.answered({"state": bs.WAITING, "leader": D.host_port}, C.key_hash) == Stored()
+    assert [c.address for c in one.plan(0).calls] == [D.host_port]
+    assert one.answered({"state": bs.WAITING, "leader": ""}, D.key_hash) == Stored()
+    assert len(one.plan(0).calls) == 2
+    one.twin = "10.0.0.9:8300"
+    assert one.plan(0).calls == ()
+
+
+def test_a_server_that_was_let_in_stores_the_list_with_itself_in_it():
+    one = founder(A, 3)
+    meet(one, founder(C, 2, Stored(committed=Membership("old", "dc1", (C, D)))))
+    stored = one.answered(let_in(one, C, D), C.key_hash)
+    assert stored.committed is not None
+    assert [(m.name, m.suffrage) for m in stored.committed.members] == [
+        ("s1", "learner"),
+        ("s3", "voter"),
+        ("s4", "voter"),
+    ]
+    assert bs.parse_membership(bs.dump_membership(stored.committed)) == stored.committed
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        lambda one: let_in(one, C, D, cluster_id="another"),
+        lambda one: let_in(one, D),  # not of the one who says it
+        lambda one: {**let_in(one, C), "membership": bs.dump_membership(Membership("old", "dc1", (C, D)))},
+        lambda one: {**let_in(one, C), "membership": {"cluster_id": "old"}},
+        lambda one: {**let_in(one, C), "membership": None},
+        lambda one: let_in(replace_me(one, name="s9"), C),
+        lambda one: let_in(replace_me(one, node_id=B.node_id), C),
+        lambda one: {**let_in(one, C), "leader": 7},
+    ],
+)
+def test_a_server_is_let_in_only_as_what_it_asked_for(reply):
+    one = founder(A, 3)
+    meet(one, founder(C, 2, Stored(committed=Membership("old", "dc1", (C, D)))))
+    with pytest.raises(BadRequest):
+        one.answered(reply(one), C.key_hash)
+
+
+def replace_me(one: Founder, **changed) -> Founder:
+    return founder(replace(one.me, **changed))
+
+
+def test_a_server_that_holds_a_proposal_or_has_a_cluster_is_let_into_no_other():
+    for stored in (Stored(prepared=Membership("p", "dc1", (A, B))), Stored(committed=Membership("p", "dc1", (A, B)))):
+        one = founder(A, 2, stored)
+        meet(one, founder(C, 2, Stored(committed=Membership("old", "dc1", (C, D)))))
+        assert one.answered(let_in(one, C, D), C.key_hash) == stored
+        assert not [c for c in one.plan(0).calls if c.kind == bs.JOIN]
 
 
 @pytest.mark.parametrize(
@@ -558,7 +625,7 @@ async def test_a_write_that_fails_is_not_answered_as_done(tmp_path, monkeypatch)
 
 def test_a_damaged_or_newer_file_is_refused_and_kept(tmp_path):
     path = tmp_path / bs.FILE_NAME
-    for content, error in [(b"{", BadRequest), (b'{"format": 1}', BadRequest), (b'{"format": 2}', Conflict)]:
+    for content, error in [(b"{", BadRequest), (b'{"format": 1}', BadRequest), (b'{"format": 3}', Conflict)]:
         path.write_bytes(content)
         with pytest.raises(error, match=bs.FILE_NAME):
             Bootstrap(tmp_path, A, 1)
@@ -567,7 +634,7 @@ def test_a_damaged_or_newer_file_is_refused_and_kept(tmp_path):
 
 def test_what_is_stored_is_read_back(tmp_path):
     m = Membership("p", "dc1", (A, B))
-    for stored in (Stored(), Stored(prepared=m, refused=("x", "y")), Stored(committed=m)):
+    for stored in (Stored(), Stored(prepared=m, refused=("x", "y")), Stored(committed=m, started=True)):
         (tmp_path / "f").write_bytes(bs.dump(stored))
         assert bs.load(tmp_path / "f") == stored
 
@@ -579,6 +646,68 @@ async def test_data_without_a_founding_and_a_founding_with_another_key_are_refus
     with pytest.raises(Conflict, match="key"):
         Bootstrap(tmp_path, replace(A, key_hash=B.key_hash), 1)
     assert Bootstrap(tmp_path, A, 1, has_data=True).committed
+
+
+async def test_a_server_whose_log_is_gone_refuses_to_start_once_it_had_one(tmp_path):
+    b = Bootstrap(tmp_path, A, 1)
+    await b.run(list, ask_nobody)
+    assert Bootstrap(tmp_path, A, 1).committed  # it never had one: it ended before
+    b.note_started()
+    assert Bootstrap(tmp_path, A, 1, has_data=True).committed
+    for lost in ({"has_data": False}, {"has_data": True, "has_log": False}):  # a snapshot holds no votes
+        with pytest.raises(Conflict, match=f"log in .* is gone.*remove-peer -id={A.node_id}"):
+            Bootstrap(tmp_path, A, 1, **lost)
+
+
+def test_a_file_of_the_first_format_is_read_and_taken_for_that_of_a_server_that_had_a_log(tmp_path):
+    members = [{"id": A.node_id, "name": A.name, "address": A.address, "port": 8300, "key_hash": A.key_hash}]
+    data = {"cluster_id": "p", "datacenter": "dc1", "members": members}
+    for committed, started in ((data, True), (None, False)):
+        held = {"format": 1, "prepared": None, "committed": committed, "refused": ["x"]}
+        (tmp_path / bs.FILE_NAME).write_text(json.dumps(held))
+        stored = bs.load(tmp_path / bs.FILE_NAME)
+        assert (stored.started, stored.refused, bool(stored.committed)) == (started, ("x",), started)
+    (tmp_path / bs.FILE_NAME).write_text(json.dumps({**held, "committed": data}))
+    assert Bootstrap(tmp_path, A, 1, has_data=True).committed == Membership("p", "dc1", (A,))
+    with pytest.raises(Conflict, match="is gone"):
+        Bootstrap(tmp_path, A, 1)
+
+
+async def test_a_replica_founds_nothing(tmp_path):
+    b = Bootstrap(tmp_path, A, 1, suffrage="replica")
+    task = asyncio.create_task(b.run(list, ask_nobody))
+    await asyncio.sleep(0.2)
+    assert b.committed is None
+    assert b.asking()["suffrage"] == "replica"
+    task.cancel()
+
+
+async def test_an_empty_server_asks_the_leader_until_it_is_let_in(tmp_path):
+    net = Net(tmp_path, [B, C], 1)
+    net.start(B)
+    await net.run(B)
+    cluster = net.servers[B.host_port]
+    answers: list[dict[str, Any]] = []
+
+    def handle(kind, args, key_hash, real=cluster.handle):
+        if kind != bs.JOIN:
+            return real(kind, args, key_hash)
+        assert (args["name"], args["suffrage"]) == (C.name, "learner")
+        reply = {**cluster.hello(), "state": bs.WAITING, "leader": B.host_port}
+        if len(answers) == 2:
+            infos = (B, replace(C, suffrage="learner"))
+            listed = bs.dump_membership(Membership(cluster.committed.cluster_id, "dc1", infos))
+            reply |= {"state": bs.MEMBER, "membership": listed}
+        answers.append(reply)
+        return reply
+
+    cluster.handle = handle
+    c = net.start(C)
+    membership = await asyncio.wait_for(net.run(C, B.host_port), 10)
+    assert membership.cluster_id == cluster.committed.cluster_id
+    assert [m.suffrage for m in membership.members] == ["voter", "learner"]
+    assert len(answers) == 3
+    assert bs.load(tmp_path / "s3" / bs.FILE_NAME).committed == membership == c.committed
 
 
 def test_expect_is_bounded(tmp_path):

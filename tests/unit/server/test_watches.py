@@ -87,10 +87,9 @@ class Server:
     def do(self, command: Any) -> Any:
         kind, fields = encode_value(command)
         entry = encode_args(kind, fields, cluster_id="c1", client=("", 0, 0), at_ms=0, actor="", source="")
-        applied = self.store.apply(entry)
-        if applied.touched:
-            self.watches.applied(applied.touched, applied.index)
-        return applied.result
+        (result,), touches, _ = self.store.apply_all((entry,))
+        self.watches.applied(touches)
+        return result
 
     def watch(self, query: Any, *, once: bool = False) -> int:
         stream = self.wire.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from rostra.server.raft.core import Timing
@@ -37,12 +38,13 @@ class Server:
             core,
             core,
             node_id=name,
-            peer_ids=[p for p in "abc" if p != name],
             timing=Timing(),
             clock=lambda: self.now,
+            chance=random.Random(1),
             send=self.send,
             lease_valid=lambda: False,
         )
+        self.elections.set_voters("abc")
         network[name] = self
         self.now = 1000 * MS  # the leader has not been heard for a second
 

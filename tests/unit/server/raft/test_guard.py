@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,20 +13,34 @@ from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
 from rostra.server.raft.core import CANDIDATE, FOLLOWER, LEADER, Core, Timing
-from rostra.server.raft.elections import Elections
+from rostra.server.raft.disk import DirectoryDisk, Done
+from rostra.server.raft.elections import LEASE, Elections
 from rostra.server.raft.guard import BrokenInvariant, Guard
-from rostra.server.raft.journal import Journal, Recovered
+from rostra.server.raft.journal import Journal
+from rostra.server.raft.members import Member
+from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
 from rostra.server.raft.replication import Replication
+from rostra.wire.errors import Internal
+from tests.support.rpc_attack import Bomb
 
 TIMING = Timing(heartbeat_s=0.05, election_min_s=0.3, election_max_s=0.6)
 
 
-class NeverSynced:
-    """A disk that takes its time; the test says when something is durable."""
+class PatientDisk(DirectoryDisk):
+    """A real directory; what is handed to a lane is done when the test says so."""
 
-    def write(self, offset: int, data: bytes) -> None:
-        raise AssertionError("nobody asked for a sync")
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.waiting: list[tuple[Callable[[], Any], Done]] = []
+
+    def submit(self, lane: str, work: Callable[[], Any], done: Done) -> None:
+        self.waiting.append((work, done))
+
+    def finish(self) -> None:
+        while self.waiting:
+            work, done = self.waiting.pop(0)
+            done(work(), None)
 
 
 class Server(Transport):  # type: ignore[misc]
@@ -33,30 +51,43 @@ class Server(Transport):  # type: ignore[misc]
         self.now_ns = 10**12
         self.sent: list[tuple[str, Message]] = []
         self.applied: list[int] = []
+        self.needing: list[str] = []  # followers that only a snapshot can help
         self.journal = Journal.memory() if journal is None else journal
         peers = list(others)
-        self.core = Core(node_id, peers, journal=self.journal, transport=self, timing=TIMING, owner=self)
+        self.core = Core(node_id, [], journal=self.journal, transport=self, timing=TIMING, owner=self)
         self.replication = Replication(
-            self.core, self.journal, peer_ids=peers, clock=self.clock, send=self.post, deliver=self._onMessageReceived
+            self.core,
+            self.journal,
+            clock=self.clock,
+            send=self.post,
+            deliver=self._onMessageReceived,
+            needs_snapshot=self.needing.append,
         )
         self.elections = Elections(
             self.core,
             self.journal,
             node_id=node_id,
-            peer_ids=peers,
             timing=TIMING,
             clock=self.clock,
+            chance=random.Random(1),
             send=self.post,
-            lease_valid=lambda: self.clock() < self.replication.quorum_round() + 240_000_000,
+            lease_valid=self.lease_valid,
         )
         self.guard = Guard(
             self.core,
             self.journal,
             self.elections,
             self.replication,
+            Membership(0, tuple(Member(each, "127.0.0.1", 0, each, each) for each in (node_id, *peers))),
+            snapshot=lambda peer_id, message: self.pieces.append(message),
+            snapshot_answer=lambda peer_id, message: self.pieces.append(message),
             send=self.post,
             deliver=self._onMessageReceived,
         )
+        self.pieces: list[Message] = []
+        self.core.set_peers(peers, [])
+        self.replication.set_members((peer, True) for peer in peers)
+        self.elections.set_voters((node_id, *peers))
         for peer in peers:
             self._onNodeConnected(Node(peer))
             self.replication.link_up(peer)
@@ -70,6 +101,9 @@ class Server(Transport):  # type: ignore[misc]
 
     def send(self, node: Node, message: Message) -> None:
         self.post(node.id, self.guard.outbound(message))
+
+    def lease_valid(self) -> bool:
+        return self.clock() < self.replication.quorum_round() + int(TIMING.election_min_s * LEASE * 1e9)
 
     def may_campaign(self) -> bool:
         return self.elections.may_campaign()
@@ -250,15 +284,18 @@ def test_h11_one_reset_is_honoured_per_flight() -> None:
     assert server.core.next_index(Node("b")) == sent == 20
 
 
-def test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry() -> None:
-    journal = Journal(NeverSynced(), Recovered())
+def test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry(tmp_path: Path) -> None:
+    disk = PatientDisk(tmp_path)
+    journal = Journal.open(disk, cluster_id="c1", node_id="a")
     server = Server(journal=journal)
-    journal._finished(0.0, journal.lsn, journal._tail)
     server.lead()
     noop = journal.last_index
     server.answer("b", noop + 1)
     assert server.core.commit_index() < noop
-    journal._finished(0.0, journal.lsn, journal._tail)
+    journal.start_sync()
+    server.core.doTick(0)
+    assert server.core.commit_index() < noop
+    disk.finish()
     server.replication.release_held()
     server.core.doTick(0)
     assert server.core.commit_index() == noop
@@ -314,13 +351,15 @@ def test_who_heard_the_leader_lately_grants_nothing_and_does_not_campaign() -> N
     ask = {"last_log_index": 50, "last_log_term": 1}
     server.wait(0.2)
     assert server.hear("c", type="pre_vote", term=2, **ask)[0]["granted"] is False
-    assert server.hear("c", type="request_vote", term=2, **ask) == []
+    assert server.hear("c", type="request_vote", transfer=False, term=2, **ask) == []
     server.core.campaign_in(-1.0)
     server.core.doTick(0)
     assert (server.core.term(), server.core.leader_id()) == (1, "b")
     server.wait(0.1)
     assert server.hear("c", type="pre_vote", term=2, **ask)[0]["granted"] is True
-    assert server.hear("c", type="request_vote", term=2, **ask) == [{"type": "response_vote", "term": 2}]
+    assert server.hear("c", type="request_vote", transfer=False, term=2, **ask) == [
+        {"type": "response_vote", "term": 2}
+    ]
 
 
 def test_a_restarted_server_counts_as_having_heard_the_leader() -> None:
@@ -353,15 +392,195 @@ def test_the_lease_ends_before_its_followers_may_elect_another() -> None:
         leader.wait(0.01)
         follower.wait(0.01)
         granted = follower.hear("c", type="pre_vote", **ask)[0]["granted"]
-        lease = leader.clock() < leader.replication.quorum_round() + 240_000_000
-        assert not (granted and lease)
+        assert not (granted and leader.lease_valid())
     assert granted
+
+
+def test_what_was_answered_in_a_leadership_before_is_no_lease() -> None:
+    server = Server()
+    server.lead()
+    server.answer("b", 3)
+    assert server.lease_valid()
+    server.hear("c", type="stale", term=5)
+    server.core.campaign_in(-1.0)
+    server.wait(1.0)
+    server.core.doTick(0)
+    server.hear("b", type="pre_vote_reply", term=6, current=5, granted=True)
+    server.now_ns -= int(1.0 * 1e9)  # as if all of that had taken no time
+    server.hear("c", type="response_vote", term=6)
+    assert server.core.is_leader()
+    assert not server.lease_valid()
+
+
+# -- who counts -----------------------------------------------------------------------------------------------------
+
+
+def with_learners() -> Server:
+    """a and b vote, and c and d are only told."""
+    server = Server(others=("b", "c", "d"))
+    server.core.set_peers(["b"], ["c", "d"])
+    server.replication.set_members((("b", True), ("c", False), ("d", False)))
+    server.elections.set_voters(("a", "b"))
+    return server
+
+
+def test_h21_learners_are_told_everything_and_count_for_nothing() -> None:
+    server = with_learners()
+    server.lead()
+    for learner in ("c", "d"):
+        assert any(to == learner and said["type"] == "append_entries" for to, said in server.sent)
+        server.answer(learner, 3)
+    assert server.core.match_index(Node("c")) == 2
+    assert server.core.commit_index() == 1
+    assert not server.lease_valid()
+    server.answer("b", 3)
+    assert server.core.commit_index() == 2
+    assert server.lease_valid()
+
+
+def test_h21_the_vote_of_a_learner_is_none() -> None:
+    server = with_learners()
+    server.wait(1.0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    assert [to for to, said in server.sent if said["type"] == "pre_vote"] == ["b"]
+    server.hear("c", type="pre_vote_reply", term=1, current=0, granted=True)
+    server.core.doTick(0)
+    assert server.core.term() == 0
+    server.hear("b", type="pre_vote_reply", term=1, current=0, granted=True)
+    assert server.core.state() == CANDIDATE
+    server.hear("c", type="response_vote", term=1)
+    server.hear("d", type="response_vote", term=1)
+    assert server.core.state() == CANDIDATE
+    server.hear("b", type="response_vote", term=1)
+    assert server.core.is_leader()
+
+
+def test_h21_who_does_not_vote_never_campaigns() -> None:
+    server = Server()
+    server.elections.set_voters(("b", "c"))
+    for _ in range(5):
+        server.wait(1.0)
+        server.core.campaign_in(-1.0)
+        server.core.doTick(0)
+    assert (server.core.term(), server.sent) == (0, [])
+    server.elections.set_voters("b")  # alone, and not this one
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    assert server.core.term() == 0
+
+
+# -- what the core would do by itself -------------------------------------------------------------------------------
+
+
+def test_h3_h4_h22_the_core_never_drops_entries_for_a_snapshot_of_its_own() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 40, 1), commit_index=40)
+    server.core.forceLogCompaction()
+    for _ in range(5):
+        server.core.doTick(0)
+    assert server.log()[0] == (1, 0)
+    assert server.log()[-1] == (40, 1)
+
+
+def test_h9_the_core_never_loads_a_snapshot_of_its_own() -> None:
+    """It would swallow a failure and go on with an empty state."""
+    server = Server()
+    with pytest.raises(Internal, match="snapshot of its own"):
+        server.core._SyncObj__loadDumpFile(clearJournal=True)
+
+
+def test_h15_h16_the_core_never_applies_an_entry_by_itself() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, [(b"\3version", 2, 1)], commit_index=2)
+    assert server.applied == [2]  # by its owner
+    with pytest.raises(Internal, match="apply an entry by itself"):
+        server.core._SyncObj__doApplyCommand(b"\3version")
+
+
+def test_h20_a_pickle_in_the_log_is_never_loaded(tmp_path: Path) -> None:
+    server, mark = Server(), tmp_path / "taken-over"
+    bomb = pickle.dumps(Bomb(mark))
+    server.append("b", 1, 1, 0, [(b"\0" + bomb, 2, 1), (b"\3" + bomb, 3, 1)], commit_index=3)
+    with pytest.raises(Internal, match="cannot be read"):
+        server.append("b", 1, 3, 1, [(b"\2" + bomb, 4, 1)], commit_index=4)
+    server.core.doTick(0)
+    assert not mark.exists()
+
+
+# -- what a follower gets that is far behind ------------------------------------------------------------------------
+
+
+def test_h12_who_waits_for_a_snapshot_gets_one_message_a_round_and_its_answers_cause_none() -> None:
+    server = Server()
+    server.lead()
+    for index in range(3, 60):
+        server.journal.add(b"\0", index, 1)
+    server.journal.set_base(40)
+    server.core.set_next_index(Node("b"), 5)
+    server.replication.send_appends()
+    assert "b" in server.needing
+    server.needing.clear()
+    server.replication.followers["b"].streaming = "the snapshot"
+    server.sent.clear()
+    for _ in range(20):
+        server.replication.send_appends()
+        server.answer("b", 2, reset=True, success=False)
+        assert not server.replication.is_due
+    said = [message for to, message in server.sent if to == "b"]
+    assert len(said) == 20
+    assert all(message["entries"] == [] for message in said)
+    assert "b" not in server.needing
+
+
+def test_after_a_snapshot_entries_go_on_behind_it() -> None:
+    server = Server()
+    server.lead()
+    for index in range(3, 60):
+        server.journal.add(b"\0", index, 1)
+    server.journal.set_base(40)
+    server.replication.followers["b"].streaming = "the snapshot"
+    server.replication.has_snapshot("b", 50)
+    assert server.core.match_index(Node("b")) == 50
+    server.sent.clear()
+    server.replication.send_appends()
+    (append,) = (message for to, message in server.sent if to == "b")
+    assert (append["prevLogIdx"], append["entries"][0][1], append["entries"][-1][1]) == (50, 51, 59)
+
+
+def test_h10_an_answer_about_a_snapshot_of_an_earlier_term_counts_for_nothing() -> None:
+    server = Server()
+    server.lead()
+    done = {"r": 0, "id": "x", "index": 2, "offset": 9, "done": True}
+    server.hear("b", type="snapshot_answer", term=server.core.term() - 1, **done)
+    assert server.pieces == []
+    server.answer("b", 3)
+    server.hear("b", type="snapshot_answer", term=server.core.term(), **done)
+    assert len(server.pieces) == 1
+
+
+def test_h10_a_follower_cannot_have_a_snapshot_beyond_what_is_committed() -> None:
+    server = Server()
+    server.lead()
+    with pytest.raises(BadMessage):
+        server.hear("b", type="snapshot_answer", term=server.core.term(), r=0, id="x", index=99, offset=9, done=True)
+
+
+def test_a_piece_of_a_snapshot_counts_from_the_leader_of_this_term_only() -> None:
+    server = Server()
+    server.append("b", 3, 1, 0)
+    piece = {"r": 1, "id": "x", "index": 9, "snap_term": 1, "size": 4, "offset": 0, "data": b"1234"}
+    assert server.hear("c", type="snapshot", term=2, **piece) == [{"type": "stale", "term": 3}]
+    server.hear("c", type="snapshot", term=3, **piece)
+    assert server.pieces == []
+    server.hear("b", type="snapshot", term=3, **piece)
+    assert len(server.pieces) == 1
 
 
 def test_messages_that_this_house_does_not_speak_are_dropped() -> None:
     server = Server()
     server.append("b", 1, 1, 0)
-    for kind in ("timeout_now", "apply_command", "apply_command_response", "add"):
+    for kind in ("serialized", "apply_command", "apply_command_response", "add"):
         assert server.hear("b", type=kind, term=1, command=b"\0", request_id=1) == []
     assert server.guard.dropped == 4
     assert server.core.term() == 1

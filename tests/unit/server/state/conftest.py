@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgpack
 import pytest
 
+from rostra.server.state.capture import Loader
 from rostra.server.state.catalog import Register
 from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_entry
@@ -62,9 +62,15 @@ class Log:
 
 
 def reloaded(store: Store) -> Store:
-    """What another server has after it installed a snapshot of `store`, through real bytes."""
-    chunks = [msgpack.packb(chunk, use_bin_type=True) for chunk in store.dump()]
-    return Store.load(msgpack.unpackb(chunk, use_list=False, strict_map_key=False) for chunk in chunks)
+    """What another server has after it installed a snapshot of `store`."""
+    loader = Loader()
+    for chunk in store.capture():
+        if chunk is not None:
+            loader.feed(chunk)
+    loader.finish()
+    copy = Store()
+    copy.adopt(loader)
+    return copy
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ EDGE = {
     "intention.set",
     "intention.delete",
     "ca.config",
+    "operator.autopilot",
 }
 
 

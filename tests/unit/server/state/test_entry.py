@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rostra.server.state import ca, catalog, cluster, intention, kv, session
+from rostra.server.state import ca, catalog, cluster, intention, kv, operator, session
 from rostra.server.state.commands import COMMAND_VOCABULARY, COMMANDS
 from rostra.server.state.entry import UnknownEntry, decode_entry, encode_args, encode_entry
 from rostra.server.state.store import Store
@@ -67,6 +67,7 @@ SAMPLES = {
         cluster.ForgetNode("c1"),
         cluster.StateHash(10_000, (1 << 64) - 1),
         cluster.ReapTombstones("kv", 5),
+        operator.SetAutopilot(False, 300, 100, 3, 5_000, True, 0),
     )
 }
 

@@ -3,9 +3,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import msgpack
 import pytest
 
+from rostra.server.state import capture, clients
 from rostra.server.state import store as module
+from rostra.server.state.capture import Loader
 from rostra.server.state.catalog import Deregister, Nodes
 from rostra.server.state.commands import COMMANDS
 from rostra.server.state.entry import UnknownEntry, encode_args, encode_entry
@@ -13,7 +16,7 @@ from rostra.server.state.granules import granule_hash
 from rostra.server.state.health import Checks, ServiceInstances
 from rostra.server.state.kv import DeleteKey, DeleteTree, GetKey, KeyNames, ListKeys, SetKey
 from rostra.server.state.session import CreateSession, DestroySession, Sessions
-from rostra.server.state.store import Loader, Store
+from rostra.server.state.store import Store
 from rostra.wire.codec import Vocabulary
 from rostra.wire.errors import BadRequest, Conflict, Internal
 
@@ -136,6 +139,11 @@ def test_before_the_bootstrap_only_the_bootstrap_is_accepted(founding):
     assert store.apply(encode_entry(founding, cluster_id=founding.cluster_id)).result == ("ok", True)
 
 
+def results(store):
+    """The sequences whose results are kept, by client in the order of last use."""
+    return {client_id: sorted(client.results) for client_id, client in store.clients.rows.items()}
+
+
 # -- exactly once -------------------------------------------------------------------------------------------------
 
 
@@ -172,33 +180,39 @@ def test_sequences_may_arrive_in_any_order(log):
 def test_results_are_forgotten_once_the_client_has_them(log):
     for sequence in range(1, 100):
         log.apply(SetKey("a", b"%d" % sequence), client=("c", sequence, max(1, sequence - 4)))
-    assert sorted(log.store.tables.results.rows) == [("c", n) for n in range(95, 100)]
+    assert results(log.store) == {"c": list(range(95, 100))}
     late = log.apply(SetKey("a", b"late"), client=("c", 7, 7))
     assert late.result[:2] == ("err", "conflict")
     assert log.ask(GetKey("a"))["a"].value == b"99"
 
 
 def test_a_client_that_never_acknowledges_is_refused_and_can_go_on_after_it_does(log, monkeypatch):
-    monkeypatch.setattr(module, "OUTSTANDING_MAX", 10)
+    monkeypatch.setattr(clients, "OUTSTANDING_MAX", 10)
     for sequence in range(10):
         log.do(SetKey("a", b"%d" % sequence), client=("c", sequence, 0))
     with pytest.raises(BadRequest, match="more than 10 writes"):
         log.do(SetKey("a", b"x"), client=("c", 10, 0))
-    assert len(log.store.tables.results.rows) == 10
+    assert results(log.store) == {"c": list(range(10))}
     log.do(SetKey("a", b"x"), client=("c", 10, 10))
-    assert list(log.store.tables.results.rows) == [("c", 10)]
+    assert results(log.store) == {"c": [10]}
+
+
+def test_a_client_may_go_far_ahead_at_once(log):
+    for sequence in range(3):
+        log.do(SetKey("a", b"%d" % sequence), client=("c", sequence, 0))
+    log.do(SetKey("a", b"x"), client=("c", 1 << 62, (1 << 62) - 5))
+    assert results(log.store) == {"c": [1 << 62]}
 
 
 def test_the_client_that_wrote_least_recently_is_forgotten_first(log, reloaded, monkeypatch):
-    monkeypatch.setattr(module, "CLIENTS_MAX", 3)
+    monkeypatch.setattr(clients, "CLIENTS_MAX", 3)
     for client in ("c1", "c2", "c3", "c1"):
         log.apply(SetKey("a", client.encode()), client=(client, log.store.index, 0))
     copy = reloaded(log.store)
     for store in (log.store, copy):
         for client in ("c4", "c5"):
             store.apply(encode_entry(SetKey("a", b""), cluster_id=store.cluster_id, client=(client, 1, 1)))
-        assert list(store.tables.clients.rows) == ["c1", "c4", "c5"]
-        assert {client for client, _ in store.tables.results.rows} == {"c1", "c4", "c5"}
+        assert list(results(store)) == ["c1", "c4", "c5"]
     assert copy.hash() == log.store.hash()
 
 
@@ -209,7 +223,7 @@ def test_a_restored_server_repeats_results_as_well(log, reloaded):
     assert copy.hash() == log.store.hash()
 
 
-# -- hash, dump, load ---------------------------------------------------------------------------------------------
+# -- hash and snapshots -------------------------------------------------------------------------------------------
 
 
 def fill(log):
@@ -222,27 +236,34 @@ def fill(log):
     log.do(DestroySession("s2"))
 
 
-def test_a_dump_makes_the_same_store(log, reloaded):
+def captured(store):
+    """The chunks of a snapshot, without the steps of copying."""
+    return [chunk for chunk in store.capture() if chunk is not None]
+
+
+def loaded(chunks):
+    loader = Loader()
+    for chunk in chunks:
+        loader.feed(chunk)
+    loader.finish()
+    store = Store()
+    store.adopt(loader)
+    return store
+
+
+def test_a_snapshot_makes_the_same_store(log, reloaded):
     fill(log)
     copy = reloaded(log.store)
     assert copy.hash() == log.store.hash()
-    assert copy.index == log.store.index
+    assert (copy.index, copy.history) == (log.store.index, log.store.history)
     assert derived(copy) == derived(log.store)
-    assert list(map(repr, copy.dump())) == list(map(repr, log.store.dump()))
+    assert captured(copy) == captured(log.store)
 
 
 def test_a_replayed_log_makes_the_same_store(log):
     fill(log)
     assert log.replayed().hash() == log.store.hash()
-
-
-def test_the_hash_does_not_depend_on_when_it_was_asked_for(log):
-    fill(log)
-    other = Store()
-    for data in log.entries:
-        other.apply(data)
-        other.hash()
-    assert other.hash() == log.store.hash()
+    assert log.replayed().history == log.store.history
 
 
 def test_every_change_changes_the_hash(log):
@@ -253,36 +274,103 @@ def test_every_change_changes_the_hash(log):
     assert len(seen) == 6
 
 
-def test_a_dump_shows_the_moment_at_which_it_was_begun(log):
+def test_the_history_does_not_depend_on_how_entries_were_handed_over(log):
+    fill(log)
+    together, in_parts = Store(), Store()
+    together.apply_all(log.entries)
+    in_parts.apply_all(log.entries[:3])
+    in_parts.apply_all(log.entries[3:])
+    assert log.store.history == together.history == in_parts.history != 0
+
+
+@pytest.mark.parametrize("other", [SetKey("a", b"2"), SetKey("b", b"1"), DeleteKey("a")])
+def test_servers_that_applied_another_change_or_had_another_result_differ_in_their_history(make_log, other):
+    one, two = make_log(), make_log()
+    one.do(SetKey("a", b"1"))
+    two.do(other)
+    for log in (one, two):
+        log.do(SetKey("a", b"same"))
+        log.do(SetKey("b", b"same"))
+    assert one.store.history != two.store.history
+
+
+def test_what_was_proposed_here_is_applied_as_everywhere_else(log, reloaded):
+    fill(log)
+    copy = reloaded(log.store)
+    for sequence, command in enumerate((SetKey("k", b"1"), SetKey("k", b"2", acquire="nobody"), DeleteKey("k"))):
+        client = ("c", 20 + sequence, 20)
+        data = encode_entry(command, cluster_id=log.store.cluster_id, client=client, at_ms=7, actor="who")
+        log.store.expect(data, log.store.cluster_id, client, 7, "who", command.kind, command)
+        for _ in range(2):
+            assert log.store.apply(data) == copy.apply(data)
+    assert (log.store.hash(), log.store.history) == (copy.hash(), copy.history)
+
+
+def test_a_snapshot_shows_the_moment_at_which_its_tables_were_copied(log):
     fill(log)
     expected = log.store.hash()
-    dump = log.store.dump()
-    chunks = [next(dump)]
-    log.do(SetKey("later", b""))
+    chunks = log.store.capture()
+    first = next(chunk for chunk in chunks if chunk is not None)
+    log.do(SetKey("later", b""), client=("c", 6, 6))
+    log.do(SetKey("a/b", b"changed"))
     log.do(Deregister("n1"))
-    assert Store.load([*chunks, *dump]).hash() == expected
+    assert loaded([first, *chunks]).hash() == expected
 
 
-def test_chunks_are_bounded_by_rows_and_by_bytes(log):
-    for i in range(1500):
-        log.do(SetKey(f"k{i:04}", b"x" * (400_000 if i < 5 else 1)))
-    sizes = [len(chunk[1]) for chunk in log.store.dump() if chunk[0] == "kv"]
-    assert sum(sizes) == 1500
-    assert max(sizes) == 500
-    assert sizes[0] == 3
-
-
-def test_a_dump_that_is_cut_off_or_of_a_newer_version_is_refused(log):
+def test_an_entry_applied_while_tables_are_copied_ends_the_snapshot(log):
     fill(log)
-    chunks = list(log.store.dump())
+    chunks = log.store.capture()
+    assert next(chunks) is None
+    log.do(SetKey("later", b""))
+    with pytest.raises(RuntimeError, match="applied while"):
+        list(chunks)
+
+
+def test_chunks_and_steps_of_copying_are_bounded(log, monkeypatch):
+    monkeypatch.setattr(capture, "COPY_ROWS", 400)
+    for i in range(1000):
+        log.do(SetKey(f"k{i:04}", b"x" * (100_000 if i < 5 else 1)), client=("c", i, 0))
+    chunks = list(log.store.capture())
+    assert chunks.count(None) >= 3
+    decoded = [msgpack.unpackb(chunk, strict_map_key=False) for chunk in chunks if chunk is not None]
+    sizes = [len(chunk[1]) for chunk in decoded if chunk[0] == "kv"]
+    assert sum(sizes) == 1000
+    assert max(sizes) == capture.CHUNK_ROWS
+    assert sizes[0] == 2
+    parts = [client for chunk in decoded if chunk[0] == "clients" for client in chunk[1]]
+    assert [len(part[3]) // 2 for part in parts] == [256, 256, 256, 232]
+    assert loaded(chunk for chunk in chunks if chunk).hash() == log.store.hash()
+
+
+def test_a_snapshot_that_is_cut_off_or_of_a_newer_version_is_refused(log):
+    fill(log)
+    chunks = captured(log.store)
     with pytest.raises(ValueError, match="without an end"):
-        Store.load(chunks[:-1])
+        loaded(chunks[:-1])
     with pytest.raises(ValueError, match="format"):
-        Store.load(chunks[1:])
+        loaded(chunks[1:])
     with pytest.raises(ValueError, match="newer version"):
-        Store.load([chunks[0], ("wormholes", ()), chunks[-1]])
+        loaded([chunks[0], msgpack.packb(("wormholes", ())), chunks[-1]])
+    with pytest.raises(ValueError, match="no msgpack"):
+        loaded([b"\xc1"])
     with pytest.raises(ValueError, match="without an end"):
         Loader().finish()
+
+
+def test_a_store_becomes_what_was_loaded_and_goes_on_from_there(log, make_log):
+    fill(log)
+    other = make_log()
+    other.do(SetKey("other", b""))
+    loader = Loader()
+    for chunk in captured(log.store):
+        loader.feed(chunk)
+    loader.finish()
+    other.store.adopt(loader)
+    assert (other.store.hash(), other.store.history) == (log.store.hash(), log.store.history)
+    assert other.store.cluster_id == log.store.cluster_id
+    log.do(SetKey("a/b", b"next"), client=("c", 6, 5))
+    assert other.store.apply(log.entries[-1]) == log.last
+    assert (other.store.hash(), other.store.history) == (log.store.hash(), log.store.history)
 
 
 # -- what others ask ----------------------------------------------------------------------------------------------

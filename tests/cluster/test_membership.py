@@ -1,0 +1,491 @@
+"""The servers of a cluster change: let in, promoted, removed, replaced, moved; by operators and by autopilot."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rostra.server import run
+from rostra.server.bootstrap import FILE_NAME, JOIN
+from rostra.server.raft import Limits, RaftLog
+from rostra.server.run import Core, UnusableData
+from rostra.server.state.kv import SetKey
+from rostra.server.state.operator import SetAutopilot
+from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound, RostraError
+from tests.support.cores import Cluster, eventually
+
+pytestmark = pytest.mark.cluster
+
+#: Autopilot that need not be waited for.
+PROMPT = {"server_stabilization_time_ms": 300, "last_contact_threshold_ms": 2000}
+
+
+def leader(cluster: Cluster) -> Core:
+    found = cluster.leader()
+    assert found is not None
+    return found
+
+
+async def prompt(cluster: Cluster, **changed: Any) -> None:
+    await leader(cluster).node.own_write(SetAutopilot(**(PROMPT | changed)))
+
+
+async def votes(cluster: Cluster, *names: str) -> None:
+    await eventually(lambda: {n for n, s in cluster.suffrages().items() if s == "voter"} == set(names), 20)
+
+
+async def write(core: Core, key: str) -> None:
+    assert await core.node.own_write(SetKey(key, b"x")) is True
+
+
+def members(core: Core) -> dict[str, Any]:
+    assert core.node.raft is not None
+    return {m.name: m for m in core.node.raft.members}
+
+
+# -- being let in ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_fourth_server_waits_and_gets_nothing_until_an_operator_lets_it_in(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        await write(leader(cluster), "k")
+        fourth = await cluster.add("s4")
+        await eventually(lambda: [w["name"] for w in cluster.waiting()] == ["s4"])
+        (waiting,) = cluster.waiting()
+        assert (waiting["suffrage"], waiting["problem"]) == ("learner", "")
+        assert waiting["key_hash"] == fourth._identity.key_hash
+        assert fourth.node.raft is None
+        assert not fourth.node.store.tables.secrets.rows
+        assert not (tmp_path / "s4" / "server" / "raft").exists()
+        assert set(cluster.suffrages()) == {"s1", "s2", "s3"}
+
+        added = await cluster.act("raft.add-peer", {"name": "s4"})
+        assert (added["name"], added["id"], added["suffrage"]) == ("s4", fourth._identity.node_id, "learner")
+        await votes(cluster, "s1", "s2", "s3", "s4")
+        await eventually(lambda: fourth.node.store.index >= leader(cluster).node.store.index)
+        assert "k" in fourth.node.store.tables.kv.rows
+        assert cluster.waiting() == []
+        row = fourth.node.store.tables.members.rows["s4"]
+        assert (row.role, row.voter, row.status, row.rpc_port) == ("server", True, "alive", fourth.rpc_port)
+        await eventually(lambda: fourth._identity.is_enrolled)
+        await eventually(lambda: ("s4", "consul") in leader(cluster).node.store.tables.services.rows)
+
+
+async def test_of_four_servers_that_start_together_three_found_the_cluster_and_one_waits(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    try:
+        four = ("s1", "s2", "s3", "s4")
+        for name in four:
+            await cluster.start(name)
+        for core in cluster.cores.values():
+            core.learn([f"127.0.0.1:{c.rpc_port}" for c in cluster.cores.values()])
+        await eventually(cluster.leader)
+        await eventually(cluster.waiting)
+        founders = cluster.suffrages()
+        assert (len(founders), set(founders.values())) == (3, {"voter"})
+        assert [w["name"] for w in cluster.waiting()] == [n for n in four if n not in founders]
+        assert len({c.node.cluster_id for c in cluster.cores.values()} - {""}) == 1
+        await prompt(cluster)
+        (fourth,) = (n for n in four if n not in founders)
+        await cluster.act("raft.add-peer", {"name": fourth})
+        await votes(cluster, *four)
+    finally:
+        await cluster.__aexit__()
+
+
+async def test_a_server_is_let_in_through_a_follower_and_by_its_id(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        fourth = await cluster.add("s4")
+        await eventually(cluster.waiting)
+        follower = cluster.followers()[0]
+        assert follower.settings.node_name != "s4"
+        rows = await cluster.act("raft.waiting", {}, at=follower.settings.node_name)
+        assert [r["name"] for r in rows] == ["s4"]
+        await cluster.act("raft.add-peer", {"id": fourth._identity.node_id}, at=follower.settings.node_name)
+        await eventually(lambda: cluster.suffrages().get("s4") == "learner")
+        await eventually(lambda: fourth.node.raft is not None)
+        described = await cluster.act("raft.configuration", {})
+        assert {(m["name"], m["suffrage"], m["leader"]) for m in described["members"]} == {
+            (n, "learner" if n == "s4" else "voter", n == leader(cluster).settings.node_name)
+            for n in ("s1", "s2", "s3", "s4")
+        }
+        assert described["settled"]
+
+
+async def test_with_auto_admit_a_server_needs_no_operator(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, size=1) as cluster:
+        await prompt(cluster, auto_admit_servers=True)
+        await cluster.add("s2")
+        await votes(cluster, "s1", "s2")
+
+
+async def test_a_replica_gets_everything_and_never_votes(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, size=1) as cluster:
+        await prompt(cluster)
+        replica = await cluster.grow("r1", non_voting_server=True)
+        assert cluster.suffrages() == {"s1": "voter", "r1": "replica"}
+        await write(leader(cluster), "k")
+        await eventually(lambda: "k" in replica.node.store.tables.kv.rows)
+        await asyncio.sleep(1.5)  # far longer than it takes to promote a learner
+        assert cluster.suffrages() == {"s1": "voter", "r1": "replica"}
+        with pytest.raises(Conflict, match="does not vote"):
+            await cluster.act("raft.transfer-leader", {"name": "r1"})
+        await cluster.stop("s1")
+        assert replica.node.raft is not None
+        term = replica.node.raft.term
+        await asyncio.sleep(1.5)
+        assert not replica.node.is_leader
+        assert replica.node.raft.term == term
+
+
+async def test_who_is_not_waiting_or_is_there_already_is_not_let_in(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, size=1) as cluster:
+        with pytest.raises(NotFound, match="no server 's9' waits"):
+            await cluster.act("raft.add-peer", {"name": "s9"})
+        with pytest.raises(Conflict, match="already"):
+            await cluster.act("raft.add-peer", {"name": "s1"})
+        with pytest.raises(BadRequest, match="say which"):
+            await cluster.act("raft.add-peer", {})
+
+
+async def test_only_from_a_servers_host_can_a_server_be_let_in(tmp_path: Path) -> None:
+    """Who may only enrol as a client must not be able to make a server, and with it all secrets, its own."""
+    async with Cluster(tmp_path, size=1) as cluster:
+        await cluster.add("s2")
+        await eventually(cluster.waiting)
+        client = cluster.session(leader(cluster), name="c1")
+        with pytest.raises(Denied, match="host of a server"):
+            await client.act("raft.add-peer", {"name": "s2"})
+        with pytest.raises(Denied, match="host of a server"):
+            await client.write(SetAutopilot(auto_admit_servers=True))
+        assert await client.write(SetAutopilot(min_quorum=1)) is True
+        with pytest.raises(Denied, match="only servers"):
+            await client.act("raft.moved", {"host": "127.0.0.1", "port": 1})
+        assert cluster.suffrages() == {"s1": "voter"}
+
+
+async def test_a_server_that_asks_under_another_name_or_key_than_its_own_is_refused(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, size=1) as cluster:
+        other = await cluster.add("s2")
+        await eventually(cluster.waiting)
+        address = f"127.0.0.1:{leader(cluster).rpc_port}"
+        said = other._bootstrap.asking()
+        for lie in (
+            {"name": "s9"},
+            {"node_id": "x"},
+            {"key_hash": "0" * 64},
+            {"datacenter": "dc9"},
+            {"suffrage": "voter"},
+        ):
+            with pytest.raises(BadRequest):
+                await other._call_bootstrap(address, JOIN, {**said, **lie})
+        assert [w["name"] for w in cluster.waiting()] == ["s2"]
+
+
+async def test_the_list_of_who_waits_is_bounded_and_forgets_the_silent(tmp_path: Path) -> None:
+    from rostra.server import roster
+    from rostra.server.endpoint import Peer
+
+    async with Cluster(tmp_path, size=1) as cluster:
+        books = leader(cluster)._roster
+        said = {
+            "address": "127.0.0.1",
+            "rpc_port": 1,
+            "datacenter": "dc1",
+            "suffrage": "learner",
+            "version": "x",
+        }
+        now = 1000.0
+        books._now = lambda: now
+        for i in range(roster.WAITING_MAX + 5):
+            key = f"{i:064x}"
+            peer = Peer(key_hash=key, address="", name=f"n{i}", node_id=f"id-{i}")
+            reply = books.answer_join({**said, "name": f"n{i}", "node_id": f"id-{i}", "key_hash": key}, peer)
+            assert "membership" not in reply
+            assert ("wait already" in reply["reason"]) == (i >= roster.WAITING_MAX)
+        assert len(books.waiting()) == roster.WAITING_MAX
+        now += roster.WAITING_S + 1
+        assert books.waiting() == []
+
+
+async def test_a_new_server_is_caught_up_by_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Limits(segment_bytes=64 << 10, snapshot_log_bytes=64 << 10, log_bytes_max=128 << 10)
+    monkeypatch.setattr(run, "RaftLog", partial(RaftLog, limits=small))
+    async with Cluster(tmp_path, size=1) as cluster:
+        await prompt(cluster)
+        for i in range(40):
+            await leader(cluster).node.own_write(SetKey(f"k{i}", bytes(16 << 10)))
+        first = leader(cluster).node.raft
+        assert first is not None
+        await eventually(lambda: first.metrics()["first_index"] > 1)
+        second = await cluster.grow("s2")
+        await votes(cluster, "s1", "s2")
+        await eventually(lambda: second.node.store.index == leader(cluster).node.store.index)
+        assert second.node.raft is not None
+        assert second.node.raft.metrics()["snapshots_installed"] == 1
+        assert second.node.store.hash() == leader(cluster).node.store.hash()
+        await cluster.stop("s2")
+        again = await cluster.start("s2")
+        await votes(cluster, "s1", "s2")
+        await write(leader(cluster), "after")
+        await eventually(lambda: "after" in again.node.store.tables.kv.rows)
+
+
+# -- being removed ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_removed_follower_is_told_so_and_can_be_let_in_again(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        gone = cluster.followers()[0].settings.node_name
+        core = cluster.cores[gone]
+        removed = await cluster.act("raft.remove-peer", {"name": gone}, at=leader(cluster).settings.node_name)
+        assert removed["name"] == gone
+        await votes(cluster, *({"s1", "s2", "s3"} - {gone}))
+        row = leader(cluster).node.store.tables.members.rows[gone]
+        assert (row.voter, row.status) == (False, "left")
+        assert gone not in leader(cluster).node.store.tables.nodes.rows
+        with pytest.raises(Denied, match=f"removed from this cluster.*add-peer {gone}"):
+            await core._peers.dial_raft(members(core)[leader(cluster).settings.node_name])
+        await write(leader(cluster), "meanwhile")
+        await eventually(lambda: [w["name"] for w in cluster.waiting()] == [gone])
+        await asyncio.sleep(1.2)
+        assert gone not in cluster.suffrages()  # by itself it does not come back
+        assert not core.node.is_leader
+        await cluster.act("raft.add-peer", {"name": gone}, at=leader(cluster).settings.node_name)
+        await votes(cluster, "s1", "s2", "s3")
+        await eventually(lambda: "meanwhile" in core.node.store.tables.kv.rows)
+
+
+async def test_the_leader_hands_over_before_it_is_removed(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        old = leader(cluster)
+        name = old.settings.node_name
+        await cluster.act("raft.remove-peer", {"id": old._identity.node_id}, at=name)
+        await votes(cluster, *({"s1", "s2", "s3"} - {name}))
+        assert not old.node.is_leader
+        await write(leader(cluster), "k")
+
+
+async def test_a_server_that_cannot_be_spared_is_not_removed(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        first, second = (c.settings.node_name for c in cluster.followers())
+        await cluster.stop(first)
+        await eventually(lambda: leader(cluster)._roster.configuration()["members"])
+        with pytest.raises(Conflict, match=f"bring back {first}"):
+            await eventually(
+                lambda: cluster.act("raft.remove-peer", {"name": second}, at=leader(cluster).settings.node_name)
+            )
+        assert leader(cluster).node.store.tables.members.rows[second].status == "alive"
+        await cluster.act("raft.remove-peer", {"name": first}, at=leader(cluster).settings.node_name)
+        await votes(cluster, leader(cluster).settings.node_name, second)
+    async with Cluster(tmp_path / "one", size=1) as cluster:
+        with pytest.raises(Conflict, match="last voting server"):
+            await cluster.act("raft.remove-peer", {"name": "s1"})
+        with pytest.raises(NotFound, match="its servers are s1"):
+            await cluster.act("raft.remove-peer", {"name": "s7"})
+
+
+async def test_a_server_whose_disk_was_wiped_is_replaced_under_its_name(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster, cleanup_dead_servers=False)
+        name = cluster.followers()[0].settings.node_name
+        former = cluster.cores[name]._identity.node_id
+        await cluster.stop(name)
+        shutil.rmtree(tmp_path / name)
+        await cluster.add(name)
+        await eventually(cluster.waiting)
+        (waiting,) = cluster.waiting()
+        assert f"remove-peer -id={former}" in waiting["problem"]
+        at = leader(cluster).settings.node_name
+        with pytest.raises(Conflict, match=f"remove-peer -id={former}"):
+            await cluster.act("raft.add-peer", {"name": name}, at=at)
+        await cluster.act("raft.remove-peer", {"id": former}, at=at)
+        await cluster.act("raft.add-peer", {"name": name}, at=at)
+        await votes(cluster, "s1", "s2", "s3")
+        assert members(leader(cluster))[name].id != former
+        await write(leader(cluster), "k")
+        await eventually(lambda: "k" in cluster.cores[name].node.store.tables.kv.rows)
+        rows = leader(cluster).node.store.tables.members.rows
+        assert (rows[name].node_id, rows[name].voter) == (cluster.cores[name]._identity.node_id, True)
+
+
+# -- the log of a server -----------------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_lost_its_log_refuses_to_start_and_says_what_to_do(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        name = cluster.followers()[0].settings.node_name
+        node_id = cluster.cores[name]._identity.node_id
+        await cluster.stop(name)
+        shutil.rmtree(tmp_path / name / "server" / "raft")
+        for _ in range(2):
+            with pytest.raises(UnusableData, match=f"log in .* is gone.*remove-peer -id={node_id}"):
+                await cluster.start(name)
+        assert (tmp_path / name / "server" / FILE_NAME).exists()
+
+
+async def test_changed_members_survive_the_restart_of_all(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        await cluster.grow("s4")
+        await cluster.grow("r1", non_voting_server=True)
+        await votes(cluster, "s1", "s2", "s3", "s4")
+        gone = next(c.settings.node_name for c in cluster.followers() if c.settings.node_name in ("s1", "s2", "s3"))
+        await cluster.act("raft.remove-peer", {"name": gone}, at=leader(cluster).settings.node_name)
+        left = {"s1", "s2", "s3", "s4"} - {gone}
+        await votes(cluster, *left)
+        for name in list(cluster.cores):
+            await cluster.stop(name)
+        for name in [*left, "r1"]:
+            await cluster.start(name, non_voting_server=name == "r1")
+        await eventually(cluster.leader)
+        await votes(cluster, *left)
+        assert cluster.suffrages()["r1"] == "replica"
+        await write(leader(cluster), "k")
+        await eventually(lambda: all("k" in c.node.store.tables.kv.rows for c in cluster.cores.values()))
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_comes_back_with_another_address_is_followed_there(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        name = cluster.followers()[0].settings.node_name
+        await cluster.stop(name)
+        moved = await cluster.start(name, rpc_port=0)
+        port = moved.rpc_port
+        await eventually(lambda: all(members(c)[name].port == port for c in cluster.cores.values()), 20)
+        await write(leader(cluster), "k")
+        await eventually(lambda: "k" in moved.node.store.tables.kv.rows)
+        await eventually(lambda: leader(cluster).node.store.tables.members.rows[name].rpc_port == port)
+        assert [s["port"] for s in leader(cluster)._servers() if s["name"] == name] == [port]
+
+
+async def test_servers_that_all_have_new_addresses_find_each_other_where_they_are_told_to_join(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        for name in cluster.names:
+            await cluster.stop(name)
+        for name in cluster.names:
+            await cluster.start(name, rpc_port=0)
+        ports = {name: core.rpc_port for name, core in cluster.cores.items()}
+        for core in cluster.cores.values():
+            core.learn([f"127.0.0.1:{port}" for port in ports.values()])
+        await eventually(cluster.leader, 20)
+        await eventually(lambda: {n: m.port for n, m in members(leader(cluster)).items()} == ports, 20)
+
+
+async def test_a_server_that_was_away_hears_a_leader_that_came_meanwhile(tmp_path: Path) -> None:
+    """Its own list does not have that leader yet, and only the leader could send it the list that does."""
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster, cleanup_dead_servers=False)
+        away = cluster.followers()[0].settings.node_name
+        await cluster.stop(away)
+        await cluster.grow("s4")
+        await votes(cluster, "s1", "s2", "s3", "s4")
+        at = leader(cluster).settings.node_name
+        await cluster.act("raft.transfer-leader", {"name": "s4"}, at=at)
+        await eventually(lambda: (c := cluster.leader()) is not None and c.settings.node_name == "s4")
+        await write(leader(cluster), "k")
+        back = await cluster.start(away)
+        await eventually(lambda: "k" in back.node.store.tables.kv.rows, 15)
+        assert leader(cluster).settings.node_name == "s4"
+        assert "s4" in members(back)
+
+
+# -- autopilot ---------------------------------------------------------------------------------------------------------
+
+
+async def test_health_tells_of_each_server_and_how_many_may_fail(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        await eventually(lambda: all(s["healthy"] for s in leader(cluster)._autopilot.health()["servers"]))
+        health = await cluster.act("autopilot.health", {}, at=cluster.followers()[0].settings.node_name)
+        assert (health["healthy"], health["failure_tolerance"]) == (True, 1)
+        assert [s["leader"] for s in health["servers"]].count(True) == 1
+        assert {s["serf_status"] for s in health["servers"]} == {"alive"}
+        await cluster.stop(cluster.followers()[0].settings.node_name)
+
+        async def is_ill() -> bool:
+            at = leader(cluster).settings.node_name
+            health = await cluster.act("autopilot.health", {}, at=at)
+            return (health["healthy"], health["failure_tolerance"]) == (False, 0)
+
+        await eventually(is_ill)
+
+
+async def test_a_dead_server_keeps_its_place_until_another_makes_up_for_it_and_comes_back_by_itself(
+    tmp_path: Path,
+) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        dead = cluster.followers()[0].settings.node_name
+        await cluster.stop(dead)
+        rows = leader(cluster).node.store.tables.members.rows
+        leader(cluster)._leader._leading_since = 0.0  # its grace for agents is over
+        await eventually(lambda: rows[dead].status == "failed", 20)
+        await asyncio.sleep(1.5)
+        assert dead in cluster.suffrages()  # of two servers both would be needed, of three two
+        await cluster.grow("s4")
+        left = {"s1", "s2", "s3", "s4"} - {dead}
+        await votes(cluster, *left)
+        await eventually(lambda: rows[dead].voter is False)
+        back = await cluster.start(dead)
+        await votes(cluster, "s1", "s2", "s3", "s4")
+        await eventually(lambda: rows[dead].status == "alive")
+        await write(leader(cluster), "k")
+        await eventually(lambda: "k" in back.node.store.tables.kv.rows)
+
+
+async def test_force_leave_takes_a_dead_server_out(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster, cleanup_dead_servers=False)
+        name = cluster.followers()[0].settings.node_name
+        at = leader(cluster).settings.node_name
+        with pytest.raises(Conflict, match="is alive"):
+            await cluster.act("member.force-leave", {"name": name, "prune": False}, at=at)
+        await cluster.stop(name)
+
+        async def left() -> bool:
+            try:
+                await cluster.act("member.force-leave", {"name": name, "prune": True}, at=at)
+            except Conflict:  # it is not missed yet
+                return False
+            return True
+
+        await eventually(left, 20)
+        await votes(cluster, *({"s1", "s2", "s3"} - {name}))
+        assert name not in leader(cluster).node.store.tables.members.rows
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_leader_that_is_stopped_hands_leadership_over_first(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await eventually(lambda: all(c.node.leader_id for c in cluster.cores.values()))
+        old = leader(cluster)
+        await cluster.stop(old.settings.node_name)
+        assert any(c.node.is_leader for c in cluster.cores.values())
+
+
+async def test_while_one_change_is_on_its_way_another_is_refused_and_named(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        books = leader(cluster)._roster
+        books._change = "adding s9"
+        with pytest.raises(Conflict, match="adding s9"):
+            await cluster.act(
+                "raft.remove-peer",
+                {"name": cluster.followers()[0].settings.node_name},
+                at=leader(cluster).settings.node_name,
+            )
+        books._change = ""
+        with pytest.raises(RostraError, match="say which server"):
+            await cluster.act("raft.remove-peer", {}, at=leader(cluster).settings.node_name)

@@ -1,0 +1,973 @@
+"""The mutants: for each hazard of docs/raft.md, the rule against it switched off, and the tests that must notice.
+
+A mutant is a replacement of exact text in one file of the product; each text must be there exactly once. Where a rule
+moves, its mutant moves with it. `tests` are pytest node ids; `seeds`, where there are any, are those of the simulator,
+which has to notice as well: that keeps the simulator honest.
+"""
+
+# ruff: noqa: E501 (exact texts of other files)
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+UNIT = "tests/unit/server/raft"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """`what` is switched off by replacing, in `file`, each first text of `changes` by the second."""
+
+    id: str
+    what: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+    seeds: range = range(0)
+
+    @property
+    def hazard(self) -> str:
+        return self.id.partition(".")[0]
+
+    def mutated(self, source: str) -> str:
+        for old, new in self.changes:
+            source = source.replace(old, new)
+        return source
+
+    def problem(self, root: Path) -> str:
+        """Why this mutant does not fit the tree, or ""."""
+        source = (root / self.file).read_text(encoding="utf-8")
+        for old, _ in self.changes:
+            if (count := source.count(old)) != 1:
+                return f"{self.id}: in {self.file} there is {count} times: {old!r}"
+        try:
+            ast.parse(self.mutated(source))
+        except SyntaxError as e:
+            return f"{self.id}: {self.file} does not parse with it: {e}"
+        return "" if self.tests or self.seeds else f"{self.id}: nothing is there to catch it"
+
+
+def _mutant(id: str, what: str, file: str, *changes: tuple[str, str], by: str, seeds: int = 0) -> Mutant:
+    """`by`: lines "test_file test_name", the file without its beginning where it is a unit test of server/raft."""
+    tests = []
+    for line in by.split("\n"):
+        if line.strip():
+            file_name, _, test = line.strip().partition(" ")
+            path = file_name if file_name.startswith("tests/") else f"{UNIT}/{file_name}"
+            tests.append(f"{path}::{test.strip()}" if test else path)
+    return Mutant(id, what, file, changes, tuple(tests), range(seeds))
+
+
+GUARD, CORE, LOG = "server/raft/guard.py", "server/raft/core.py", "server/raft/log.py"
+REPLICATION, ELECTIONS = "server/raft/replication.py", "server/raft/elections.py"
+TRANSPORT, MESSAGES = "server/raft/transport.py", "server/raft/messages.py"
+JOURNAL, SNAPSHOTS, SNAPSHOTTING = "server/raft/journal.py", "server/raft/snapshots.py", "server/raft/snapshotting.py"
+DISK, MEMBERS, MEMBERSHIP = "server/raft/disk.py", "server/raft/members.py", "server/raft/membership.py"
+
+MUTANTS: tuple[Mutant, ...] = (
+    _mutant(
+        "H1.1",
+        "an append without a place in the log may commit what is here",
+        GUARD,
+        (
+            'message = {**message, "commit_index": min(message["commit_index"], core.commit_index())}',
+            "pass",
+        ),
+        by="test_guard.py test_h1_an_append_without_a_place_in_the_log_commits_nothing",
+    ),
+    _mutant(
+        "H2.1",
+        "appends reach the core as they are: it truncates after prevLogIdx",
+        GUARD,
+        ("message = self._only_conflicts(message)", "pass"),
+        by="""test_guard.py test_h2_a_late_heartbeat_truncates_nothing
+        test_guard.py test_h2_entries_sent_twice_in_other_batches_truncate_nothing""",
+    ),
+    _mutant(
+        "H2.2",
+        "a known prefix commits what is behind it",
+        GUARD,
+        ('"commit_index": min(message["commit_index"], end),', '"commit_index": message["commit_index"],'),
+        by="test_guard.py test_h2_a_known_prefix_proves_no_more_than_itself",
+    ),
+    _mutant(
+        "H2.3",
+        "a known prefix acknowledges what is behind it",
+        GUARD,
+        ("self._answer_next = end + 1", "self._answer_next = None"),
+        by="test_guard.py test_h2_a_known_prefix_proves_no_more_than_itself",
+    ),
+    _mutant(
+        "H2.4",
+        "a committed entry may be replaced",
+        GUARD,
+        ("if start <= self._core.commit_index():", "if False:"),
+        by="test_guard.py test_a_leader_that_contradicts_a_committed_entry_stops_the_process",
+    ),
+    _mutant(
+        "H3.1",
+        "a snapshot at the start throws the log's tail away",
+        SNAPSHOTTING,
+        ("if not len(journal) or journal.term_at(found.index) != found.term:", "if True:"),
+        by="test_snapshotting.py test_h3_a_restart_goes_on_with_the_entries_behind_the_snapshot",
+    ),
+    _mutant(
+        "H3.2",
+        "an installed snapshot throws away the entries that fit it",
+        SNAPSHOTTING,
+        ("if journal.term_at(snapshot.index) != snapshot.term:", "if True:"),
+        by="test_snapshotting.py test_h3_entries_that_fit_the_snapshot_stay_behind_it",
+    ),
+    _mutant(
+        "H3.3",
+        "a snapshot at the start leaves a log that contradicts it",
+        SNAPSHOTTING,
+        ("if not len(journal) or journal.term_at(found.index) != found.term:", "if not len(journal):"),
+        by="test_snapshotting.py test_h3_what_a_crash_left_between_snapshot_and_log_is_put_right",
+    ),
+    _mutant(
+        "H3.4",
+        "the core compacts the log for a snapshot of its own",
+        CORE,
+        ("def _SyncObj__tryLogCompaction(self)", "def _no_compaction(self)"),
+        by="test_guard.py test_h3_h4_h22_the_core_never_drops_entries_for_a_snapshot_of_its_own",
+    ),
+    _mutant(
+        "H4.1",
+        "old segments are deleted before the disk has the record that replaces them",
+        JOURNAL,
+        (" or self.durable_lsn < self._forget_lsn:", ":"),
+        by="test_journal.py test_a_segment_stays_until_the_record_that_makes_it_superfluous_is_on_the_disk",
+    ),
+    _mutant(
+        "H4.2",
+        "dropping the log's beginning deletes segments that are still needed",
+        JOURNAL,
+        (" and segments[count + 1].first <= base:", ":"),
+        by="""test_journal.py test_segments_go_when_nothing_in_them_is_needed_and_term_and_vote_stay
+        test_journal.py test_wherever_the_power_goes_all_that_was_synced_is_there_and_nothing_that_never_was""",
+    ),
+    _mutant(
+        "H5.1",
+        "a sync of a file does not reach the disk",
+        DISK,
+        ("os.fdatasync(self._fd)", "pass"),
+        by="test_disk.py test_h5_a_sync_reaches_the_disk",
+    ),
+    _mutant(
+        "H5.2",
+        "the name of a new file is not made durable",
+        DISK,
+        ("os.fsync(fd)", "pass"),
+        by="test_disk.py test_h5_a_created_file_and_its_name_are_durable_in_this_order",
+    ),
+    _mutant(
+        "H5.3",
+        "what is written to the journal is not synced",
+        JOURNAL,
+        (
+            "            self._allocated = start + step\n        file.sync()",
+            "            self._allocated = start + step",
+        ),
+        by="test_journal.py test_wherever_the_power_goes_all_that_was_synced_is_there_and_nothing_that_never_was",
+    ),
+    _mutant(
+        "H5.4",
+        "term and vote are not written down",
+        JOURNAL,
+        ('self._record(_META.pack(META, term) + (votedForNodeId or "").encode())', "pass"),
+        by="test_journal.py test_a_reopened_journal_has_its_entries_term_vote_and_commit_index",
+    ),
+    _mutant(
+        "H5.5",
+        "a new segment begins without the vote",
+        JOURNAL,
+        (
+            "_beginning(header, self._term, self._vote, self._commit, base)",
+            "_beginning(header, self._term, None, self._commit, base)",
+        ),
+        by="test_journal.py test_segments_go_when_nothing_in_them_is_needed_and_term_and_vote_stay",
+    ),
+    _mutant(
+        "H5.6",
+        "what a killed process had written counts before it is synced",
+        JOURNAL,
+        ("            if found.unvouched:\n", "            if False:\n"),
+        by="test_journal.py test_what_a_killed_process_had_written_is_on_the_disk_before_it_counts",
+    ),
+    _mutant(
+        "H6.1",
+        "a torn tail stays on the disk, behind what is written next",
+        JOURNAL,
+        ("            if found.torn_bytes:\n", "            if False:\n"),
+        by="""test_journal.py test_garbage_after_the_tail_is_wiped
+        test_journal.py test_a_torn_tail_is_wiped_and_what_was_synced_stays""",
+    ),
+    _mutant(
+        "H6.2",
+        "checksums do not depend on the place",
+        JOURNAL,
+        ("zlib.crc32(body, salt ^ (offset & 0xFFFFFFFF))", "zlib.crc32(body)"),
+        ("zlib.crc32(body, salt ^ (at & 0xFFFFFFFF)) == crc", "zlib.crc32(body) == crc"),
+        ("zlib.crc32(head, self._salt ^ (self._tail & 0xFFFFFFFF))", "zlib.crc32(head)"),
+        by="test_journal.py test_a_checksum_is_good_in_its_place_only",
+    ),
+    _mutant(
+        "H6.3",
+        "damage in the middle is taken for a torn tail",
+        JOURNAL,
+        ("if witness is not None or (header.format > 1 and frame_count < len(_BEGINNING)):", "if False:"),
+        by="test_journal.py test_a_flipped_bit_in_the_middle_is_refused_and_nothing_is_touched",
+    ),
+    _mutant(
+        "H7.1",
+        "no zeros are written ahead of the journal",
+        JOURNAL,
+        ("            file.write(start, bytes(step))\n", "            file.truncate(start + step)\n"),
+        by="test_journal.py test_nothing_is_written_on_the_loop_and_space_is_zeroed_before_it_is_used",
+    ),
+    _mutant(
+        "H7.2",
+        "a full disk is passed over, and what it did not take acknowledged",
+        JOURNAL,
+        (
+            "            if error is None and seconds is not None:\n                done(seconds)",
+            "            if True:\n                done(seconds or 0.0)",
+        ),
+        by="test_log.py test_a_failed_disk_stops_the_process_and_nothing_is_acknowledged",
+    ),
+    _mutant(
+        "H7.3",
+        "a sync that failed is tried again",
+        JOURNAL,
+        (
+            "                self._failed = True\n                self.on_failed(",
+            "                self._is_syncing = False\n                self.on_failed(",
+        ),
+        by="test_journal.py test_a_failed_disk_is_reported_once_and_never_tried_again",
+    ),
+    _mutant(
+        "H8.1",
+        "what goes wrong inside is logged, and the server goes on",
+        LOG,
+        (
+            "        except BadMessage:\n            raise\n        except Exception as e:\n            self._fail_with(e)",
+            "        except BadMessage:\n            raise\n        except Exception:\n            pass",
+        ),
+        by="""test_promises.py test_h8_a_contradiction_in_the_log_stops_the_process
+        test_promises.py test_h8_whatever_a_turn_of_the_log_raises_stops_the_process
+        test_promises.py test_h8_so_does_what_is_raised_anywhere_else""",
+    ),
+    _mutant(
+        "H8.2",
+        "what goes wrong when a link comes or goes costs that link only",
+        LOG,
+        ("    @_or_stop\n    def _on_link(", "    def _on_link("),
+        by="test_promises.py test_h8_so_does_what_is_raised_anywhere_else",
+    ),
+    _mutant(
+        "H9.1",
+        "the core may load a snapshot of its own, and swallow its failure",
+        CORE,
+        ('raise Internal("the core tried to load a snapshot of its own")', "return None"),
+        by="test_guard.py test_h9_the_core_never_loads_a_snapshot_of_its_own",
+    ),
+    _mutant(
+        "H9.2",
+        "a snapshot that cannot be loaded is passed over, and acknowledged",
+        SNAPSHOTTING,
+        (
+            "        finally:\n            self._installing = False\n        self._answer(message, snapshot.size, done=True)",
+            "        except ValueError:\n            pass\n        finally:\n            self._installing = False\n"
+            "        self._answer(message, snapshot.size, done=True)",
+        ),
+        by="test_snapshotting.py test_h9_a_snapshot_that_the_state_refuses_stops_the_process_and_is_not_acknowledged",
+    ),
+    _mutant(
+        "H9.3",
+        "without its snapshot a log is started from an empty state",
+        SNAPSHOTTING,
+        (
+            "            if first > 1:\n                raise DamagedJournal(",
+            "            if first < 0:\n                raise DamagedJournal(",
+        ),
+        by="test_snapshotting.py test_h9_a_log_whose_snapshot_is_damaged_is_not_started_from_an_empty_state",
+    ),
+    _mutant(
+        "H10.1",
+        "an answer counts whatever its term",
+        GUARD,
+        (
+            'if message["term"] != self._core.term() or not self._core.is_leader():  # H10: the core would count it',
+            "if not self._core.is_leader():",
+        ),
+        by="test_guard.py test_h10_an_answer_of_an_earlier_term_counts_for_nothing",
+    ),
+    _mutant(
+        "H10.2",
+        "an answer about a snapshot counts whatever its term",
+        GUARD,
+        (
+            'if message["term"] != self._core.term() or not self._core.is_leader():  # H10\n',
+            "if not self._core.is_leader():\n",
+        ),
+        by="test_guard.py test_h10_an_answer_about_a_snapshot_of_an_earlier_term_counts_for_nothing",
+    ),
+    _mutant(
+        "H11.1",
+        "every reset of a flight is honoured",
+        REPLICATION,
+        ('if message["r"] <= follower.reset_floor:', "if False:"),
+        by="test_guard.py test_h11_one_reset_is_honoured_per_flight",
+    ),
+    _mutant(
+        "H11.2",
+        "a follower that lacks entries looks for its place one by one",
+        GUARD,
+        ("next_index = min(next_index, self._core.commit_index() + 1)", "pass"),
+        by="test_guard.py test_h11_a_follower_that_misses_entries_asks_for_what_follows_its_commit_index",
+    ),
+    _mutant(
+        "H12.1",
+        "a follower that waits for a snapshot is sent entries all the time",
+        REPLICATION,
+        (" and not follower.streaming:\n                entries", ":\n                entries"),
+        by="test_guard.py test_h12_who_waits_for_a_snapshot_gets_one_message_a_round_and_its_answers_cause_none",
+    ),
+    _mutant(
+        "H12.2",
+        "each answer of a follower that waits for a snapshot causes another message",
+        REPLICATION,
+        ("self.is_due = not follower.streaming", "self.is_due = True"),
+        by="test_guard.py test_h12_who_waits_for_a_snapshot_gets_one_message_a_round_and_its_answers_cause_none",
+    ),
+    _mutant(
+        "H12.3",
+        "no bound on what is on its way to a follower",
+        REPLICATION,
+        (" and follower.flight_bytes < WINDOW_BYTES", ""),
+        by="test_guard.py test_a_window_bounds_what_is_on_its_way_to_a_silent_follower",
+    ),
+    _mutant(
+        "H13.1",
+        "no pre-vote: a server that hears nobody raises its term",
+        ELECTIONS,
+        (
+            "        if self.is_loyal():\n            return False\n        term = self._core.term() + 1",
+            "        return True\n        term = self._core.term() + 1",
+        ),
+        by="test_guard.py test_an_isolated_server_asks_but_never_raises_its_term",
+    ),
+    _mutant(
+        "H13.2",
+        "votes are given although the leader was heard just now",
+        ELECTIONS,
+        ("        return not self.is_loyal()\n", "        return True\n"),
+        by="test_guard.py test_who_heard_the_leader_lately_grants_nothing_and_does_not_campaign",
+    ),
+    _mutant(
+        "H13.3",
+        "pre-votes are granted although the leader was heard just now",
+        ELECTIONS,
+        ("            and not self.is_loyal()\n        )", "        )"),
+        by="test_guard.py test_who_heard_the_leader_lately_grants_nothing_and_does_not_campaign",
+    ),
+    _mutant(
+        "H13.4",
+        "nobody is told of a newer term",
+        GUARD,
+        ('self._send(peer_id, {"type": "stale", "term": self._core.term()})', "pass"),
+        by="test_guard.py test_h13_a_leader_of_the_past_is_told_the_term",
+    ),
+    _mutant(
+        "H13.5",
+        "a leader that is told of a newer term stays",
+        GUARD,
+        ('self._core.adopt_term(message["term"])', "pass"),
+        by="test_guard.py test_h13_a_leader_follows_a_higher_term_so_that_the_other_can_rejoin",
+    ),
+    _mutant(
+        "H13.6",
+        "a pre-vote is granted to a shorter log",
+        ELECTIONS,
+        ('            and (message["last_log_term"], message["last_log_index"]) >= (last[2], last[1])\n', ""),
+        by="test_guard.py test_a_pre_vote_is_refused_to_a_shorter_log_and_a_known_term",
+    ),
+    _mutant(
+        "H14.1",
+        "a leader that hears nobody stays leader for 30 s",
+        CORE,
+        ("leaderFallbackTimeout=timing.election_min_s,", ""),
+        by="test_log.py test_a_leader_that_hears_nobody_steps_down",
+    ),
+    _mutant(
+        "H15.1",
+        "the answer to a caller that gave up raises in the middle of apply",
+        LOG,
+        (
+            "            if not future.done():\n                try:\n                    future.set_result(result)",
+            "            if True:\n                try:\n                    future.set_result(result)",
+        ),
+        ("except Exception as e:  # H15", "except ZeroDivisionError as e:  # H15"),
+        by="test_promises.py test_h15_a_caller_that_gave_up_harms_nobody",
+    ),
+    _mutant(
+        "H16.1",
+        "an exception in apply is logged, and the entry tried again",
+        LOG,
+        (
+            "        self._turn()\n",
+            "        try:\n            self._turn()\n        except Exception:\n            self._schedule()\n",
+        ),
+        by="test_log.py test_an_exception_in_apply_stops_the_process",
+    ),
+    _mutant(
+        "H16.2",
+        "entries of unknown kinds are passed over",
+        LOG,
+        (
+            "            if kind != BATCH:\n                raise",
+            "            if kind != BATCH:\n                return True\n                raise",
+        ),
+        by="test_promises.py test_h16_an_entry_of_a_kind_that_nobody_knows_stops_the_process",
+    ),
+    _mutant(
+        "H16.3",
+        "a command that fails leaves half of its changes behind",
+        "server/state/store.py",
+        (
+            '        except Exception as e:\n            tx.rollback()\n            result = ("err", "internal", self._note(kind, e))',
+            '        except Exception as e:\n            result = ("err", "internal", self._note(kind, e))',
+        ),
+        by="tests/unit/server/state/test_store.py test_a_command_that_fails_leaves_nothing_behind",
+    ),
+    _mutant(
+        "H17.1",
+        "a write on its way is reported as not done when leadership is lost",
+        LOG,
+        ('partial(Timeout, f"{why}: the write may or may not have been done")', "NoLeader"),
+        by="""test_promises.py test_h17_a_write_that_never_left_is_not_done_and_one_that_left_is_unknown
+        test_log.py test_writes_on_their_way_are_unknown_when_another_leader_appears""",
+    ),
+    _mutant(
+        "H17.2",
+        "writes that never left hang when leadership is lost",
+        LOG,
+        ("        _fail_all((future for _, future in pending), NoLeader)\n", ""),
+        by="""test_log.py test_stopping_answers_everyone_who_waits
+        test_promises.py test_h17_a_write_that_never_left_is_not_done_and_one_that_left_is_unknown""",
+    ),
+    _mutant(
+        "H18.1",
+        "votes are counted, not voters",
+        ELECTIONS,
+        (" or vote in self._votes:", ":"),
+        by="test_guard.py test_h18_a_vote_that_comes_twice_is_one_vote",
+    ),
+    _mutant(
+        "H19.1",
+        "the leader counts itself before its own disk has the entry",
+        REPLICATION,
+        ('if message["success"] and message["next_node_idx"] - 1 > self._journal.durable_index:', "if False:"),
+        by="test_guard.py test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry",
+    ),
+    _mutant(
+        "H19.2",
+        "a server alone commits before its disk has the entry",
+        LOG,
+        ("if replication.has_other_voters or journal.is_durable or not core.is_leader():", "if True:"),
+        by="test_log.py test_a_result_is_given_only_when_the_disk_has_the_entry",
+    ),
+    _mutant(
+        "H20.1",
+        "messages that we do not speak reach the core",
+        GUARD,
+        (
+            "            self.dropped += 1\n            return\n        handle(peer_id, message)",
+            "            self._deliver(Node(peer_id), message)\n            return\n        handle(peer_id, message)",
+        ),
+        by="test_guard.py test_messages_that_this_house_does_not_speak_are_dropped",
+    ),
+    _mutant(
+        "H20.2",
+        "the core unpickles changes of the membership in the log",
+        CORE,
+        ("dynamicMembershipChange=False", "dynamicMembershipChange=True"),
+        ("def _SyncObj__parseChangeClusterRequest(self", "def _no_change(self"),
+        by="test_guard.py test_h20_a_pickle_in_the_log_is_never_loaded",
+    ),
+    _mutant(
+        "H20.3",
+        "a message with fields of a wrong type is let through",
+        MESSAGES,
+        ("if type(value) is not wanted or (type(value) is int and not 0 <= value < _INT_MAX):", "if False:"),
+        by="test_messages.py test_anything_else_is_a_bad_message",
+    ),
+    _mutant(
+        "H20.4",
+        "messages of another cluster are taken",
+        MESSAGES,
+        ("if parts[1] != cluster_id:", "if False:"),
+        by="test_messages.py test_anything_else_is_a_bad_message",
+    ),
+    _mutant(
+        "H20.5",
+        "entries out of order are let through",
+        MESSAGES,
+        ("        _check_entries(message)", "        pass"),
+        by="test_messages.py test_anything_else_is_a_bad_message",
+    ),
+    _mutant(
+        "H20.6",
+        "a frame of any length is waited for",
+        "wire/frames.py",
+        ("if length > self._bytes_max:", "if False:"),
+        by="tests/unit/wire/test_frames.py test_an_announced_length_above_the_bound_is_refused_before_its_bytes_come",
+    ),
+    _mutant(
+        "H20.7",
+        "an agent may open a Raft connection",
+        "server/endpoint.py",
+        ("if server_id is None or server_id != peer.node_id:", "if False:"),
+        by="tests/cluster/test_trust.py test_a_client_is_no_server_whatever_it_says",
+    ),
+    _mutant(
+        "H20.8",
+        "a raft connection of who is no member is taken",
+        TRANSPORT,
+        (
+            "        if self._closed or link is None or peer_id < self._node_id:",
+            "        if link is None:\n"
+            '            link = self.links[peer_id] = Link(Member(peer_id, "", 0, "", ""))\n'
+            "        if self._closed:",
+        ),
+        by="test_log.py test_strangers_and_the_wrong_side_are_refused",
+    ),
+    _mutant(
+        "H20.9",
+        "a peer's certificate is not looked at",
+        "runtime/tls.py",
+        ("context.verify_mode = ssl.CERT_REQUIRED", "context.verify_mode = ssl.CERT_NONE"),
+        by="""tests/unit/runtime/test_tls.py test_an_expired_certificate_is_refused
+        tests/unit/runtime/test_tls.py test_a_certificate_of_another_ca_with_the_same_name_is_refused""",
+    ),
+    _mutant(
+        "H20.10",
+        "a server may show another key than the list of members names",
+        "server/peers.py",
+        ("if key_hash is not None and shown != key_hash:", "if False:"),
+        by="tests/cluster/test_sessions.py test_a_server_with_another_key_than_expected_leaves_no_unseen_exception",
+    ),
+    _mutant(
+        "H21.1",
+        "a list of members counts only once it was committed and restarted with",
+        GUARD,
+        ("            self._membership.appended(entries)", "            pass"),
+        by="tests/cluster/test_raft_cluster.py test_a_learner_gets_everything_counts_for_nothing_and_is_promoted",
+    ),
+    _mutant(
+        "H21.2",
+        "a list whose entry was replaced stays in force",
+        MEMBERSHIP,
+        ("while self._lists[-1][0] >= first and len(self._lists) > 1:", "while False:"),
+        by="test_membership.py test_h21_when_its_entry_is_replaced_the_list_before_is_in_force_again",
+    ),
+    _mutant(
+        "H21.3",
+        "after a restart the members are those of the founding",
+        LOG,
+        (
+            "            self._membership.appended(journal.entry(i) for i in range(first, journal.last_index + 1))",
+            "            assert first",
+        ),
+        by="tests/cluster/test_raft_cluster.py test_members_survive_the_restart_of_all",
+    ),
+    _mutant(
+        "H21.4",
+        "a removed server and a learner campaign",
+        ELECTIONS,
+        ("        if not self._votes_itself:  # H21", "        if False:  # H21"),
+        by="test_guard.py test_h21_who_does_not_vote_never_campaigns",
+    ),
+    _mutant(
+        "H21.5",
+        "learners and replicas count as voters",
+        CORE,
+        (
+            "self._SyncObj__otherNodes: set[Node] = deciding\n",
+            "self._SyncObj__otherNodes: set[Node] = deciding | told\n",
+        ),
+        by="test_guard.py test_h21_learners_are_told_everything_and_count_for_nothing",
+    ),
+    _mutant(
+        "H21.6",
+        "the votes of learners count",
+        ELECTIONS,
+        (" or peer_id not in self._voters or vote", " or vote"),
+        by="test_guard.py test_h21_the_vote_of_a_learner_is_none",
+    ),
+    _mutant(
+        "H22.1",
+        "entries are applied while the tables are copied for a snapshot",
+        LOG,
+        (
+            "        if self._snapshots.holds_apply:  # its end schedules another turn\n            return\n",
+            "",
+        ),
+        by="test_snapshotting.py test_nothing_is_applied_while_the_tables_are_copied",
+    ),
+    _mutant(
+        "H22.2",
+        "a snapshot leaves nothing of the log before it",
+        SNAPSHOTTING,
+        ("kept = self._limits.log_bytes_max // 3", "kept = 0"),
+        by="test_snapshotting.py test_h22_a_snapshot_leaves_a_part_of_the_log_for_followers_that_lag_a_little",
+    ),
+    _mutant(
+        "H23.1",
+        "new entries leave with the next heartbeat",
+        LOG,
+        ("elif journal.last_index != last or replication.is_due:", "elif core.heartbeat_is_due():"),
+        by="test_promises.py test_h23_a_write_leaves_at_once_and_not_with_the_next_heartbeat",
+    ),
+    _mutant(
+        "H24.1",
+        "a commit index beyond the log is believed",
+        JOURNAL,
+        ("return min(self._commit, self._entries[-1][1])  # H24", "return self._commit"),
+        ("self.commit_index = min(self.commit_index, self.entries[-1][1])", "pass"),
+        by="test_promises.py test_h24_a_commit_index_beyond_the_log_is_not_believed",
+    ),
+    _mutant(
+        "ACK.1",
+        "votes and answers leave before the disk has what they promise",
+        TRANSPORT,
+        (
+            'if message["type"] in _UNBOUND or (self._journal.is_durable and not self._waiting):',
+            "if True:",
+        ),
+        by="""test_log.py test_a_vote_is_asked_and_given_only_when_the_disk_knows
+        test_log.py test_a_follower_answers_heartbeats_while_its_disk_is_slow""",
+    ),
+    _mutant(
+        "ACK.2",
+        "a follower says that it has a snapshot before its disk knows",
+        TRANSPORT,
+        ('"snapshot", "timeout_now"})', '"snapshot", "timeout_now", "snapshot_answer"})'),
+        by="test_snapshotting.py test_a_snapshot_is_acknowledged_only_when_the_disk_knows_of_it",
+    ),
+    _mutant(
+        "LEASE.1",
+        "the lease is longer than the followers' loyalty",
+        ELECTIONS,
+        ("LOYALTY, LEASE = 0.9, 0.8", "LOYALTY, LEASE = 0.9, 1.2"),
+        by="test_guard.py test_the_lease_ends_before_its_followers_may_elect_another",
+    ),
+    _mutant(
+        "LEASE.2",
+        "the lease goes on after leadership was offered to another",
+        LOG,
+        ("if self._transfer_term == self.term or not self._is_established():", "if not self._is_established():"),
+        by="test_promises.py test_from_the_offer_of_leadership_on_the_lease_is_void",
+    ),
+    _mutant(
+        "LEASE.3",
+        "the lease counts from the answer instead of from the question",
+        REPLICATION,
+        (
+            'follower.echoed = max(follower.echoed, message["r"])',
+            'follower.echoed = max(follower.echoed, message["r"], self._clock())',
+        ),
+        by="test_promises.py test_the_lease_counts_from_when_a_round_was_sent_and_not_from_its_answer",
+    ),
+    _mutant(
+        "LEASE.4",
+        "a restarted server votes as if it had promised nothing",
+        ELECTIONS,
+        ("        self._heard_ns = clock()\n", "        self._heard_ns = clock() - int(60e9)\n"),
+        by="test_guard.py test_a_restarted_server_counts_as_having_heard_the_leader",
+    ),
+    _mutant(
+        "LEASE.5",
+        "rounds of a leadership before count for the lease",
+        REPLICATION,
+        ("follower.echoed = follower.reset_floor = NEVER", "follower.reset_floor = NEVER"),
+        by="test_guard.py test_what_was_answered_in_a_leadership_before_is_no_lease",
+    ),
+    _mutant(
+        "READINDEX.1",
+        "a read is answered without a round",
+        LOG,
+        (
+            "while self._rounds and self._rounds[0][0] <= answered and self._rounds[0][1] <= applied:",
+            "while self._rounds:",
+        ),
+        by="test_log.py test_a_read_is_answered_by_a_round_that_began_after_it",
+    ),
+    _mutant(
+        "READINDEX.2",
+        "a read joins a round that was sent before it arrived",
+        LOG,
+        (
+            "        self._reads.append(waiter)\n",
+            "        (self._rounds[-1][2] if self._rounds else self._reads).append(waiter)\n",
+        ),
+        by="test_promises.py test_a_read_never_joins_a_round_that_is_on_its_way",
+    ),
+    _mutant(
+        "READINDEX.3",
+        "a read is answered before what it must see is applied",
+        LOG,
+        (" and self._rounds[0][1] <= applied:", ":"),
+        by="test_log.py test_a_new_leader_reads_nothing_before_its_first_entry_is_committed",
+    ),
+    _mutant(
+        "READINDEX.4",
+        "barriers of a server share a round that began before them",
+        "server/node.py",
+        ("            future, self._next = self._next, None\n", "            future = self._next\n"),
+        by="tests/unit/server/test_rounds.py test_a_request_never_joins_a_round_that_has_begun",
+    ),
+    _mutant(
+        "NOOP.1",
+        "a new leader reads before the no-op of its term is committed",
+        LOG,
+        ("index = max(self._core.commit_index(), self._core.noop_index() or 0)", "index = self._core.commit_index()"),
+        by="test_log.py test_a_new_leader_reads_nothing_before_its_first_entry_is_committed",
+    ),
+    _mutant(
+        "NOOP.2",
+        "a new leader has a lease before the no-op of its term is committed",
+        LOG,
+        ("return noop is not None and self._core.applied_index() >= noop", "return True"),
+        by="""test_log.py test_a_new_leader_reads_nothing_before_its_first_entry_is_committed
+        test_promises.py test_a_new_leader_changes_no_members_before_its_first_entry_is_committed""",
+    ),
+    _mutant(
+        "MEMBERS.1",
+        "two changes of the members at once",
+        LOG,
+        (
+            "        if not self.members_settled:\n            raise Conflict(",
+            "        if False:\n            raise Conflict(",
+        ),
+        by="tests/cluster/test_raft_cluster.py test_members_change_one_at_a_time_and_never_the_leader_itself",
+    ),
+    _mutant(
+        "MEMBERS.2",
+        "one change of the members touches several voters",
+        MEMBERS,
+        ("    if len(voters(old) ^ voters(new)) > 1:", "    if False:"),
+        by="""test_membership.py test_two_voters_never_change_at_once
+        test_membership.py test_any_two_majorities_before_and_after_an_allowed_change_share_a_server""",
+    ),
+    _mutant(
+        "MEMBERS.3",
+        "members change before an entry of the leader's term is committed",
+        LOG,
+        (
+            '        if not self._is_established():\n            raise NoLeader("the leader has only just been elected")\n',
+            "",
+        ),
+        by="test_promises.py test_a_new_leader_changes_no_members_before_its_first_entry_is_committed",
+    ),
+    _mutant(
+        "MEMBERS.4",
+        "the leader removes itself",
+        LOG,
+        ("        if self._node_id not in voters(new):\n", "        if False:\n"),
+        by="tests/cluster/test_raft_cluster.py test_members_change_one_at_a_time_and_never_the_leader_itself",
+    ),
+    _mutant(
+        "MEMBERS.5",
+        "the last voter can be removed",
+        MEMBERS,
+        ("    if not voters(new):", "    if False:"),
+        by="test_membership.py test_the_last_voter_stays",
+    ),
+    _mutant(
+        "TRANSFER.1",
+        "leadership is offered to who lacks entries",
+        LOG,
+        (
+            "                if is_level and self._transfer_term != term:",
+            "                if self._transfer_term != term:",
+        ),
+        by="test_promises.py test_leadership_is_offered_only_to_who_has_everything_and_nothing_new_is_begun",
+    ),
+    _mutant(
+        "TRANSFER.2",
+        "new entries are begun while leadership is handed over",
+        LOG,
+        ("\n            and not self._handing_over\n", "\n"),
+        by="test_promises.py test_leadership_is_offered_only_to_who_has_everything_and_nothing_new_is_begun",
+    ),
+    _mutant(
+        "TRANSFER.3",
+        "anyone may tell a server to stand for election",
+        ELECTIONS,
+        (" and core.leader_id() == peer_id and self._votes_itself:", " and self._votes_itself:"),
+        by="test_promises.py test_who_is_offered_leadership_stands_at_once_and_its_voters_are_told_why",
+    ),
+    _mutant(
+        "SNAP.1",
+        "a piece of a snapshot that does not follow is taken",
+        SNAPSHOTTING,
+        ('elif message["data"] and message["offset"] == incoming.offset:', 'elif message["data"]:'),
+        ('incoming.write(message["offset"], ', "incoming.write(incoming.offset, "),
+        by="test_snapshotting.py test_h22_a_piece_that_does_not_follow_is_not_taken",
+    ),
+    _mutant(
+        "SNAP.2",
+        "a piece of a snapshot of an earlier leader is taken",
+        GUARD,
+        ('elif message["term"] == self._core.term() and self._core.leader_id() == peer_id:', "elif True:"),
+        by="test_guard.py test_a_piece_of_a_snapshot_counts_from_the_leader_of_this_term_only",
+    ),
+    _mutant(
+        "SNAP.3",
+        "a received snapshot is not verified",
+        SNAPSHOTS,
+        (
+            "if (snapshot.id, snapshot.index, snapshot.term) != (self.id, self.index, self.term):",
+            "if False:",
+        ),
+        (
+            '            raise DamagedSnapshot(f"{path} is damaged at byte {at}: the checksum is wrong")',
+            "            pass",
+        ),
+        ("            if end != [count, size, crc]:", "            if False:"),
+        by="test_snapshotting.py test_a_snapshot_that_was_damaged_on_its_way_is_asked_for_again",
+    ),
+    _mutant(
+        "SNAP.4",
+        "a snapshot gets its name before it is on the disk",
+        SNAPSHOTS,
+        ("        file.sync()\n        name", "        name"),
+        by="test_snapshots.py test_wherever_the_power_goes_the_old_one_or_the_new_one_is_there_and_whole",
+    ),
+    _mutant(
+        "SNAP.5",
+        "a received snapshot gets its name before it is on the disk",
+        SNAPSHOTS,
+        ("                file.sync()\n                self._disk.rename(", "                self._disk.rename("),
+        by="test_snapshots.py test_wherever_the_power_goes_a_snapshot_can_be_received_after_it",
+    ),
+    _mutant(
+        "CRC.1",
+        "checksums of the journal are not looked at",
+        JOURNAL,
+        ("return body if zlib.crc32(body, salt ^ (at & 0xFFFFFFFF)) == crc else None", "return body"),
+        by="""test_journal.py test_a_flipped_bit_in_the_middle_is_refused_and_nothing_is_touched
+        test_journal.py test_wherever_the_power_goes_all_that_was_synced_is_there_and_nothing_that_never_was""",
+    ),
+    _mutant(
+        "CRC.2",
+        "the checksum of a journal's header is not looked at",
+        JOURNAL,
+        ("if zlib.crc32(head) != _U32.unpack_from(data, HEADER_BYTES - _U32.size)[0]:", "if False:"),
+        by="test_journal.py test_a_flipped_bit_in_the_beginning_is_refused_since_it_was_made_whole",
+    ),
+    _mutant(
+        "CRC.3",
+        "checksums of a snapshot are not looked at",
+        SNAPSHOTS,
+        (" or zlib.crc32(body, at & 0xFFFFFFFF) != crc:", ":"),
+        ("            if end != [count, size, crc]:", "            if False:"),
+        by="""test_snapshotting.py test_h9_a_log_whose_snapshot_is_damaged_is_not_started_from_an_empty_state
+        test_snapshotting.py test_a_snapshot_that_was_damaged_on_its_way_is_asked_for_again""",
+    ),
+    _mutant(
+        "BOOTSTRAP.1",
+        "a cluster is founded before all its members hold it",
+        "server/bootstrap.py",
+        ("        if not lacking:\n", "        if True:\n"),
+        by="""tests/unit/server/test_bootstrap.py test_crashes_at_any_step_and_lost_messages_still_end_in_one_cluster
+        tests/unit/server/test_bootstrap.py test_islands_never_found_clusters_with_a_common_member""",
+    ),
+    _mutant(
+        "BOOTSTRAP.2",
+        "a founding that was refused may be held later",
+        "server/bootstrap.py",
+        ("        if cluster_id in stored.refused:\n", "        if False:\n"),
+        by="tests/unit/server/test_bootstrap.py test_a_prepared_proposal_is_never_refused_and_a_refused_one_never_prepared",
+    ),
+    _mutant(
+        "BOOTSTRAP.3",
+        "a founding that is held may be refused",
+        "server/bootstrap.py",
+        (
+            "        if self._is_mine(cluster_id):\n            return self.stored, f",
+            "        if False:\n            return self.stored, f",
+        ),
+        by="tests/unit/server/test_bootstrap.py test_a_prepared_proposal_is_never_refused_and_a_refused_one_never_prepared",
+    ),
+    _mutant(
+        "BOOTSTRAP.4",
+        "a cluster is founded beside one that is seen",
+        "server/bootstrap.py",
+        ("            self.existing = peer\n", "            pass\n"),
+        by="tests/unit/server/test_bootstrap.py test_with_an_existing_cluster_in_sight_no_other_is_founded",
+    ),
+    _mutant(
+        "BOOTSTRAP.5",
+        "a promise about a founding is given before it is on the disk",
+        "server/bootstrap.py",
+        ("        try:\n            self._keep(stored)\n", "        try:\n            self._founder.stored = stored\n"),
+        by="tests/unit/server/test_bootstrap.py test_the_file_is_synced_before_the_answer",
+    ),
+    _mutant(
+        "BOOTSTRAP.6",
+        "a server whose log is gone votes with its old identity",
+        "server/bootstrap.py",
+        (
+            "if stored.committed is not None and stored.started and not (has_data if has_log is None else has_log):",
+            "if False:",
+        ),
+        by="tests/unit/server/test_bootstrap.py test_a_server_whose_log_is_gone_refuses_to_start_once_it_had_one",
+    ),
+    _mutant(
+        "LINK.1",
+        "two connections of a pair are alive at once",
+        TRANSPORT,
+        ("        if old is not None:\n", "        if False:\n"),
+        by="test_log.py test_a_new_connection_replaces_the_old_one",
+    ),
+    _mutant(
+        "PAUSE.1",
+        "a leader that stood still judges its followers before it has read what they said",
+        LOG,
+        ("        if since_s < self._timing.election_min_s / 2:\n", "        if True:\n"),
+        by="test_promises.py test_a_leader_that_stood_still_reads_before_it_judges_who_is_silent",
+    ),
+    _mutant(
+        "LIBRARY.1",
+        "any version of pysyncobj will do",
+        CORE,
+        ("    if found != LIBRARY_SHA256:\n", "    if False:\n"),
+        by="test_log.py test_another_version_of_the_library_is_refused",
+    ),
+    _mutant(
+        "DEDUP.1",
+        "an entry that comes twice is applied twice",
+        "server/state/store.py",
+        ("if client is not None and (earlier := client.results.get(sequence)) is not None:", "if earlier := None:"),
+        by="tests/unit/server/state/test_store.py test_an_entry_that_comes_twice_is_applied_once_and_gives_the_same_result",
+    ),
+    _mutant(
+        "DEDUP.2",
+        "what clients were told is not part of a snapshot",
+        "server/state/store.py",
+        ("self.tables, self.clients = loaded.tables, loaded.clients", "self.tables = loaded.tables"),
+        by="tests/unit/server/state/test_store.py test_a_restored_server_repeats_results_as_well",
+    ),
+    _mutant(
+        "DEDUP.3",
+        "a write may be repeated after its result was acknowledged",
+        "server/state/clients.py",
+        ("        if sequence < known:\n", "        if False:\n"),
+        by="tests/unit/server/state/test_store.py test_results_are_forgotten_once_the_client_has_them",
+    ),
+)

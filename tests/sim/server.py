@@ -1,0 +1,397 @@
+"""One simulated machine, and the server process on it: the real ServerNode, RaftLog, Peers and Endpoint on our loop.
+
+What `server/run.py` composes is composed here from the same parts; TLS, enrolment and bootstrap are left out (the
+transport knows whose key the other side shows). A machine keeps its disk and clock when a process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rostra.server.endpoint import Endpoint, Peer
+from rostra.server.node import ServerNode
+from rostra.server.peers import Peers
+from rostra.server.raft.core import LEADER
+from rostra.server.raft.log import RaftLog
+from rostra.server.raft.members import Member, Members
+from rostra.server.raft.transport import Link, Links
+from rostra.server.state import cluster
+from rostra.server.state.kv import GetKey
+from rostra.wire.connection import FrameConnection
+from rostra.wire.errors import NoLeader, RostraError
+from rostra.wire.frames import unpack
+from tests.sim.disk import OpenDisk, VirtualDisk
+from tests.sim.network import End
+from tests.sim.world import Clock, Loop, ProcessExit
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+CLUSTER_ID = "5c1f7f0e-4c5e-4f2b-9a57-0f6d6f1f7a10"
+PORT = 8300
+#: When every run begins.
+EPOCH_S = 1_700_000_000.0
+
+#: Kinds of Raft messages (messages.py) that promise something under their term.
+_ANSWER, _REQUEST_VOTE, _VOTE, _STALE = 4, 5, 6, 9
+
+
+class Machine:
+    """A host, its disk and clock, and the identity of the server that is installed on it."""
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self.cluster, self.number = cluster, number
+        self.world = cluster.world
+        self.name = f"s{number}"
+        self.moves = 0
+        self.generation = 0
+        self.clock = self._new_clock()
+        self.disk = VirtualDisk(self.world, self.name)
+        self.server: Server | None = None
+        #: its server is not a member any more; it is switched off for good
+        self.is_removed = self.is_gone = False
+        #: what it starts with where neither log nor snapshot says otherwise
+        self.members: Members = ()
+        self._identify()
+
+    def _identify(self) -> None:
+        # The order of ids decides who dials whom, and must not be that of the machines.
+        self.id = f"{self.world.chance.getrandbits(16):04x}-{self.name}-{self.generation}"
+        self.key_hash = f"key-of-{self.id}"
+
+    def _new_clock(self) -> Clock:
+        drift = self.cluster.profile.drift
+        return Clock(self.world.chance.uniform(10, 1000), 1 + self.world.chance.uniform(-drift, drift))
+
+    def member(self, suffrage: str) -> Member:
+        return Member(self.id, self.name, PORT, self.key_hash, f"{self.name}-{self.generation}", suffrage)
+
+    def start(self) -> None:
+        if self.server is None and not self.is_gone:
+            self.cluster.network.powered_off.discard(self.name)
+            self.server = Server(self)
+
+    def kill(self) -> None:
+        """kill -9: what was written and sent is in the hands of the system."""
+        server = self._stop("killed")
+        if server is not None:
+            self.disk.process_died()
+            self.cluster.network.died(server, power_lost=False)
+
+    def cut_power(self) -> None:
+        server = self._stop("loses its power")
+        self.cluster.network.powered_off.add(self.name)
+        if server is not None:
+            self.cluster.network.died(server, power_lost=True)
+        self.disk.power_cut()
+        self.clock = self._new_clock()
+
+    def _stop(self, how: str) -> Server | None:
+        server, self.server = self.server, None
+        if server is not None:
+            self.world.note(self.name, how)
+            server.loop.kill()
+            self.cluster.network.processes.pop(self.name, None)
+            self.cluster.died(server)
+        return server
+
+    def replace(self) -> None:
+        """Another server is installed here, with an empty disk and a new identity; not started yet."""
+        self.disk.wipe()
+        self.generation += 1
+        self._identify()
+        self.is_removed = False
+
+    def move(self) -> None:
+        """It stops, and will come back under another address."""
+        self.kill()
+        self.moves += 1
+        self.name = f"s{self.number}{'abcdefghijklmnopqrstuvwxyz'[self.moves % 26]}"
+
+
+class Server:
+    """One process: from its start to its death."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.cluster = machine, machine.cluster
+        self.world, self.host = machine.world, machine.name
+        self.id, self.key_hash = machine.id, machine.key_hash
+        world, profile = self.world, self.cluster.profile
+        self.loop = loop = Loop(world, self.host, machine.clock, unhandled=self._unhandled)
+        loop.interrupted, loop.perf_step = profile.interrupted, profile.perf_step
+        loop.burnt = self._burnt
+        loop.process = self
+        self.disk = OpenDisk(machine.disk, loop)
+        loop.executor = lambda work, done: self.disk.submit("executor", work, done)
+        loop.connector = lambda factory, host: self.cluster.network.connect(self, factory, host)
+        self.chance = random.Random(world.chance.getrandbits(48))
+        self.raft: RaftLog | None = None
+        self.is_up = False  # has applied what it knew to be committed
+        self.members: Members = ()
+        self.followed: set[str] = set()
+        #: what clients have asked of this process: told when it dies
+        self.asked: dict[Any, None] = {}
+        world.note(self.host, f"starts as {self.id}")
+        loop.run_now(self._start)
+
+    # -- composition
+
+    def _start(self) -> None:
+        self.node = ServerNode(
+            node_id=self.id,
+            name=self.host,
+            datacenter="dc1",
+            spawn=self.spawn,
+            clock=self.loop.time,
+            wall=lambda: EPOCH_S + self.world.now,
+            client_id=f"{self.id}-{self.cluster.incarnation()}",
+        )
+        self.node.cluster_id = CLUSTER_ID
+        self.state = RecordedState(self)
+        self.peers = Peers(me=self.id, context=lambda: self, about=self._about, spawn=self.spawn)  # type: ignore[arg-type,return-value]
+        self.node.peer = self.peers.caller
+        self.endpoint = Endpoint(
+            self.node,
+            spawn=self.spawn,
+            server_key=lambda key_hash: next((m.id for m in self.members if m.key_hash == key_hash), None),
+            enrol=_refuse_all,
+            accept_raft=self._accept_raft,
+            bootstrap=lambda *_: {},
+            acts={"ping": _pong},
+            about=self._about,
+        )
+        self.cluster.network.processes[self.host] = self
+        self.spawn(self._run())
+
+    async def _run(self) -> None:
+        profile = self.cluster.profile
+        raft = ObservedRaftLog(
+            directory=Path("/") / self.host,  # so that the journal is opened beside the loop
+            disk=self.disk,
+            node_id=self.id,
+            cluster_id=CLUSTER_ID,
+            members=self.machine.members,
+            state=self.state,
+            dial=self.peers.dial_raft,
+            timing=profile.timing,
+            limits=profile.limits,
+            on_role_change=self._role_changed,
+            on_members=self._members_changed,
+            fail_stop=self.fail_stop,
+            clock=self.loop.boottime_ns,
+            perf=self.loop.perf,
+            chance=self.chance,
+        )
+        self._starting = raft
+        try:
+            await raft.start()
+        except OSError as e:  # the program ends with a message
+            self.fail_stop(f"cannot start: {e}")
+        self.raft = self.node.raft = raft
+        self.is_up = True
+        self.world.note(self.host, f"is up at {raft.applied_index}, term {raft.term}")
+
+    def _about(self) -> dict[str, Any]:
+        return {"cluster": CLUSTER_ID, "name": self.host, "node_id": self.id}
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self.loop.create_task(work)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self.loop.is_dead:
+            self._unhandled({"message": "a task has failed", "exception": error})
+
+    def _unhandled(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if error is not None:
+            import traceback
+
+            where = "".join(traceback.format_exception(error)[-4:])
+        else:
+            where = ""
+        self.world.violated("no exceptions", f"{self.host}: {context.get('message')}: {error!r}\n{where}")
+
+    # -- what the parts say
+
+    def _role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
+        self.world.note(self.host, f"{'leads' if is_leader else f'follows {leader_id}'} in term {term}")
+        self.cluster.role_changed(self, is_leader, term)
+        self.node.role_changed(is_leader, leader_id, term)
+        if is_leader and not self.node.store.cluster_id:
+            self.spawn(self._found())
+
+    async def _found(self) -> None:
+        members = tuple((m.id, m.name, m.host, m.key_hash) for m in self.members)
+        try:
+            await self.node.own_write(cluster.Bootstrap(CLUSTER_ID, members, "dc1", "", "", 0))
+        except RostraError:
+            pass  # the next leader will
+
+    def _members_changed(self, members: Members) -> None:
+        if self.raft is None:
+            self.cluster.oracle.restarted(self.id, self._starting.term)
+        self.world.note(self.host, "members " + " ".join(f"{m.host}:{m.suffrage}" for m in members))
+        self.members = members
+        self.peers.follow([m for m in members if m.id not in self.followed])
+        self.followed |= {m.id for m in members}
+
+    def fail_stop(self, reason: str) -> NoReturn:
+        self.world.note(self.host, f"stops: {reason}")
+        self.cluster.fail_stopped(self, reason)
+        raise ProcessExit
+
+    def _burnt(self) -> None:
+        self.cluster.crash(self.machine)
+
+    # -- connections
+
+    def incoming(self, transport: End) -> None:
+        other = transport.other
+        connection, first = self.endpoint._expecting()
+        transport.protocol = connection
+        connection.connection_made(transport)  # type: ignore[arg-type]
+        peer = Peer(key_hash=other.key_hash, address=other.host, node_id=other.id, name=other.host)  # type: ignore[attr-defined]
+        self.spawn(self.endpoint._greet(connection, first, peer))
+
+    def _accept_raft(self, server_id: str, connection: Any) -> None:
+        if self.raft is None:
+            connection.abort("raft is not running")
+        else:
+            self.raft.accept(server_id, connection)
+
+    def spoke(self, to: str, payload: bytes) -> None:
+        """A Raft message leaves this process."""
+        kind, oracle = payload[1], self.cluster.oracle
+        if kind not in (_ANSWER, _REQUEST_VOTE, _VOTE, _STALE):
+            return
+        message = unpack(payload)
+        if kind == _VOTE:
+            oracle.votes_for(self.id, message[2], to)
+        elif kind == _REQUEST_VOTE:
+            oracle.votes_for(self.id, message[2], self.id)
+        elif kind == _STALE or message[5] or message[6]:  # "heard you" promises nothing
+            oracle.speaks(self.id, message[2])
+
+    # -- what clients ask. Outcomes go to `answer(outcome)`.
+
+    def ask(self, question: Any, work: Coroutine[Any, Any, Any]) -> None:
+        self.asked[question] = None
+        self.loop.create_task(self._answer(question, work))
+
+    async def _answer(self, question: Any, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            outcome: Any = await work
+        except RostraError as e:
+            outcome = e
+        except Exception as e:
+            self._unhandled({"message": f"{question} failed", "exception": e})
+            return
+        self.asked.pop(question, None)
+        question.answered(self, outcome)
+
+    async def read(self, mode: str, key: str) -> tuple[int, int, bytes | None]:
+        """(the state's index, the answer's index, the value)."""
+        if not self.is_up:
+            raise NoLeader
+        await self.node.barrier(mode)
+        evaluation = self.node.store.evaluate(GetKey(key))
+        rows = evaluation.rows()
+        return self.node.store.index, evaluation.index, rows[0][1].value if rows else None
+
+
+class ObservedRaftLog(RaftLog):
+    """Tells the oracle of leaderships as they begin."""
+
+    def state_changed(self, old: int, new: int) -> None:
+        if new == LEADER:
+            server: Server = self._loop.process  # type: ignore[attr-defined]
+            server.cluster.oracle.leads(server.id, self._core.term())
+        super().state_changed(old, new)
+
+
+class ObservedLinks(Links):
+    """Lets the oracle see what leaves."""
+
+    def _attach(self, link: Link, connection: FrameConnection) -> None:
+        connection.__class__ = _ObservedConnection
+        connection.speaks = partial(self._loop.process.spoke, link.member.id)  # type: ignore[attr-defined]
+        super()._attach(link, connection)
+
+
+class _ObservedConnection(FrameConnection):
+    speaks: Callable[[bytes], None]
+
+    def send(self, payload: bytes) -> None:
+        if self.open:
+            self.speaks(payload)
+        super().send(payload)
+
+
+class RecordedState:
+    """The state machine that RaftLog drives: ServerNode's, with a note of every step for the oracle."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._node = server, server.node
+        self.position = 0  # entries applied, ever
+
+    def apply(self, entries: Sequence[bytes]) -> list[Any]:
+        results = self._node.apply(entries)
+        cluster = self._server.cluster
+        self.position = cluster.oracle.applied(self._server.id, self.position, entries, results, self._node.store)
+        return results
+
+    def capture(self) -> Iterator[bytes | None]:
+        cluster = self._server.cluster
+        cluster.counts["snapshots taken"] += 1
+        cluster.oracle.compare_hash(self._server.id, self.position, self._node.store)
+        header = self.position.to_bytes(8, "big")
+        is_first = True
+        for chunk in self._node.capture():
+            if chunk is not None and is_first:
+                yield header
+                is_first = False
+            yield chunk
+
+    def loader(self) -> _Loader:
+        return _Loader(self)
+
+
+class _Loader:
+    def __init__(self, state: RecordedState) -> None:
+        self._state = state
+        self._loader = state._node.loader()
+        self._position = -1
+
+    def feed(self, chunk: bytes) -> None:
+        if self._position < 0:
+            self._position = int.from_bytes(chunk, "big")
+        else:
+            self._loader.feed(chunk)
+
+    def finish(self) -> Callable[[], None]:
+        swap = self._loader.finish()
+
+        def swapped() -> None:
+            state = self._state
+            server = state._server
+            swap()
+            state.position = self._position
+            server.world.note(server.host, f"has loaded a snapshot at {self._position}")
+            server.cluster.loaded(server, self._position)
+
+        return swapped
+
+
+async def _pong(peer: Any, args: Any) -> dict[str, Any]:
+    return {}
+
+
+async def _refuse_all(peer: Any) -> None:
+    raise NoLeader

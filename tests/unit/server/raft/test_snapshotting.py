@@ -1,0 +1,385 @@
+"""Snapshots at work: taken while writes go on, sent piece by piece, installed whole or not at all, and started from."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from rostra.server.raft import DamagedJournal, Limits, Member, RaftLog
+from rostra.server.raft.disk import JOURNAL, DirectoryDisk
+from rostra.server.raft.messages import Message
+from rostra.server.raft.snapshots import Snapshot, SnapshotWriter
+from tests.support.raft_peers import Machine, Peer
+from tests.support.raft_state import AppliedEntries, Loading
+
+MEMBERS = tuple(Member(node, "127.0.0.1", 0, node, node) for node in "abc")
+SMALL = Limits(segment_bytes=16 << 10, snapshot_log_bytes=1 << 30, log_bytes_max=24 << 10, chunk_bytes=500)
+
+
+@pytest.fixture
+async def machine() -> AsyncIterator[Machine]:
+    machine = Machine()
+    yield machine
+    for raft in machine.logs:
+        await raft.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def written(directory: Path, index: int, term: int, applied: list[bytes]) -> Snapshot:
+    """A snapshot of `applied` in `directory`, in chunks of a hundred."""
+    disk = DirectoryDisk(directory, lock=False, inline=True)
+    writer = SnapshotWriter(
+        disk, cluster_id="c1", node_id="b", index=index, term=term, members=MEMBERS, members_index=0
+    )
+    for at in range(0, len(applied), 100):
+        writer.add(msgpack.packb(applied[at : at + 100]))
+    found: list[Snapshot | None] = []
+    writer.finish(lambda snapshot, error: found.append(snapshot))
+    assert found[0] is not None
+    return found[0]
+
+
+class Leader:
+    """b leads term 3, and sends a snapshot that ends with entry (index, snap_term)."""
+
+    def __init__(self, raft: RaftLog, directory: Path, applied: list[bytes], index: int = 900, term: int = 2) -> None:
+        self.peer = Peer(raft, "b")
+        self.snapshot = written(directory, index, term, applied)
+        self.data = (directory / self.snapshot.name).read_bytes()
+        self.append(1, 0)
+
+    def append(self, prev: int, prev_term: int, *entries: tuple[bytes, int, int], commit: int = 1) -> None:
+        said = {"prevLogIdx": prev, "prevLogTerm": prev_term, "entries": list(entries)}
+        self.peer.say(type="append_entries", term=3, commit_index=commit, r=1, **said)
+
+    def piece(self, offset: int, data: bytes) -> None:
+        about = {"id": self.snapshot.id, "index": self.snapshot.index, "snap_term": self.snapshot.term}
+        self.peer.say(type="snapshot", term=3, r=1, size=len(self.data), offset=offset, data=data, **about)
+
+    async def says(self, offset: int, data: bytes) -> Message:
+        """A piece; the answer to it."""
+        self.piece(offset, data)
+        return await self.peer.hears("snapshot_answer")
+
+    async def sends_all(self, piece_bytes: int = 700) -> Message:
+        """The last answer."""
+        answer = await self.says(0, b"")
+        while not answer["done"]:
+            answer = await self.says(answer["offset"], self.data[answer["offset"] :][:piece_bytes])
+        return answer
+
+
+# -- at the start ---------------------------------------------------------------------------------------------------
+
+
+async def test_h3_a_restart_goes_on_with_the_entries_behind_the_snapshot(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path)
+    await asyncio.gather(*(raft.propose(b"%d" % number) for number in range(50)))
+    snapshot = await raft.take_snapshot()
+    assert snapshot is not None
+    await asyncio.gather(*(raft.propose(b"%d" % number) for number in range(50, 80)))
+    last = raft._journal.last_index
+    await raft.stop()
+    again = Machine()
+    raft = await again.start(tmp_path)
+    assert raft._journal.last_index > last > snapshot.index
+    assert again.applied == machine.applied
+    await raft.stop()
+
+
+async def test_h3_what_a_crash_left_between_snapshot_and_log_is_put_right(machine: Machine, tmp_path: Path) -> None:
+    """The snapshot was received and is on the disk; the log is still what it was before: another leader's."""
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    entries = [(b"\0\x91\xc4\x01x", index, 1) for index in range(2, 6)]
+    peer.say(type="append_entries", term=1, commit_index=2, prevLogIdx=1, prevLogTerm=0, r=1, entries=entries)
+    await peer.hears("next_node_idx", next_node_idx=6)
+    await raft.stop()
+    written(tmp_path, 4, 2, [b"%d" % number for number in range(250)])
+    again = Machine()
+    raft = await again.start(tmp_path, ["b", "c"])
+    assert again.applied == [b"%d" % number for number in range(250)]
+    assert [(index, term) for _, index, term in raft._journal[:]] == [(4, 2)]
+    assert (raft.applied_index, raft.commit_index) == (4, 4)
+    await raft.stop()
+
+
+async def test_h9_a_log_whose_snapshot_is_damaged_is_not_started_from_an_empty_state(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft = await machine.start(tmp_path, limits=SMALL)
+    for number in range(40):
+        await raft.propose(b"%02d" % number * 500)
+    snapshot = await raft.take_snapshot()
+    assert snapshot is not None
+    await until(lambda: raft._journal.first_index > 1)
+    await raft.stop()
+    path = tmp_path / snapshot.name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    again = Machine()
+    with pytest.raises(DamagedJournal, match="snapshot before it is missing or damaged"):
+        await again.start(tmp_path, limits=SMALL)
+    assert again.applied == []
+    assert path.exists()
+
+
+# -- taking ---------------------------------------------------------------------------------------------------------
+
+
+class SlowCapture(AppliedEntries):
+    """Takes many steps to copy its table, and would notice if it changed meanwhile."""
+
+    def capture(self) -> Iterator[bytes | None]:
+        for _ in range(200):
+            yield None
+        yield from super().capture()
+
+
+async def test_nothing_is_applied_while_the_tables_are_copied(machine: Machine, tmp_path: Path) -> None:
+    state = SlowCapture()
+    raft = await machine.start(tmp_path, state=state, sync_inline=True)
+    await raft.propose(b"before")
+    taking = raft.take_snapshot()
+    async with asyncio.timeout(5):
+        while not raft._snapshots.holds_apply:
+            await asyncio.sleep(0)
+    writes = [raft.propose(b"%d" % number) for number in range(5)]
+    snapshot = await taking
+    assert await asyncio.gather(*writes) == [2, 3, 4, 5, 6]
+    assert snapshot is not None
+    await raft.stop()
+    again = Machine()
+    raft = await again.start(tmp_path)
+    assert again.applied == state.applied
+    await raft.stop()
+
+
+async def test_a_snapshot_that_cannot_be_written_is_given_up_and_the_log_goes_on(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft = await machine.start(tmp_path)
+    await raft.propose(b"x")
+    disk: Any = raft._disk
+    start = disk.start
+
+    def full(name: str) -> Any:
+        raise OSError(28, "No space left on device")
+
+    disk.start = full
+    assert await raft.take_snapshot() is None
+    assert await raft.propose(b"y") == 2
+    disk.start = start
+    assert await raft.take_snapshot() is not None
+    assert machine.stops == []
+
+
+async def test_h22_a_snapshot_leaves_a_part_of_the_log_for_followers_that_lag_a_little(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft = await machine.start(tmp_path, limits=SMALL)
+    for number in range(100):
+        await raft.propose(b"%02d" % number * 100)
+    before = raft._journal.log_bytes
+    assert before > SMALL.log_bytes_max // 2
+    snapshot = await raft.take_snapshot()
+    assert snapshot is not None
+    await until(lambda: raft._journal.first_index > 1)
+    await until(lambda: raft._journal.log_bytes <= SMALL.log_bytes_max // 3)
+    assert raft._journal.first_index < snapshot.index - 10
+
+
+# -- receiving ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_snapshot_is_installed_whole_and_found_again_after_a_restart(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    everything = [b"%d" % number for number in range(600)]
+    leader = Leader(raft, tmp_path / "b", everything)
+    answer = await leader.sends_all()
+    assert (answer["index"], answer["done"]) == (900, True)
+    assert machine.applied == everything
+    assert (raft.applied_index, raft.commit_index, raft.members) == (900, 900, MEMBERS)
+    leader.append(900, 2, (b"\0\x91\xc4\x04more", 901, 3), commit=901)
+    await until(lambda: machine.applied[-1] == b"more")
+    await raft.stop()
+    again = Machine()
+    raft = await again.start(tmp_path / "a", ["b", "c"])
+    assert again.applied == [*everything, b"more"][: len(again.applied)]
+    assert raft.applied_index >= 900
+    await raft.stop()
+
+
+async def test_a_snapshot_is_acknowledged_only_when_the_disk_knows_of_it(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
+    answer = await leader.says(0, b"")
+    go, submit = threading.Event(), raft._disk.submit  # type: ignore[union-attr]
+
+    def slow(lane: str, work: Callable[[], Any], done: Any) -> None:
+        submit(lane, (lambda: (go.wait(5), work())[1]) if lane == JOURNAL else work, done)
+
+    raft._disk.submit = slow  # type: ignore[method-assign, union-attr]
+    leader.piece(answer["offset"], leader.data)
+    await until(lambda: raft.applied_index == 900)
+    await asyncio.sleep(0.01)
+    assert not [said for said in leader.peer.heard if said["type"] == "snapshot_answer"]
+    go.set()
+    assert (await leader.peer.hears("snapshot_answer"))["done"]
+
+
+async def test_h3_entries_that_fit_the_snapshot_stay_behind_it(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"s"], index=4, term=3)
+    leader.append(1, 0, *((b"\0\x91\xc4\x01x", index, 3) for index in range(2, 8)))
+    assert (await leader.sends_all())["done"]
+    assert raft._journal.last_index == 7
+    assert (raft.applied_index, machine.applied) == (4, [b"s"])
+    leader.append(7, 3, commit=7)
+    await until(lambda: machine.applied == [b"s", b"x", b"x", b"x"])
+
+
+async def test_h2_entries_that_contradict_the_snapshot_are_replaced_by_it(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    c = Peer(raft, "c")
+    own = [(b"\0\x91\xc4\x01x", index, 1) for index in range(2, 8)]
+    c.say(type="append_entries", term=1, commit_index=1, prevLogIdx=1, prevLogTerm=0, r=1, entries=own)
+    leader = Leader(raft, tmp_path / "b", [b"s"], index=4, term=2)
+    assert (await leader.sends_all())["done"]
+    assert [(index, term) for _, index, term in raft._journal[:]] == [(4, 2)]
+
+
+async def test_h9_a_snapshot_that_the_state_refuses_stops_the_process_and_is_not_acknowledged(
+    machine: Machine, tmp_path: Path
+) -> None:
+    class Refusing(Loading):
+        def feed(self, chunk: bytes) -> None:
+            raise ValueError("a chunk of a later release")
+
+    machine.loader = lambda: Refusing(machine)  # type: ignore[method-assign]
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
+    leader.piece(0, leader.data)
+    await until(lambda: machine.stops)
+    assert machine.stops == ["ValueError: a chunk of a later release"]
+    assert (machine.applied, raft._core.commit_index()) == ([], 1)
+    assert not [said for said in leader.peer.heard if said["type"] == "snapshot_answer" and said["done"]]
+
+
+async def test_a_snapshot_that_was_damaged_on_its_way_is_asked_for_again(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
+    bad = bytearray(leader.data)
+    bad[len(bad) // 2] ^= 1
+    answer = await leader.says(0, bytes(bad))
+    assert (answer["offset"], answer["done"]) == (0, False)
+    assert (machine.applied, raft.applied_index, machine.stops) == ([], 1, [])
+    assert (await leader.sends_all())["done"]
+    assert len(machine.applied) == 600
+
+
+async def test_h22_a_piece_that_does_not_follow_is_not_taken(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
+    assert (await leader.says(0, leader.data[:100]))["offset"] == 100
+    assert (await leader.says(300, leader.data[300:400]))["offset"] == 100
+    assert (await leader.says(0, leader.data[:100]))["offset"] == 100
+    assert (await leader.sends_all())["done"]
+    assert len(machine.applied) == 600
+    assert raft.applied_index == 900
+
+
+async def test_h22_what_was_received_before_a_restart_is_not_sent_again(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
+    assert (await leader.says(0, leader.data[:1000]))["offset"] == 1000
+    await raft.stop()
+    again = Machine()
+    raft = await again.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
+    assert (await leader.says(0, b""))["offset"] == 1000
+    assert (await leader.sends_all())["done"]
+    assert len(again.applied) == 600
+    await raft.stop()
+
+
+async def test_a_snapshot_of_what_this_server_has_already_changes_nothing(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"])
+    leader = Leader(raft, tmp_path / "b", [b"old"], index=3, term=3)
+    leader.append(1, 0, *((b"\0\x91\xc4\x01x", index, 3) for index in range(2, 6)), commit=5)
+    await until(lambda: raft.applied_index == 5)
+    answer = await leader.says(0, leader.data)
+    assert (answer["done"], answer["index"]) == (True, 3)
+    assert machine.applied == [b"x"] * 4
+
+
+# -- sending --------------------------------------------------------------------------------------------------------
+
+
+async def sending(machine: Machine, directory: Path) -> tuple[RaftLog, Peer, Snapshot]:
+    """A leader whose log begins behind what b lacks, and b, which has said that it has nothing."""
+    raft = await machine.start(directory, limits=SMALL)
+    for number in range(40):
+        await raft.propose(b"%02d" % number * 500)
+    snapshot = await raft.take_snapshot()
+    assert snapshot is not None
+    await until(lambda: raft._journal.first_index > 1)
+    await raft.change_members((*raft.members, Member("b", "127.0.0.1", 0, "b", "b", "learner")))
+    peer = Peer(raft, "b")
+    append = await peer.hears("append_entries")
+    peer.say(type="next_node_idx", term=raft.term, r=append["r"], next_node_idx=1, reset=True, success=False)
+    return raft, peer, snapshot
+
+
+def wants(peer: Peer, piece: Message, offset: int, *, done: bool = False) -> None:
+    about = {name: piece[name] for name in ("term", "r", "id", "index")}
+    peer.say(type="snapshot_answer", offset=offset, done=done, **about)
+
+
+async def test_h22_a_snapshot_is_sent_piece_by_piece_as_the_follower_asks_for_it(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft, peer, snapshot = await sending(machine, tmp_path)
+    question = await peer.hears("snapshot")
+    assert (question["index"], question["size"], question["data"]) == (snapshot.index, snapshot.size, b"")
+    data = b""
+    while len(data) < snapshot.size:
+        wants(peer, question, len(data))
+        piece = await peer.hears("snapshot")
+        assert piece["offset"] == len(data)
+        assert 0 < len(piece["data"]) <= SMALL.chunk_bytes
+        await asyncio.sleep(0.001)
+        assert not [said for said in peer.heard if said["type"] == "snapshot"], "one is on its way, not more"
+        data += piece["data"]
+    assert data == (tmp_path / snapshot.name).read_bytes()
+    peer.heard.clear()
+    wants(peer, question, snapshot.size, done=True)
+    append = await peer.hears_entries()
+    assert append["prevLogIdx"] == snapshot.index
+    assert raft.peers()[0].match_index == snapshot.index
+
+
+async def test_h22_after_a_lost_link_the_follower_says_where_to_go_on(machine: Machine, tmp_path: Path) -> None:
+    raft, peer, _ = await sending(machine, tmp_path)
+    wants(peer, await peer.hears("snapshot"), 0)
+    await peer.hears("snapshot", offset=0)
+    peer.hang_up()
+    peer = Peer(raft, "b")
+    append = await peer.hears("append_entries")
+    peer.say(type="next_node_idx", term=raft.term, r=append["r"], next_node_idx=1, reset=True, success=False)
+    question = await peer.hears("snapshot")
+    assert (question["offset"], question["data"]) == (0, b"")
+    wants(peer, question, 1234)
+    assert (await peer.hears("snapshot"))["offset"] == 1234
