@@ -30,6 +30,7 @@ log = get("servers")
 
 #: Consul's rpc_hold_timeout: how long a request waits for a server that can answer it.
 HOLD_S = 7.0
+UNKNOWN = "the server was lost before it answered: the write may or may not have been done"
 #: What a barrier gets at least, however long those who share it have waited for the one before.
 ASK_MIN_S = 0.5
 DIAL_S = 3.0
@@ -106,21 +107,26 @@ class ServerSession:
         sequence = self._sequence
         self._outstanding[sequence] = None
         deadline = time.monotonic() + timeout_s
+        is_unknown = False  # an attempt was sent and not answered; the others have the same number
         try:
             while True:
-                caller = self._caller
-                if caller is None or not caller.open:
-                    caller = await self._connected_by(deadline)
-                first = next(iter(self._outstanding))
                 try:
-                    return await _by(
-                        caller.call("write", (self._client_id, sequence, first), kind, args, token), deadline
-                    )
-                except Lost:
+                    caller = self._caller
+                    if caller is None or not caller.open:
+                        caller = await self._connected_by(deadline)
+                    first = next(iter(self._outstanding))
+                    call = caller.call("write", (self._client_id, sequence, first), kind, args, token)
+                    return await _by(call, deadline)
+                except Lost as e:
+                    is_unknown |= e.was_sent
                     if time.monotonic() >= deadline:
-                        raise Timeout(
-                            "the server was lost before it answered; the write may or may not have been done"
-                        ) from None
+                        if is_unknown:
+                            raise Timeout(UNKNOWN) from None
+                        raise
+                except NoLeader:
+                    if is_unknown:
+                        raise Timeout(UNKNOWN) from None
+                    raise
         finally:
             del self._outstanding[sequence]
 
@@ -331,7 +337,8 @@ class ServerSession:
                     raw = connection.info("socket")
                     if raw is not None:
                         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    assert connection.ssl_object is not None
+                    if connection.ssl_object is None:
+                        raise ConnectionError("closed right after the handshake")
                     if address.key_hash and self._key_of(connection.ssl_object) != address.key_hash:
                         raise Denied(f"{address} showed another key than the servers' list names")
                 connection.send(hello("rpc", **self._about()))
@@ -413,4 +420,4 @@ async def _by(work: Awaitable[Any], deadline: float) -> Any:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             return await work
     except TimeoutError:
-        raise Timeout("the servers did not answer in time; a write may or may not have been done") from None
+        raise Timeout("the servers did not answer in time: a write may or may not have been done") from None

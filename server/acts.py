@@ -17,7 +17,7 @@ from typing import Any
 
 from rostra.acl.identity import ServiceIdentity
 from rostra.server.autopilot import Autopilot
-from rostra.server.endpoint import Peer
+from rostra.server.endpoint import Peer, about_node
 from rostra.server.leader import Leader
 from rostra.server.node import HOLD_S, ServerNode
 from rostra.server.raft.members import Member
@@ -142,9 +142,17 @@ class Acts:
                 raise (
                     Timeout(f"{kind}: the leader did not answer; it may or may not have been done")
                     if is_silent
-                    else NoLeader()
+                    else NoLeader(self._why_no_leader())
                 )
             await asyncio.sleep(0.05)
+
+    def _why_no_leader(self) -> str:
+        raft = self._node.raft
+        if raft is None:
+            return "No cluster leader: this server is in no cluster yet; ask the agent of one that is"
+        if not raft.suffrage:
+            return "No cluster leader: this server was removed from the cluster; ask the agent of one that is in it"
+        return "No cluster leader"
 
     async def sign_leaf(self, peer: Peer, args: dict[str, Any]) -> Any:
         """{csr_pem, service} -> {cert_pem, serial, valid_after_ms, valid_before_ms, root_id, uri, service}"""
@@ -327,8 +335,9 @@ class Acts:
         if peer.role != "server":
             raise Denied("only servers say that they have moved")
         host, port = _text(args, "host", 253), args["port"]
-        if type(port) is not int or not 0 < port < 65536 or not host.isprintable():
-            raise BadRequest("that is not an address")
+        about_node({"address": host}, "", "")
+        if type(port) is not int or not 0 < port < 65536:
+            raise BadRequest("that is not a port")
         await self._roster.moved(peer.node_id, host, port)
         return ()
 

@@ -181,6 +181,7 @@ class Autopilot:
         self._node, self._roster, self._heartbeat_s = node, roster, heartbeat_s
         self._now, self._wall = now, wall
         self._health: dict[str, Health] = {}
+        self.rounds = 0  # of looking at the servers, in this leadership
         self._refused = RateLimited(log, 60.0)
 
     @property
@@ -203,12 +204,13 @@ class Autopilot:
     async def tick(self) -> None:
         raft = self._node.raft
         if raft is None or not raft.is_leader:
-            self._health = {}  # the next leadership judges anew
+            self._health, self.rounds = {}, 0  # the next leadership judges anew
             return
         if not raft.lease_valid():
             return
         await self._roster.keep_rows()
         servers = self._look()
+        self.rounds += 1
         waiting, rows = self._roster.waiting(), self._node.store.tables.members.rows
         if not raft.members_settled:
             return

@@ -558,9 +558,9 @@ class Bootstrap:
             raise Conflict(
                 f"{self._path}: this server took part in cluster {stored.committed.cluster_id} as {me.name}"
                 f" ({me.node_id}), but its log in {self._path.parent / 'raft'} is gone, and without it it must never"
-                " vote again. Restore the whole data directory, or replace the server: on another server run"
-                f" `rostra operator raft remove-peer -id={me.node_id}`, empty the data directory here, start it again,"
-                f" and let it in with `rostra operator raft add-peer {me.name}`"
+                " vote again. If the log was only moved away, put it back (never an older copy of it). Else replace the"
+                f" server: on another one run `rostra operator raft remove-peer -id={me.node_id}`, empty the data"
+                f" directory here, start it again, and let it in with `rostra operator raft add-peer {me.name}`"
             )
         founds = 0 if suffrage == REPLICA else expect
         self._founder = Founder(me, founds, stored, has_data=has_data, suffrage=suffrage, version=version)

@@ -199,7 +199,7 @@ class Endpoint:
 
     async def _tls(self, accepted: socket.socket, address: str, handshakes: Handshakes) -> None:
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection, first = self._expecting()
+        connection, first = self._expecting(address)
         try:
             await handshakes.shake(accepted, connection)
         except BaseException:
@@ -225,11 +225,11 @@ class Endpoint:
             self.rejected += 1
             self._rejects.warn("rejected a connection on the local socket", uid=uid, pid=pid)
             return
-        connection, first = self._expecting()
+        connection, first = self._expecting(address)
         await self._loop.connect_accepted_socket(lambda: connection, accepted)
         await self._greet(connection, first, Peer(key_hash="", address="", local=True))
 
-    def _expecting(self) -> tuple[FrameConnection, asyncio.Future[bytes]]:
+    def _expecting(self, address: str) -> tuple[FrameConnection, asyncio.Future[bytes]]:
         """A connection and its first frame, which may arrive with the end of the handshake."""
         first: asyncio.Future[bytes] = self._loop.create_future()
         first.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
@@ -237,6 +237,7 @@ class Endpoint:
 
         def on_first(payload: bytes) -> None:
             if first.done():
+                self._reject(address, "sent before the hello was answered")
                 connection.abort("sent before the hello was answered")
             else:
                 first.set_result(payload)
@@ -354,11 +355,10 @@ class Endpoint:
     # -- verbs ------------------------------------------------------------------------------------------------
 
     def _handle_rpc(self, served: Served, request_id: int, verb: str, arguments: Sequence[Any]) -> None:
-        if verb in ("read", "watch") and self._node.raft is None:
-            raise NoLeader("No cluster leader: this server has not read its log yet")
         if verb == "write":
-            origin, kind, args, _token = arguments
-            self._write(served, request_id, _origin(origin), kind, args, served.peer.name)
+            self._write(served, request_id, arguments)
+        elif verb in ("read", "watch") and self._node.raft is None:
+            raise NoLeader("No cluster leader: this server has not read its log yet")
         elif verb == "read":
             kind, args, min_index, _token = arguments
             self._read(served, request_id, _query(served, kind, args), _index(min_index))
@@ -386,6 +386,8 @@ class Endpoint:
     def _handle_peer(self, served: Served, request_id: int, verb: str, arguments: Sequence[Any]) -> None:
         """Verbs between servers."""
         if served.peer.role == FORMER and tuple(arguments[:1]) != ("ping",):
+            if verb in ("propose", "index"):  # it speaks for its clients, to whom another server is a leader
+                raise NoLeader(f"No cluster leader: {self._no_server(served.peer)}")
             raise Denied(self._no_server(served.peer))
         if verb == "propose":
             origin, kind, args, actor, source = arguments
@@ -406,23 +408,27 @@ class Endpoint:
             raise BadRequest("the arguments of a greeting are a map")
         served.reply(request_id, self._bootstrap(verb, args, served.peer))
 
-    def _write(self, served: Served, request_id: int, origin: Any, kind: str, args: Any, actor: str) -> None:
-        node = self._node
+    def _write(self, served: Served, request_id: int, arguments: Sequence[Any]) -> None:
+        origin, kind, args, _token = arguments
+        peer, origin = served.peer, _origin(origin)
         if kind not in _EDGE_KINDS:
             raise Denied(f"{str(kind)[:64]} is not a command for agents")
-        check_arguments(args)
-        if kind == SetAutopilot.kind and args.get("auto_admit_servers") and not served.peer.local:
-            # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of itself.
-            raise Denied("AutoAdmitServers is set from the host of a server: run the command there")
-        clients = served.peer.clients
+        if served.request_bytes > NAME_CHARS_MAX or kind not in _FLAT_KINDS:
+            check_arguments(args)
+            if kind == SetAutopilot.kind and args.get("auto_admit_servers") and not peer.local:
+                # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of
+                # itself.
+                raise Denied("AutoAdmitServers is set from the host of a server: run the command there")
+        clients = peer.clients
         if origin[0] not in clients:
             if len(clients) >= CLIENTS_OF_A_CONNECTION_MAX:
                 raise Denied(f"more than {CLIENTS_OF_A_CONNECTION_MAX} clients write on one connection")
             clients.add(origin[0])
         # The common case without a task: validate, append, answer when it is applied.
-        write = _Write(self, served, request_id, origin, kind, args, actor)
+        write = _Write(self, served, request_id, origin, kind, args)
+        node = self._node
         try:
-            node.propose_for(write, origin, kind, args, actor, served.peer.address)
+            node.propose_for(write, origin, kind, args, peer.name, peer.address)
         except NoLeader:
             write.go_on()
         else:
@@ -435,13 +441,12 @@ class Endpoint:
         origin: Any,
         kind: str,
         args: Any,
-        actor: str,
         *,
         is_unknown: bool,
     ) -> None:
         """Through the next leader, or the one that this server follows."""
-        source = served.peer.address
-        write = self._node.write(origin, kind, args, actor=actor, source=source, is_unknown=is_unknown)
+        peer = served.peer
+        write = self._node.write(origin, kind, args, actor=peer.name, source=peer.address, is_unknown=is_unknown)
         work = self._settle(served, request_id, write)
         try:
             self._spawn(work)
@@ -557,13 +562,15 @@ class _Proposed:
 class _Write:
     """An agent. Where this server ceases to lead, the write goes on under the same origin to the next leader."""
 
-    __slots__ = ("_actor", "_args", "_endpoint", "_kind", "_origin", "_request_id", "_served")
+    __slots__ = ("_args", "_endpoint", "_kind", "_origin", "_request_id", "_served")
 
-    def __init__(
-        self, endpoint: Endpoint, served: Served, request_id: int, origin: Any, kind: str, args: Any, actor: str
-    ) -> None:
-        self._endpoint, self._served, self._request_id = endpoint, served, request_id
-        self._origin, self._kind, self._args, self._actor = origin, kind, args, actor
+    def __init__(self, endpoint: Endpoint, served: Served, request_id: int, origin: Any, kind: str, args: Any) -> None:
+        self._endpoint = endpoint
+        self._served = served
+        self._request_id = request_id
+        self._origin = origin
+        self._kind = kind
+        self._args = args
 
     def done(self) -> bool:
         return False
@@ -583,13 +590,15 @@ class _Write:
     def go_on(self, *, is_unknown: bool = False) -> None:
         """Ask whoever leads next. `is_unknown`: it may have been done already."""
         self._endpoint.write_elsewhere(
-            self._served, self._request_id, self._origin, self._kind, self._args, self._actor, is_unknown=is_unknown
+            self._served, self._request_id, self._origin, self._kind, self._args, is_unknown=is_unknown
         )
 
 
 # -- what a peer may say ---------------------------------------------------------------------------------------------
 
 _EDGE_KINDS = frozenset(EDGE_VOCABULARY)
+#: Commands with nothing inside of their fields: what decodes and came in a small frame needs no other check.
+_FLAT_KINDS = frozenset(kind for kind in EDGE_VOCABULARY if EDGE_VOCABULARY.is_flat(kind)) - {SetAutopilot.kind}
 _NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 #: Beginnings of the reasons for which `FrameConnection` and `Served` end a connection by themselves.
@@ -679,8 +688,13 @@ def _text(message: dict[str, Any], name: str, chars_max: int) -> str:
 
 def _origin(origin: Any) -> tuple[str, int, int]:
     client, sequence, first = origin
-    if not (type(client) is str and type(sequence) is int and type(first) is int and 0 <= first <= sequence < 1 << 63):
+    if type(client) is not str or type(sequence) is not int or type(first) is not int:
+        raise BadRequest("malformed origin of a write")
+    if not 0 <= first <= sequence <= _SEQUENCE_MAX:
         raise BadRequest("malformed origin of a write")
     if not 0 < len(client) <= 64:
         raise BadRequest("a client's id has 1 to 64 characters")
-    return client, sequence, first
+    return origin  # type: ignore[no-any-return]
+
+
+_SEQUENCE_MAX = (1 << 63) - 1

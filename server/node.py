@@ -11,15 +11,15 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from rostra.acl.authorizer import Everything
 from rostra.runtime.log import get
-from rostra.server.raft.log import RaftLog
+from rostra.server.raft.log import Outcome, RaftLog
 from rostra.server.state.capture import Loader
 from rostra.server.state.commands import COMMAND_VOCABULARY
-from rostra.server.state.entry import encode_args
+from rostra.server.state.entry import FORMAT as ENTRY_FORMAT
+from rostra.server.state.entry import pack_entry
 from rostra.server.state.kv import SetKey
 from rostra.server.state.store import Store
 from rostra.server.watches import Watches
@@ -37,18 +37,6 @@ UNKNOWN = "the leader was lost before it answered: the write may or may not have
 NEVER = (1 << 63) - 1
 #: So many lock-delays are noted before those that are over are looked for.
 LOCK_DELAYS_MIN = 1024
-
-
-class Outcome(Protocol):
-    """Who waits for the result of a proposal; a Future is one."""
-
-    def done(self) -> bool:
-        """Whether nobody waits any more."""
-
-    def set_result(self, result: Any, /) -> None: ...
-
-    def set_exception(self, error: Exception, /) -> None:
-        """NoLeader (certainly not done), Timeout (unknown), or the refusal of what does not fit into the log."""
 
 
 class ServerNode:
@@ -271,10 +259,9 @@ class ServerNode:
         actor: str,
         source: str,
     ) -> None:
-        """As `propose`; the result goes to `outcome`."""
-        raft = self.raft
-        cluster_id = self.store.cluster_id
-        if raft is None or not raft.is_leader or not (cluster_id or kind == "cluster.bootstrap"):
+        """As `propose`; the result goes to `outcome`. `origin` is one that `_origin` in endpoint.py lets pass."""
+        raft, store = self.raft, self.store
+        if raft is None or not raft.is_leader or not (store.cluster_id or kind == "cluster.bootstrap"):
             raise NoLeader
         command = COMMAND_VOCABULARY.decode(kind, args)
         if not command.allowed(self._can):
@@ -283,15 +270,10 @@ class ServerNode:
             # Refused through the log: an earlier attempt of the same origin may be under way, and one answer holds.
             command = SetKey(command.key, b"", cas=NEVER)
             args = {"key": command.key, "value": b"", "cas": NEVER}
-        at_ms = int(self._wall() * 1000)
-        entry = encode_args(
-            kind, args, cluster_id=self.cluster_id, client=origin, at_ms=at_ms, actor=actor, source=source
-        )
-        if hasattr(raft, "propose_for"):
-            raft.propose_for(outcome, entry)
-        else:
-            raft.propose(entry).add_done_callback(partial(_pass_on, outcome))
-        self.store.expect(entry, self.cluster_id, origin, at_ms, actor, kind, command)
+        cluster_id, at_ms = self.cluster_id, int(self._wall() * 1000)
+        entry = pack_entry((ENTRY_FORMAT, cluster_id, origin, at_ms, actor, source, kind, args))
+        raft.propose_for(outcome, entry)
+        store.expect(entry, cluster_id, origin, at_ms, actor, kind, command)
 
     def _lock_delayed(self, command: SetKey) -> bool:
         until = self.lock_delays.get(command.key)
@@ -454,17 +436,6 @@ class _Rounds:
                 raise
             else:
                 future.set_result(None)
-
-
-def _pass_on(outcome: Outcome, future: asyncio.Future[Any]) -> None:
-    if outcome.done():
-        return
-    if future.cancelled():
-        outcome.set_exception(NoLeader())
-    elif error := future.exception():
-        outcome.set_exception(error)  # type: ignore[arg-type]
-    else:
-        outcome.set_result(future.result())
 
 
 def unwrap(result: Any) -> Any:

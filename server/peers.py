@@ -62,7 +62,8 @@ async def ask(
             raw = connection.info("socket")
             if raw is not None:
                 raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            assert connection.ssl_object is not None
+            if connection.ssl_object is None:
+                raise ConnectionError("closed right after the handshake")
             shown = peer_key_hash(connection.ssl_object)
             if key_hash is not None and shown != key_hash:
                 raise Denied(f"{host}:{port} showed another key than the member list names")

@@ -16,7 +16,7 @@ from typing import Any
 
 from rostra.runtime.log import RateLimited, get
 from rostra.server.bootstrap import MEMBER, WAITING, Membership, ServerInfo, dump_membership, parse_server
-from rostra.server.endpoint import Peer
+from rostra.server.endpoint import Peer, about_node
 from rostra.server.enrolment import enrolment_problem
 from rostra.server.node import ServerNode
 from rostra.server.raft.log import RaftLog
@@ -138,6 +138,9 @@ class Roster:
             raise BadRequest(
                 f"{said.name} is in datacenter {said.datacenter!r}, this cluster in {self._node.datacenter!r}"
             )
+        about_node(args, said.datacenter, "")  # its address and version are texts that others can live with
+        if not said.rpc_port:
+            raise BadRequest(f"{said.name} says no port")
         answer: dict[str, Any] = {**self._hello(), "state": "", "leader": "", "reason": ""}
         raft = self._node.raft
         if raft is None:
@@ -155,9 +158,9 @@ class Roster:
 
     def _note(self, said: ServerInfo, args: dict[str, Any]) -> str:
         """Put it on the list. Why it will not be let in as it is, or ""."""
-        suffrage, version = args.get("suffrage"), args.get("version")
-        if suffrage not in (LEARNER, REPLICA) or not isinstance(version, str) or len(version) > 64:
-            raise BadRequest("malformed request to be let in")
+        suffrage = args.get("suffrage")
+        if suffrage not in (LEARNER, REPLICA):
+            raise BadRequest(f"a server is let in as {LEARNER} or {REPLICA}")
         now = self._now()
         self._forget_silent(now)
         old = self._waiting.get(said.key_hash)
@@ -178,7 +181,7 @@ class Roster:
             said.address,
             said.rpc_port,
             str(suffrage),
-            version if version.isprintable() else "",
+            args.get("version") or "",
             old.since if old is not None else now,
             now,
         )
@@ -412,7 +415,8 @@ class Roster:
 
     async def _bind(self, member: Member) -> None:
         known = self._node.store.tables.members.get(member.name)
-        known = known if known is not None and known.key_hash == member.key_hash else None
+        # The row of the founding knows no version, and no port of the agent: like ours, until its agent says otherwise.
+        known = known if known is not None and known.key_hash == member.key_hash and known.version else None
         await self._node.own_write(
             BindNode(
                 name=member.name,

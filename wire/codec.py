@@ -26,6 +26,9 @@ _NAMES = {str: "a string", int: "an integer", bool: "true or false", bytes: "byt
 _NAMES |= {tuple: "a list", list: "a list", type(None): "nothing"}
 
 
+_FLAT = frozenset((str, bytes, int, bool, type(None)))
+
+
 class Unknown(BadRequest):
     """A kind or a field that this version does not have."""
 
@@ -65,6 +68,13 @@ class Vocabulary:
 
     def __iter__(self) -> typing.Iterator[str]:
         return iter(self._specs)
+
+    def is_flat(self, kind: str) -> bool:
+        """Whether every field of this kind is a text, bytes, an integer, true or false, or nothing."""
+        return all(
+            accepted is not None and accepted <= _FLAT and inside is None
+            for accepted, inside in self._specs[kind].shapes.values()
+        )
 
     def get(self, kind: str) -> type | None:
         spec = self._specs.get(kind)

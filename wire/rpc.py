@@ -22,18 +22,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgpack
-
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, NoLeader, RostraError, TooLarge, from_wire
-from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX, pack, unpack
+from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX, pack, unpack, unpack_request
 
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 64 << 10
 CREDIT_CHUNKS = 8
 FULL, DONE, END = 1, 2, 4
-
-_unpack = msgpack.unpackb
 
 #: Requests that may be under way on one connection; one more is refused.
 REQUESTS_MAX = 16_384
@@ -291,11 +287,12 @@ class Served:
         self._handle = handle
         self._unforeseen = unforeseen
         self._open = 0
+        self.request_bytes = 0  # of the request that is being handled
         self.streams: dict[int, ServedStream] = {}
 
     def on_frame(self, payload: bytes) -> None:
         try:
-            request_id, verb, *arguments = _unpack(payload, use_list=False, strict_map_key=False)
+            request_id, verb, *arguments = unpack_request(payload)
             if type(request_id) is not int or type(verb) is not str:
                 raise ValueError("id or verb of the wrong type")
         except Exception:  # the library raises a dozen types for bad input
@@ -320,6 +317,7 @@ class Served:
             self.connection.send(pack((request_id, "err", "internal", "too many requests on this connection")))
             return
         self._open += 1
+        self.request_bytes = len(payload)
         try:
             self._handle(self, request_id, verb, arguments)
         except RostraError as e:

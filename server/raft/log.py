@@ -485,17 +485,19 @@ class RaftLog:
         heir, term = max(able, key=lambda peer: peer.match_index).id, self.term
         deadline = self._loop.time() + 2 * self._timing.election_max_s
         node = self._replication.followers[heir].node
-        self._handing_over = True
+        self._handing_over, offer_at = True, 0.0
         try:
             while self._loop.time() < deadline and self.is_leader and self.term == term:
                 last = self._journal.last_index
                 is_level = self._core.commit_index() == last and self._core.match_index(node) == last
-                if is_level and self._transfer_term != term:
+                if is_level and self._loop.time() >= offer_at:
                     # From here on another leader may be elected at any moment: no lease in this term any more.
                     self._transfer_term = term
-                    self.counters.transfers += 1
+                    self.counters.transfers += offer_at == 0.0
                     self._links.post(heir, {"type": "timeout_now", "term": term})
                     self._links.flush()
+                    # Again, where it is not taken: a heartbeat that arrived with it put the heir's election off.
+                    offer_at = self._loop.time() + self._timing.heartbeat_s
                 await asyncio.sleep(self._timing.heartbeat_s / 10)
         finally:
             self._handing_over = False

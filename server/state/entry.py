@@ -9,6 +9,7 @@ them. A Raft entry carries a msgpack array of these byte strings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgpack
@@ -18,7 +19,8 @@ from rostra.wire.errors import BadRequest
 
 FORMAT = 1
 
-_pack = msgpack.Packer(use_bin_type=True).pack
+#: The bytes of an entry whose parts are known to be good, see `encode_args`.
+pack_entry: Callable[[tuple[Any, ...]], bytes] = msgpack.Packer(use_bin_type=True).pack
 _unpack = msgpack.unpackb
 
 
@@ -68,8 +70,7 @@ def encode_args(
         raise BadRequest("a client is named by a string and two integers")
     if not 0 <= first_outstanding <= sequence < 1 << 63:
         raise BadRequest("a sequence number must not be below the first outstanding one")
-    packed: bytes = _pack((FORMAT, cluster_id, client, at_ms, actor, source, kind, args))
-    return packed
+    return pack_entry((FORMAT, cluster_id, client, at_ms, actor, source, kind, args))
 
 
 def read_entry(data: bytes) -> tuple[str, tuple[str, int, int], int, str, str, dict[str, Any]]:

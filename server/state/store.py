@@ -104,7 +104,7 @@ class Store:
         self.internal_errors: dict[str, int] = {}  # text of an unexpected exception in a command -> how often
         self._decoders = commands.decoders
         self._tx = Tx(self.tables)
-        self._cluster_id = ""
+        self.cluster_id = ""  # as the bootstrap has named it
         #: Of the entries since the last `take`: what they touched, and what each server's own clock has to know.
         self._touches: list[Touches] = []
         self._effects: list[tuple[Any, ...]] = []
@@ -120,10 +120,6 @@ class Store:
         self._expected: dict[bytes, tuple[Any, ...]] = {}
 
     # -- writing --------------------------------------------------------------------------------------------------
-
-    @property
-    def cluster_id(self) -> str:
-        return self._cluster_id
 
     def apply(self, data: bytes) -> Applied:
         """Apply one entry of the log. Raises only what must stop the process (UnknownEntry, MemoryError, ...)."""
@@ -151,21 +147,15 @@ class Store:
         self._fold()
         return results, touches, effects
 
-    def expect(
-        self,
-        data: bytes,
-        cluster_id: str,
-        client: tuple[str, int, int],
-        at_ms: int,
-        actor: str,
-        kind: str,
-        command: Any,
-    ) -> None:
-        """This server proposes `data` and knows already what is in it, if it should be applied."""
+    def expect(self, data: bytes, *known: Any) -> None:
+        """This server proposes `data`, and knows what is in it if it should be applied.
+
+        `known`: cluster id, client, at_ms, actor, kind and the command itself.
+        """
         if len(data) <= _EXPECTED_BYTES_MAX:
             if len(self._expected) >= _EXPECTED_MAX:
                 self._expected.clear()
-            self._expected[data] = (cluster_id, client, at_ms, actor, kind, command)
+            self._expected[data] = known
 
     def expect_nothing(self) -> None:
         """What was proposed here may never be applied."""
@@ -184,7 +174,7 @@ class Store:
                 raise UnknownEntry(
                     f"a log entry is a {kind!r} command, unknown to this version: a newer version wrote it"
                 ) from None
-        ours = self._cluster_id
+        ours = self.cluster_id
         if (cluster_id != ours or not ours) and (ours or kind != "cluster.bootstrap"):
             name = ours or "none yet"
             return self._counted(("err", "conflict", f"entry of cluster {cluster_id!r}, this one is {name!r}"), ())
@@ -223,7 +213,7 @@ class Store:
                 self._effects += self._real_effects(tx.effects)
                 tx.effects.clear()
             if kind == "cluster.bootstrap":
-                self._cluster_id = self.tables.cluster.rows[""].cluster_id
+                self.cluster_id = self.tables.cluster.rows[""].cluster_id
         if client_id:
             clients.remember(client_id, client, sequence, first, result, index)
         return self._counted(result, tx.changes)
@@ -388,7 +378,7 @@ class Store:
         self.index, self.history = loaded.index, loaded.history
         self._tx = Tx(self.tables)
         row = self.tables.cluster.rows.get("")
-        self._cluster_id = row.cluster_id if row is not None else ""
+        self.cluster_id = row.cluster_id if row is not None else ""
         self._ring.clear()
         self._ring_touches = 0
         self._ring_after = self.index

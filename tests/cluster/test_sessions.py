@@ -169,7 +169,7 @@ async def test_a_lost_session_does_not_hold_up_the_loop_until_there_is_another(
         assert core._raft is not None
         await eventually(lambda: core.node.store.tables.checks.get(("s1", "serfHealth")))
         with monkeypatch.context() as slow:
-            slow.setattr(core._raft, "propose", lambda entry: asyncio.get_running_loop().create_future())
+            slow.setattr(core._raft, "propose_for", lambda outcome, entry: None)
             write = asyncio.ensure_future(session.write(SetKey("k", b"x"), timeout_s=5.0))
             while session._caller is None or len(session._caller._calls) < 2:  # the write, and after it a ping
                 await asyncio.sleep(0)

@@ -55,11 +55,7 @@ class House:
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self._pids())
 
     def rss_mib(self) -> float:
-        total = 0
-        for pid in self._pids():
-            with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-                total += int(file.read().split()[1])
-        return total * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+        return sum(rss_mib(pid) for pid in self._pids())
 
     def _pids(self) -> list[int]:
         agent = self.agents["s2"]
@@ -72,6 +68,11 @@ class House:
             for line in agent.process.log.splitlines()
             if all(w in line for w in words)
         ]
+
+
+def rss_mib(pid: int) -> float:
+    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,26 @@ def test_bombs_and_pickles_are_closed_and_leave_nothing(unmoved: House) -> None:
         outcome = attack(target)
         assert outcome.closed_after_s < BOUND_S, name
         assert len(outcome.received) <= 1, name  # the answer to the hello
+
+
+def test_refused_connections_are_counted_and_leave_no_memory_behind(unmoved: House) -> None:
+    target, server = unmoved.target("rpc"), unmoved.agents["s2"]
+    pid = server.core_pid()
+
+    def closed() -> int:
+        gauges = {g["Name"]: g["Value"] for g in server.api.get("/v1/agent/metrics").json()["Gauges"]}
+        return sum(int(v) for name, v in gauges.items() if ".counts.connections_" in name)
+
+    def attack(n: int) -> None:
+        kinds = [rpc_attack.insiders()["an unknown protocol"], *rpc_attack.impostors().values()]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: kinds[i % len(kinds)](target), range(n)))
+
+    attack(50)
+    counted, rss = closed(), rss_mib(pid)
+    attack(300)
+    assert rss_mib(pid) < rss + 5  # each left 30 to 50 KiB, where the end of a connection was a cycle
+    eventually("all are counted", lambda: closed() >= counted + 300, 3)
 
 
 @pytest.mark.parametrize("port", ["rpc", "join"])

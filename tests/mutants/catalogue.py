@@ -107,6 +107,13 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_guard.py test_a_leader_that_contradicts_a_committed_entry_stops_the_process",
     ),
     _mutant(
+        "H2.5",
+        "entries that come again commit more than the leader says",
+        GUARD,
+        ('"commit_index": min(message["commit_index"], end),', '"commit_index": end,'),
+        by="test_guard.py test_h2_entries_that_come_again_commit_no_more_than_the_leader_says",
+    ),
+    _mutant(
         "H3.1",
         "a snapshot at the start throws the log's tail away",
         SNAPSHOTTING,
@@ -316,6 +323,13 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_guard.py test_h10_an_answer_about_a_snapshot_of_an_earlier_term_counts_for_nothing",
     ),
     _mutant(
+        "H10.3",
+        "a piece of a snapshot may be answered for more than is committed",
+        GUARD,
+        (' or message["index"] > self._core.commit_index():', ":"),
+        by="test_guard.py test_h10_a_follower_cannot_have_a_snapshot_beyond_what_is_committed",
+    ),
+    _mutant(
         "H11.1",
         "every reset of a flight is honoured",
         REPLICATION,
@@ -349,6 +363,13 @@ MUTANTS: tuple[Mutant, ...] = (
         REPLICATION,
         (" and follower.flight_bytes < WINDOW_BYTES", ""),
         by="test_guard.py test_a_window_bounds_what_is_on_its_way_to_a_silent_follower",
+    ),
+    _mutant(
+        "H12.4",
+        "each answer causes another message",
+        REPLICATION,
+        ("        if self._core.next_index(follower.node) <= self._journal.last_index:\n", "        if True:\n"),
+        by="test_guard.py test_h12_an_answer_to_a_heartbeat_causes_no_message",
     ),
     _mutant(
         "H13.1",
@@ -394,6 +415,30 @@ MUTANTS: tuple[Mutant, ...] = (
         ELECTIONS,
         ('            and (message["last_log_term"], message["last_log_index"]) >= (last[2], last[1])\n', ""),
         by="test_guard.py test_a_pre_vote_is_refused_to_a_shorter_log_and_a_known_term",
+    ),
+    _mutant(
+        "H13.7",
+        "a term may fall",
+        GUARD,
+        (
+            '        if message["term"] > self._core.term():\n            self._core.adopt_term',
+            "        if True:\n            self._core.adopt_term",
+        ),
+        by="test_guard.py test_h13_terms_never_fall",
+    ),
+    _mutant(
+        "H13.8",
+        "a refused pre-vote counts as granted",
+        ELECTIONS,
+        ('elif message["granted"] and message["term"] == self._asked_term', 'elif message["term"] == self._asked_term'),
+        by="test_guard.py test_refusals_and_grants_for_another_term_are_no_grants",
+    ),
+    _mutant(
+        "H13.9",
+        "a leader grants pre-votes",
+        ELECTIONS,
+        ("            and not self._core.is_leader()\n", ""),
+        by="test_guard.py test_a_leader_grants_nobody_a_pre_vote",
     ),
     _mutant(
         "H14.1",
@@ -479,6 +524,13 @@ MUTANTS: tuple[Mutant, ...] = (
         LOG,
         ("if replication.has_other_voters or journal.is_durable or not core.is_leader():", "if True:"),
         by="test_log.py test_a_result_is_given_only_when_the_disk_has_the_entry",
+    ),
+    _mutant(
+        "H19.3",
+        "answers that wait for the leader's disk are counted without it",
+        REPLICATION,
+        ('while follower.held and follower.held[0]["next_node_idx"] - 1 <= durable:', "while follower.held:"),
+        by="test_guard.py test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry",
     ),
     _mutant(
         "H20.1",
@@ -609,6 +661,13 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_guard.py test_h21_the_vote_of_a_learner_is_none",
     ),
     _mutant(
+        "H21.7",
+        "a list of members counts although its entry was not taken",
+        GUARD,
+        ("        if entries and fits:", "        if entries:"),
+        by="test_guard.py test_h21_entries_that_do_not_fit_change_no_members",
+    ),
+    _mutant(
         "H22.1",
         "entries are applied while the tables are copied for a snapshot",
         LOG,
@@ -729,6 +788,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "server/node.py",
         ("            future, self._next = self._next, None\n", "            future = self._next\n"),
         by="tests/unit/server/test_rounds.py test_a_request_never_joins_a_round_that_has_begun",
+    ),
+    _mutant(
+        "READINDEX.5",
+        "two rounds of one moment are the same",
+        REPLICATION,
+        ("self.round = max(self._clock(), self.round + 1)", "self.round = self._clock()"),
+        by="test_guard.py test_rounds_grow_although_the_clock_stands_still",
     ),
     _mutant(
         "NOOP.1",

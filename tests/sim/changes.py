@@ -119,11 +119,7 @@ class Operator:
         yield
         machine.start()
         host = machine.name
-
-        def moved(members: Members) -> Members:
-            return tuple(replace(m, host=host) if m.id == machine.id else m for m in members)
-
-        yield from self._change(moved)
+        yield from self._change(lambda members: members, lambda members: (machine.id, host) in _addresses(members))
 
     # -- steps
 
@@ -171,14 +167,14 @@ class Operator:
         machine.is_gone = True
         machine.cut_power()
 
-    def _change(self, edit: Callable[[Members], Members]) -> Job:
-        """Until a leader says that the list is settled and as `edit` makes it."""
+    def _change(self, edit: Callable[[Members], Members], is_done: Callable[[Members], bool] = lambda _: True) -> Job:
+        """Until a leader says that the list is settled and as `edit` makes it, and `is_done` agrees."""
         while True:
             leader = self.cluster.leader()
             if leader is not None and leader.raft is not None and leader.raft.members_settled:
                 members = leader.raft.members
                 wanted = edit(members)
-                if wanted == members and leader.raft.lease_valid():
+                if wanted == members and is_done(members) and leader.raft.lease_valid():
                     self.cluster.counts["member changes"] += 1
                     return
                 if wanted != members and self._is_safe(leader, wanted):
@@ -214,3 +210,7 @@ class Operator:
         ids = {m.id for m in leader.members if fits(m)} if leader is not None else set()
         machines = [m for m in self.cluster.machines if m.id in ids and not m.is_gone]
         return self.chance.choice(machines) if machines else None
+
+
+def _addresses(members: Members) -> set[tuple[str, str]]:
+    return {(m.id, m.host) for m in members}

@@ -6,6 +6,7 @@ unknown outcome it asks another server the same thing under the same origin. It 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rostra.wire.errors import NoLeader, RostraError, Timeout
@@ -47,9 +48,13 @@ class Client:
         if server is None or server is self._server:
             self._server = None
 
-    def write(self, kind: str, args: dict[str, Any]) -> None:
+    def write(
+        self, kind: str, args: dict[str, Any], server: Server | None = None, then: Callable[[], None] | None = None
+    ) -> None:
+        """At `server` first, or at any. `then` follows the acknowledgement."""
         self._sequence += 1
         write = self.outstanding[self._sequence] = Write(self, self._sequence, kind, args)
+        write.wanted, write.then = server, then
         write.send()
 
     def read(self, mode: str, key: str, server: Server | None = None) -> None:
@@ -63,6 +68,8 @@ class Question:
     def __init__(self, client: Client) -> None:
         self.client, self.world = client, client.world
         self.is_over = False
+        #: whom to ask first
+        self.wanted: Server | None = None
         self._attempt = 0
         self._asked: Server | None = None
 
@@ -70,7 +77,7 @@ class Question:
         if self.is_over:
             return
         self._attempt += 1
-        server = self.server()
+        server, self.wanted = self.wanted or self.client.server(), None
         if server is None:
             self.world.after(AGAIN_S, self._again, self._attempt)
             return
@@ -113,9 +120,6 @@ class Question:
 
     # -- of each kind
 
-    def server(self) -> Server | None:
-        return self.client.server()
-
     def ask(self, server: Server) -> None:
         """In the server's process."""
         raise NotImplementedError
@@ -136,6 +140,7 @@ class Write(Question):
         #: Some attempt may still be done, whatever another one is told.
         self.is_unknown = False
         self._begun_s = self.world.now
+        self.then: Callable[[], None] | None = None
         client.cluster.open_writes += 1
 
     def __repr__(self) -> str:
@@ -170,6 +175,8 @@ class Write(Question):
             oracle.was_acknowledged(self.origin, ("ok", outcome))
             self.client.cluster.acknowledged()
             self.client.cluster.written(self._begun_s)
+            if self.then is not None:
+                self.then()
         self.is_over = True
         self.client.cluster.open_writes -= 1
         del self.client.outstanding[self.sequence]
@@ -178,18 +185,18 @@ class Write(Question):
 class Read(Question):
     def __init__(self, client: Client, mode: str, key: str, server: Server | None) -> None:
         super().__init__(client)
-        self.mode, self.key = mode, key
-        self._wanted = server
+        self.mode, self.key, self.wanted = mode, key, server
         self._floor = client.cluster.oracle.floor
 
     def __repr__(self) -> str:
         return f"{self.mode} read of {self.key}"
 
-    def server(self) -> Server | None:
-        return self._wanted or super().server()
-
     def ask(self, server: Server) -> None:
-        server.ask(self, server.read(self.mode, self.key))
+        raft = server.raft
+        if self.mode == "default" and raft is not None and raft.is_leader and raft.lease_valid():
+            self.answered(server, server.look(self.key))  # as the endpoint does, without a task
+        else:
+            server.ask(self, server.read(self.mode, self.key))
 
     def unknown(self) -> None:
         self.is_over = True  # a read may be forgotten

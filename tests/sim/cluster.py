@@ -92,6 +92,7 @@ class Cluster:
         self.healed_at = 0.0
         self.written_s = 0.0  # when the first write that began after that was acknowledged
         self._values = 0
+        self._silent_until = 0.0  # clients do not write for a while
         #: What the fault injector expects to see stopping, by host.
         self.doomed: set[str] = set()
         self.dead: list[Server] = []
@@ -112,7 +113,29 @@ class Cluster:
             self.written_s = self.world.now
 
     def role_changed(self, server: Server, is_leader: bool, term: int) -> None:
-        pass
+        if is_leader and not self.is_quiet:
+            for _ in range(3):
+                self.world.after(0.01 * self.chance.random() ** 2, self._read_at, server)
+            for machine in self.machines:
+                other = machine.server
+                if other is not None and other is not server and other.raft is not None and other.raft.is_leader:
+                    self.world.after(0.0003, self._challenge, server, other)
+
+    def _read_at(self, server: Server) -> None:
+        if not server.loop.is_dead:
+            self.chance.choice(self.clients).read("default", self.chance.choice(self.keys), server)
+
+    def _challenge(self, new: Server, old: Server) -> None:
+        """A write at the new leader; once it is acknowledged, reads at one that does not know yet."""
+        chance = self.chance
+
+        def written() -> None:
+            for _ in range(4):
+                self.world.after(0.02 * chance.random() ** 2, self._read_at, old)
+
+        self._values += 1
+        key, value = chance.choice(self.keys), b"%d" % self._values
+        chance.choice(self.clients).write("kv.set", {"key": key, "value": value}, new, written)
 
     def loaded(self, server: Server, position: int) -> None:
         self.counts["snapshots installed" if server.is_up else "snapshots restored"] += 1
@@ -224,6 +247,10 @@ class Cluster:
         client = chance.choice(self.clients)
         what = chance.random()
         count = 1
+        if self.world.now < self._silent_until:
+            what = 0.68 + 0.32 * what  # only reads
+        elif chance.random() < 0.004 and not self.healed_at:
+            self._silent_until = self.world.now + 0.4 + 0.4 * chance.random()
         if what < 0.68:
             if chance.random() < 0.08:
                 count = chance.randint(8, 40)

@@ -171,9 +171,18 @@ class Faults:
         seconds = 5.0 if self.chance.random() < 0.03 else self.chance.choice((0.1, 0.25, 0.5, 1.2)) * (
             0.8 + 0.4 * self.chance.random()
         )
-        self.world.note(machine.name, f"stands still for {seconds:.2f} s")
-        machine.server.loop.pause(seconds)
+        self._pause(machine.server, seconds)
         return True
+
+    def _pause(self, server: Server, seconds: float) -> None:
+        """In the middle of what it does next."""
+        loop = server.loop
+
+        def burnt() -> None:
+            self.world.note(server.host, f"stands still for {seconds:.2f} s")
+            loop.pause(seconds)
+
+        loop.fuse, loop.burnt = self.chance.randint(0, 12), burnt
 
     def depose(self) -> bool:
         """The leader stands still or is cut off for long enough to lose its place, and is asked all the time."""
@@ -185,8 +194,7 @@ class Faults:
         way = self.chance.random()
         name = leader.host
         if way < 0.4:
-            self.world.note(name, f"stands still for {seconds:.2f} s")
-            leader.loop.pause(seconds)
+            self._pause(leader, seconds)
         else:
             if way < 0.6:  # one of the others loses sight of it
                 others = [self.chance.choice(others)]

@@ -86,6 +86,7 @@ class Network:
         protocol = factory()
         transport.protocol = protocol
         protocol.connection_made(transport)
+        transport.take_early()
         return transport, protocol
 
     def _knock(self, process: Process, host: str, answer: asyncio.Future[End]) -> None:
@@ -156,6 +157,7 @@ class End:
         self.owner, self.other = owner, other
         self.peer: End
         self.protocol: Any = None
+        self._early: list[bytes | None] = []  # what came before there was a protocol to take it
         self._path = network.path(owner.host, other.host)
         #: on their way to the other end; None is the end of the stream
         self._flying: deque[bytes | None] = deque()
@@ -263,10 +265,17 @@ class End:
         """In this end's process: bytes, or the end of the stream."""
         if not self.is_alive:
             return
-        if data is None:
+        if self.protocol is None:
+            self._early.append(data)
+        elif data is None:
             self._lost(None)
         else:
             self.protocol.data_received(data)
+
+    def take_early(self) -> None:
+        early, self._early = self._early, []
+        for data in early:
+            self._take(data)
 
     def _lost(self, error: Exception | None) -> None:
         """In this end's process."""

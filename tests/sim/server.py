@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rostra.server.endpoint import Endpoint, Peer
 from rostra.server.node import ServerNode
-from rostra.server.peers import Peers
+from rostra.server.peers import Peers, dial
 from rostra.server.raft.core import LEADER
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import Member, Members
 from rostra.server.raft.transport import Link, Links
+from rostra.server.roster import Roster
+from rostra.server.standing import Standing
 from rostra.server.state import cluster
 from rostra.server.state.kv import GetKey
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import NoLeader, RostraError
 from rostra.wire.frames import unpack
+from rostra.wire.rpc import Caller, hello
 from tests.sim.disk import OpenDisk, VirtualDisk
 from tests.sim.network import End
 from tests.sim.world import Clock, Loop, ProcessExit
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 CLUSTER_ID = "5c1f7f0e-4c5e-4f2b-9a57-0f6d6f1f7a10"
 PORT = 8300
+DATACENTER = "dc1"
 #: When every run begins.
 EPOCH_S = 1_700_000_000.0
 
@@ -69,7 +73,11 @@ class Machine:
         return Clock(self.world.chance.uniform(10, 1000), 1 + self.world.chance.uniform(-drift, drift))
 
     def member(self, suffrage: str) -> Member:
-        return Member(self.id, self.name, PORT, self.key_hash, f"{self.name}-{self.generation}", suffrage)
+        return Member(self.id, self.name, PORT, self.key_hash, self.server_name, suffrage)
+
+    @property
+    def server_name(self) -> str:
+        return f"server-{self.number}-{self.generation}"
 
     def start(self) -> None:
         if self.server is None and not self.is_gone:
@@ -120,7 +128,7 @@ class Server:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.cluster = machine, machine.cluster
         self.world, self.host = machine.world, machine.name
-        self.id, self.key_hash = machine.id, machine.key_hash
+        self.id, self.key_hash, self.name = machine.id, machine.key_hash, machine.server_name
         world, profile = self.world, self.cluster.profile
         self.loop = loop = Loop(world, self.host, machine.clock, unhandled=self._unhandled)
         loop.interrupted, loop.perf_step = profile.interrupted, profile.perf_step
@@ -131,9 +139,11 @@ class Server:
         loop.connector = lambda factory, host: self.cluster.network.connect(self, factory, host)
         self.chance = random.Random(world.chance.getrandbits(48))
         self.raft: RaftLog | None = None
+        self._starting: RaftLog | None = None
         self.is_up = False  # has applied what it knew to be committed
         self.members: Members = ()
-        self.followed: set[str] = set()
+        self._introduced: Members = ()
+        self._server_ids: dict[str, str] = {}
         #: what clients have asked of this process: told when it dies
         self.asked: dict[Any, None] = {}
         world.note(self.host, f"starts as {self.id}")
@@ -144,8 +154,8 @@ class Server:
     def _start(self) -> None:
         self.node = ServerNode(
             node_id=self.id,
-            name=self.host,
-            datacenter="dc1",
+            name=self.name,
+            datacenter=DATACENTER,
             spawn=self.spawn,
             clock=self.loop.time,
             wall=lambda: EPOCH_S + self.world.now,
@@ -155,17 +165,22 @@ class Server:
         self.state = RecordedState(self)
         self.peers = Peers(me=self.id, context=lambda: self, about=self._about, spawn=self.spawn)  # type: ignore[arg-type,return-value]
         self.node.peer = self.peers.caller
+        self.roster = Roster(
+            self.node, serf_port=8301, version="1", hello=self._hello, hint=self.peers.hint, now=self.loop.time
+        )
         self.endpoint = Endpoint(
             self.node,
             spawn=self.spawn,
-            server_key=lambda key_hash: next((m.id for m in self.members if m.key_hash == key_hash), None),
+            server_key=self._server_ids.get,
             enrol=_refuse_all,
             accept_raft=self._accept_raft,
-            bootstrap=lambda *_: {},
-            acts={"ping": _pong},
+            bootstrap=self._greeted,
+            acts={"ping": _pong, "raft.moved": self._moved},
             about=self._about,
+            met=self._met,
         )
         self.cluster.network.processes[self.host] = self
+        self._members_changed(self.machine.members)
         self.spawn(self._run())
 
     async def _run(self) -> None:
@@ -193,11 +208,88 @@ class Server:
         except OSError as e:  # the program ends with a message
             self.fail_stop(f"cannot start: {e}")
         self.raft = self.node.raft = raft
+        self._follow_servers()
         self.is_up = True
         self.world.note(self.host, f"is up at {raft.applied_index}, term {raft.term}")
+        standing = Standing(
+            self.node,
+            raft,
+            self.peers,
+            host=self.host,
+            port=PORT,
+            candidates=list,
+            asking=lambda: {**self._hello(), "suffrage": "learner", "version": "1"},
+            ask=self._call_bootstrap,
+            moved=self.roster.moved,
+            introduce=self._introduce,
+            now=self.loop.time,
+        )
+        await standing.keep()
+
+    # -- as in server/run.py
 
     def _about(self) -> dict[str, Any]:
-        return {"cluster": CLUSTER_ID, "name": self.host, "node_id": self.id}
+        return {
+            "name": self.name,
+            "node_id": self.id,
+            "cluster": CLUSTER_ID,
+            "datacenter": DATACENTER,
+            "version": "1",
+            "address": self.host,
+            "rpc_port": PORT,
+        }
+
+    def _hello(self) -> dict[str, Any]:
+        return {**self._about(), "key_hash": self.key_hash}
+
+    def _greeted(self, kind: str, args: dict[str, Any], peer: Peer) -> dict[str, Any]:
+        return self.roster.answer_join(args, peer)
+
+    async def _moved(self, peer: Peer, args: dict[str, Any]) -> None:
+        await self.roster.moved(peer.node_id, args["host"], args["port"])
+
+    async def _call_bootstrap(self, address: str, kind: str, args: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        host, _, port = address.rpartition(":")
+        connection, _, key_hash = await dial(
+            host,
+            int(port),
+            self,  # type: ignore[arg-type]
+            hello("bootstrap", **self._about()),
+            key_hash=None,
+        )
+        try:
+            caller = Caller(connection)
+            connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
+            async with asyncio.timeout(2.0):
+                return await caller.call(kind, args), key_hash
+        except TimeoutError:
+            raise NoLeader(f"{address} does not answer") from None
+        finally:
+            connection.close()
+
+    def _introduce(self, members: Members) -> None:
+        known = {m.id for m in self.members}
+        for member in members:
+            self.peers.hint(member.id, member.host, member.port)
+        strangers = tuple(m for m in members if m.id not in known)
+        if strangers != self._introduced:
+            self.world.note(self.host, "hears of " + " ".join(m.host for m in strangers))
+            self._introduced = strangers
+            self._follow_servers()
+            if self.raft is not None:
+                self.raft.introduce(strangers)
+
+    def _follow_servers(self) -> None:
+        listed = {m.id for m in self.members}
+        servers = (*self.members, *(m for m in self._introduced if m.id not in listed))
+        self._server_ids.clear()
+        self._server_ids.update({m.key_hash: m.id for m in servers})
+        if self.raft is not None:
+            self.peers.follow(servers)
+        self.endpoint.drop_former_servers()
+
+    def _met(self, server_id: str, said: dict[str, Any]) -> None:
+        self.peers.hint(server_id, said["address"], said["rpc_port"])
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self.loop.create_task(work)
@@ -230,17 +322,16 @@ class Server:
     async def _found(self) -> None:
         members = tuple((m.id, m.name, m.host, m.key_hash) for m in self.members)
         try:
-            await self.node.own_write(cluster.Bootstrap(CLUSTER_ID, members, "dc1", "", "", 0))
+            await self.node.own_write(cluster.Bootstrap(CLUSTER_ID, members, DATACENTER, "", "", 0))
         except RostraError:
             pass  # the next leader will
 
     def _members_changed(self, members: Members) -> None:
-        if self.raft is None:
+        if self._starting is not None and self.raft is None:
             self.cluster.oracle.restarted(self.id, self._starting.term)
         self.world.note(self.host, "members " + " ".join(f"{m.host}:{m.suffrage}" for m in members))
         self.members = members
-        self.peers.follow([m for m in members if m.id not in self.followed])
-        self.followed |= {m.id for m in members}
+        self._follow_servers()
 
     def fail_stop(self, reason: str) -> NoReturn:
         self.world.note(self.host, f"stops: {reason}")
@@ -254,10 +345,10 @@ class Server:
 
     def incoming(self, transport: End) -> None:
         other = transport.other
-        connection, first = self.endpoint._expecting()
+        connection, first = self.endpoint._expecting(other.host)
         transport.protocol = connection
         connection.connection_made(transport)  # type: ignore[arg-type]
-        peer = Peer(key_hash=other.key_hash, address=other.host, node_id=other.id, name=other.host)  # type: ignore[attr-defined]
+        peer = Peer(key_hash=other.key_hash, address=other.host, node_id=other.id, name=other.name)  # type: ignore[attr-defined]
         self.spawn(self.endpoint._greet(connection, first, peer))
 
     def _accept_raft(self, server_id: str, connection: Any) -> None:
@@ -301,6 +392,10 @@ class Server:
         if not self.is_up:
             raise NoLeader
         await self.node.barrier(mode)
+        return self.look(key)
+
+    def look(self, key: str) -> tuple[int, int, bytes | None]:
+        """What the state is now."""
         evaluation = self.node.store.evaluate(GetKey(key))
         rows = evaluation.rows()
         return self.node.store.index, evaluation.index, rows[0][1].value if rows else None

@@ -132,7 +132,7 @@ class Loop(asyncio.AbstractEventLoop):
         #: whose loop this is
         self.process: Any = None
         self.is_dead = False
-        #: Callbacks left until the process dies in the middle of its work; below zero: it does not.
+        #: So many callbacks on, `burnt` is called in the middle of its work and kills or pauses it; below zero: never.
         self.fuse = -1
         self.burnt: Callable[[], None] = lambda: None
         #: How likely a turn is interrupted between two callbacks, so that others get in between.
@@ -178,10 +178,15 @@ class Loop(asyncio.AbstractEventLoop):
         if self.is_dead or self._paused_until > self.world.now:
             return
         missed, self._missed = self._missed, []
-        # asyncio looks at its sockets first, libuv at its timers.
-        timers_first = self.world.chance.random() < 0.5
-        missed.sort(key=lambda handle: (handle.due > 0.0) is not timers_first)
-        self._ready.extend(missed)
+        # asyncio looks at its sockets first, libuv at its timers; sockets come in any order, each in its own.
+        sources: dict[Any, list[Handle]] = {}
+        for handle in missed:
+            source = "timers" if handle.due > 0.0 else getattr(handle.callback, "__self__", handle)
+            sources.setdefault(source, []).append(handle)
+        groups = list(sources.values())
+        self.world.chance.shuffle(groups)
+        for group in groups:
+            self._ready.extend(group)
         self._run()
 
     def _run(self) -> None:
@@ -197,10 +202,11 @@ class Loop(asyncio.AbstractEventLoop):
                 if callback is None:
                     continue
                 if self.fuse >= 0:
-                    if self.fuse == 0:
+                    self.fuse -= 1
+                    if self.fuse < 0:
+                        ready.appendleft(handle)
                         self.burnt()
                         return
-                    self.fuse -= 1
                 try:
                     callback(*handle.args)
                 except ProcessExit:

@@ -89,8 +89,8 @@ class Cluster:
         return core
 
     async def act(self, kind: str, args: dict[str, Any], *, at: str = "") -> Any:
-        """What the agent of a server's host asks: of server `at`, or of any."""
-        core = self.cores[at] if at else next(iter(self.cores.values()))
+        """What the agent of a server's host asks: of server `at`, or of the leader."""
+        core = self.cores[at] if at else await eventually(self.leader)
         if core not in self._sessions:
             self._sessions[core] = self.session(core)
         return await self._sessions[core].act(kind, args, timeout_s=15.0)

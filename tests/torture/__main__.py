@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -37,6 +38,12 @@ from tests.torture.hosts import Cluster, Host
 INSIDE = "ROSTRA_TORTURE_INSIDE"
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 SHOWN = 40
+COUNTERS = {
+    "leaderships": "leaderships",
+    "snapshots_taken": "snapshots taken",
+    "snapshots_sent": "sent",
+    "snapshots_installed": "installed",
+}
 
 
 # -- namespaces ---------------------------------------------------------------------------------------------------
@@ -79,6 +86,8 @@ class Run:
         self.bad: list[tuple[Op, list[Op]]] = []  # what cannot be explained, and the history of its key
         self.stale: Counter[str] = Counter()
         self.facts: dict[str, Any] = {}
+        self.sums: Counter[str] = Counter()  # of the servers' counters, over all their lives
+        self.log_bytes = (0.0, 0.0)  # memory of a log: the largest seen, the bound
 
     def note(self, text: str) -> None:
         print(f"  {self.servers} servers, {time.monotonic() - self._began:6.1f} s: {text}", flush=True)
@@ -95,6 +104,7 @@ class Run:
         self.note("working; faults begin")
         until = time.monotonic() + minutes * 60
         load = asyncio.create_task(self.load.run(self._options.clients))
+        watch = asyncio.create_task(self._watch())
         try:
             await self.faults.run(until, self._options.per_minute)
             self.note("all faults are over")
@@ -105,6 +115,7 @@ class Run:
                 await asyncio.sleep(1.0)
         finally:
             self.load.ending = True
+            watch.cancel()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(load, 20)
         with self._violation("at the end"):
@@ -113,6 +124,23 @@ class Run:
             await asyncio.to_thread(self._check_ledgers)
         self._check_histories()
         self.violations += self.faults.violations
+
+    async def _watch(self) -> None:
+        """Add up counters that begin anew whenever a core does."""
+        last: dict[tuple[str, str], float] = {}
+        while True:
+            for host in self.cluster.servers:
+                try:
+                    gauges = await asyncio.to_thread(host.gauges)
+                except (OSError, http.client.HTTPException, AssertionError, ValueError):
+                    continue
+                for name in COUNTERS:
+                    value, before = gauges.get(name, 0.0), last.get((host.name, name), 0.0)
+                    self.sums[name] += int(value - before if value >= before else value)
+                    last[host.name, name] = value
+                peak, bound = gauges.get("log_bytes_peak", 0.0), gauges.get("log_bytes_max", 0.0)
+                self.log_bytes = (max(self.log_bytes[0], peak), bound)
+            await asyncio.sleep(1.0)
 
     def print_logs(self) -> None:
         for host in self.cluster.hosts.values():
@@ -196,6 +224,8 @@ def summary(runs: list[Run], options: argparse.Namespace, took_s: float) -> str:
         for name in ("lost", "undone", "keys", "not_linearizable", "gave_up", "twice"):
             total[name] += run.facts.get(name, 0)
     stale = sum((run.stale for run in runs), Counter())
+    sums = sum((run.sums for run in runs), Counter())
+    log_bytes = max(run.log_bytes for run in runs)
     where = "network namespaces" if INSIDE in os.environ else "loopback"
     missing = {kind: reason for run in runs for kind, reason in run.faults.missing.items()}
     lines = [
@@ -220,6 +250,9 @@ def summary(runs: list[Run], options: argparse.Namespace, took_s: float) -> str:
             f"{run.servers} servers " + (f"equal, {run.facts['rows']} keys" if "rows" in run.facts else "NOT compared")
             for run in runs
         ),
+        "  servers        "
+        + ", ".join(f"{text} {sums[name]}" for name, text in COUNTERS.items())
+        + f"; memory of the log at most {log_bytes[0] / 2**20:.1f} MiB, bound {log_bytes[1] / 2**20:.0f} MiB",
         "  longest time without an acknowledged write "
         + ", ".join(f"{run.load.longest_pause_s:.1f} s" for run in runs),
         f"  violations     {sum(len(run.violations) for run in runs)}",

@@ -2,7 +2,8 @@
 
 *Registers* are a few keys that many clients put, compare-and-set, delete and read at once; each lives for some hundred
 operations or until too many writes on it had no answer, which keeps the check of its history cheap. *Ledgers* are keys
-that are written once: what was acknowledged must be there at the end. A write's value names client and number, so that
+that are written once: what was acknowledged must be there at the end. *Bulk* are large values on a few keys, so that
+segments, snapshots and slow followers come into play within minutes. A write's value names client and number, so that
 a value tells which write it was.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import random
 import time
@@ -34,6 +36,7 @@ from tests.torture.history import (
 from tests.torture.hosts import HTTP, Answer, Host
 
 KEYS, OPS_PER_KEY, UNKNOWN_PER_KEY = 6, 400, 4
+BULK_BYTES, BULK_KEYS, BULK_EVERY_S = 200 << 10, 8, 0.15
 NO_LEADER = "No cluster leader"
 KINDS = {READ: 0.5, PUT: 0.22, CAS: 0.22, DELETE: 0.06}
 MODES = {DEFAULT: 0.45, CONSISTENT: 0.3, STALE: 0.25}
@@ -129,6 +132,7 @@ class Load:
                     rng = random.Random(self._rng.random())
                     tasks.create_task(self._register_client(host, f"{host.name}.{i}", rng))
                 tasks.create_task(self._ledger_client(host, random.Random(self._rng.random())))
+            tasks.create_task(self._bulk_client(random.Random(self._rng.random())))
 
     # -- registers
 
@@ -243,6 +247,17 @@ class Load:
             self.ledger[key] = NOT_DONE if answer.text.startswith(NO_LEADER) else UNKNOWN
             await asyncio.sleep(rng.uniform(0.05, 0.2))
         connection.close()
+
+    async def _bulk_client(self, rng: random.Random) -> None:
+        connections = [Connection(host) for host in self._hosts]
+        while not self.ending:
+            await asyncio.sleep(BULK_EVERY_S)
+            body = rng.randbytes(BULK_BYTES)
+            path = f"/v1/kv/{self._name}-bulk/{rng.randrange(BULK_KEYS)}"
+            with contextlib.suppress(Lost, NeverSent):
+                await rng.choice(connections).ask("PUT", path, body, timeout_s=3.0)
+        for connection in connections:
+            connection.close()
 
 
 async def final_reads(load: Load, hosts: list[Host], progress: Callable[[str], None]) -> None:

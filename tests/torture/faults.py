@@ -11,19 +11,23 @@ import asyncio
 import contextlib
 import errno
 import http.client
+import itertools
+import json
 import random
 import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-from tests.support.processes import NotYet, send
+from tests.support.processes import NotYet, eventually, send
 from tests.torture import tails
 from tests.torture.hosts import Cluster, Host
 from tests.torture.network import between, one_way
 
 AT_ONCE = 2
 FILL_BYTES, FILL_S = 256 << 10, 25.0
+RAFT = "/v1/operator/raft/"
+OPERATE_S = 60.0
 
 Kind = Callable[[], Awaitable[str]]
 
@@ -58,8 +62,12 @@ class Faults:
         self._add(network, "" if cluster.network is not None else "no network namespaces")
         self._add({"full disk": self._full_disk}, "" if cluster.network is not None else "no filesystem of its own")
         self._add(disk, "" if cluster.servers[0].disk is not None else "no C compiler")
-        operator = cluster.servers[0].ask("GET", "/v1/operator/raft/configuration").status == 200
-        self._add({"leadership transfer": self._transfer}, "" if operator else "no operator API")
+        members = {
+            "leadership transfer": self._transfer,
+            "replaced server": self._replace,
+            "removed and added server": self._remove_and_add,
+        }
+        self._add(members, "" if self._prepare_operator() else "no operator API")
 
     def _add(self, kinds: Mapping[str, Kind], reason: str) -> None:
         if reason:
@@ -94,7 +102,9 @@ class Faults:
         began = time.monotonic()
         try:
             done = await self.kinds[kind]()
-        except Busy:
+        except Busy as e:
+            if str(e):
+                self._note(f"{kind}: not done: {str(e)[:200]}")
             return
         except (NotYet, AssertionError, OSError, http.client.HTTPException, RuntimeError) as e:
             self.violations.append(f"{kind}: {e}")
@@ -322,13 +332,70 @@ class Faults:
 
     # -- the members
 
+    def _prepare_operator(self) -> bool:
+        """Whether there is an operator API; then servers are promoted as soon as they have caught up."""
+        server = self.cluster.servers[0]
+        if server.ask("GET", RAFT + "configuration").status != 200:
+            return False
+        config = server.get("/v1/operator/autopilot/configuration")
+        config["ServerStabilizationTime"] = "1s"
+        return server.ask("PUT", "/v1/operator/autopilot/configuration", json.dumps(config).encode()).status == 200
+
     async def _transfer(self) -> str:
+        """It counts where it was done: others that are under way may leave nobody to lead."""
         host = self._rng.choice(self.cluster.servers)
         try:
-            answer = await asyncio.to_thread(host.ask, "POST", "/v1/operator/raft/transfer-leader", b"", timeout_s=10.0)
+            answer = await asyncio.to_thread(host.ask, "POST", RAFT + "transfer-leader", b"", timeout_s=10.0)
         except (OSError, http.client.HTTPException) as e:
-            return f"asked at {host.name}: {e!r}"
-        return f"asked at {host.name}: {answer.status} {answer.text[:80]}"
+            raise Busy(repr(e)) from None
+        if answer.status != 200:
+            raise Busy(answer.text)
+        return f"to {json.loads(answer.body)['Leader']['Node']}, asked at {host.name}"
+
+    async def _replace(self) -> str:
+        """A server's disk is lost: remove it, start it with an empty one, let it in, wait until it votes."""
+        async with self._victims(1, leader=0.3) as (host,):
+            await asyncio.to_thread(host.kill)
+            node_id = (host.data_dir / "node-id").read_text().strip()
+            await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
+            await asyncio.to_thread(host.wipe)
+            host.start()
+            await asyncio.to_thread(self._operate, host, "POST", f"peer?name={host.name}")
+            took = await asyncio.to_thread(self._wait_voter, host)
+        return f"{host.name}, which voted {took:.1f} s after it was let in"
+
+    async def _remove_and_add(self) -> str:
+        async with self._victims(1, leader=0.3) as (host,):
+            node_id = (host.data_dir / "node-id").read_text().strip()
+            await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
+            await self._hold(0.0, 2.0)
+            await asyncio.to_thread(self._operate, host, "POST", f"peer?name={host.name}")
+            took = await asyncio.to_thread(self._wait_voter, host)
+        return f"{host.name}, which voted {took:.1f} s after it was let in again"
+
+    def _operate(self, but: Host, method: str, what: str, also_done: str = "\0") -> None:
+        """Ask other servers until it is done: those that are in other faults may not be able to."""
+        others = itertools.cycle([host for host in self.cluster.servers if host is not but])
+
+        def done() -> bool:
+            answer = next(others).ask(method, RAFT + what, b"" if method == "POST" else None, timeout_s=15.0)
+            assert answer.status == 200 or also_done in answer.text, f"{answer.status} {answer.text[:200]}"
+            return True
+
+        eventually(f"{method} {what}", done, OPERATE_S)
+
+    def _wait_voter(self, host: Host) -> float:
+        began = time.monotonic()
+        others = itertools.cycle([other for other in self.cluster.servers if other is not host])
+
+        def votes() -> bool:
+            servers = next(others).get(RAFT + "configuration", timeout_s=3.0)["Servers"]
+            return any(row["Node"] == host.name and row["Voter"] for row in servers)
+
+        eventually(f"{host.name} votes again", votes, OPERATE_S)
+        took = time.monotonic() - began
+        host.wait_up()
+        return took
 
 
 def _is_core(host: Host, pid: int) -> bool:

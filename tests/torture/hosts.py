@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,6 +134,11 @@ class Host:
         assert answer.status == 200, f"GET {path} at {self.name}: {answer.status} {answer.text[:200]}"
         return json.loads(answer.body)
 
+    def gauges(self) -> dict[str, float]:
+        """The core's numbers about Raft, by their last names."""
+        rows = self.get("/v1/agent/metrics", timeout_s=3.0)["Gauges"]
+        return {row["Name"].rpartition(".")[2]: row["Value"] for row in rows if ".server.raft." in row["Name"]}
+
     # -- its disk
 
     def fill_disk(self) -> None:
@@ -141,6 +147,14 @@ class Host:
         at = os.statvfs(self.data_dir)
         used_kb = (at.f_blocks - at.f_bfree) * at.f_frsize // 1024
         _mount("-o", f"remount,size={used_kb}k", str(self.data_dir))
+
+    def wipe(self) -> None:
+        """As if it got a new disk."""
+        for path in self.data_dir.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def free_disk(self) -> None:
         _mount("-o", f"remount,size={SMALL_DISK_MB}m", str(self.data_dir))

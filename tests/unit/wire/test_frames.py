@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rostra.wire.frames import FrameDecoder, FrameTooLarge, frame, pack, unpack
+from rostra.wire.frames import CONTAINERS_MAX, FrameDecoder, FrameTooLarge, frame, pack, unpack, unpack_request
 
 
 @given(st.lists(st.binary(max_size=50), max_size=8), st.lists(st.integers(1, 20), min_size=1))
@@ -58,3 +58,13 @@ def test_hostile_bytes_raise_nothing_else(payload):
         unpack(payload)
     except ValueError:
         pass
+
+
+def test_a_large_request_has_few_arrays_and_maps_and_a_small_one_as_many_as_fit():
+    few, many = [{}] * CONTAINERS_MAX, [[]] * (CONTAINERS_MAX * 2)
+    assert unpack_request(pack([1, "write", b"x" * (1 << 19)]))[1] == "write"
+    assert unpack_request(pack(few[: 1 << 10])) == ({},) * (1 << 10)
+    assert len(unpack_request(pack(few[:-1]))) == CONTAINERS_MAX - 1
+    for bomb in (few, many, [[[]] * 10] * 4000):
+        with pytest.raises(ValueError, match="arrays and maps"):
+            unpack_request(pack(bomb))

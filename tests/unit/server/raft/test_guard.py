@@ -17,7 +17,7 @@ from rostra.server.raft.disk import DirectoryDisk, Done
 from rostra.server.raft.elections import LEASE, Elections
 from rostra.server.raft.guard import BrokenInvariant, Guard
 from rostra.server.raft.journal import Journal
-from rostra.server.raft.members import Member
+from rostra.server.raft.members import Member, encode_members
 from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
 from rostra.server.raft.replication import Replication
@@ -73,12 +73,13 @@ class Server(Transport):  # type: ignore[misc]
             send=self.post,
             lease_valid=self.lease_valid,
         )
+        self.membership = Membership(0, tuple(Member(each, "127.0.0.1", 0, each, each) for each in (node_id, *peers)))
         self.guard = Guard(
             self.core,
             self.journal,
             self.elections,
             self.replication,
-            Membership(0, tuple(Member(each, "127.0.0.1", 0, each, each) for each in (node_id, *peers))),
+            self.membership,
             snapshot=lambda peer_id, message: self.pieces.append(message),
             snapshot_answer=lambda peer_id, message: self.pieces.append(message),
             send=self.post,
@@ -189,6 +190,7 @@ def test_h2_entries_sent_twice_in_other_batches_truncate_nothing() -> None:
     server = Server()
     server.append("b", 1, 1, 0, entries(2, 11, 1))
     assert server.append("b", 1, 1, 0, entries(2, 5, 1))["next_node_idx"] == 6
+    assert server.log()[-1] == (11, 1)
     assert server.append("b", 1, 3, 1, entries(4, 12, 1), commit_index=12)["next_node_idx"] == 13
     assert server.log() == [(1, 0), *((index, 1) for index in range(2, 13))]
     assert server.core.commit_index() == 12
@@ -200,6 +202,13 @@ def test_h2_a_known_prefix_proves_no_more_than_itself() -> None:
     server.append("b", 1, 1, 0, entries(2, 6, 1))
     answer = server.append("c", 2, 1, 0, entries(2, 3, 1), commit_index=6)
     assert answer["next_node_idx"] == 4
+    assert server.core.commit_index() == 3
+
+
+def test_h2_entries_that_come_again_commit_no_more_than_the_leader_says() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0, entries(2, 6, 1))
+    server.append("b", 1, 1, 0, entries(2, 6, 1), commit_index=3)
     assert server.core.commit_index() == 3
 
 
@@ -216,6 +225,8 @@ def test_a_leader_that_contradicts_a_committed_entry_stops_the_process() -> None
     server.append("b", 1, 1, 0, entries(2, 4, 1), commit_index=4)
     with pytest.raises(BrokenInvariant, match="committed entry 3"):
         server.append("c", 3, 2, 1, [entry(3, 3)])
+    with pytest.raises(BrokenInvariant, match="committed entry 4"):
+        server.append("c", 3, 4, 2)
 
 
 def test_two_leaders_of_one_term_stop_the_process() -> None:
@@ -241,6 +252,28 @@ def test_h13_a_leader_of_the_past_is_told_the_term() -> None:
     assert server.core.leader_id() == "b"
 
 
+def test_h13_a_candidate_of_the_past_is_told_the_term() -> None:
+    server = Server()
+    server.append("b", 68, 1, 0)
+    asked = server.hear("c", type="request_vote", term=5, last_log_index=9, last_log_term=5, transfer=False)
+    assert asked == [{"type": "stale", "term": 68}]
+    server.wait(1.0)
+    asked = server.hear("c", type="pre_vote", term=5, last_log_index=9, last_log_term=5)
+    assert (asked[0]["granted"], asked[0]["current"]) == (False, 68)
+
+
+def test_h13_terms_never_fall() -> None:
+    server = Server()
+    server.lead()
+    for term in (0, 1):
+        server.hear("c", type="stale", term=term)
+        assert (server.core.is_leader(), server.core.term()) == (True, 1)
+    server.hear("c", type="pre_vote_reply", term=9, current=1, granted=False)
+    assert (server.core.is_leader(), server.core.term()) == (True, 1)
+    server.hear("c", type="pre_vote_reply", term=9, current=7, granted=False)
+    assert (server.core.state(), server.core.term()) == (FOLLOWER, 7)
+
+
 def test_h13_a_leader_follows_a_higher_term_so_that_the_other_can_rejoin() -> None:
     server = Server()
     server.lead()
@@ -259,6 +292,17 @@ def test_h10_an_answer_of_an_earlier_term_counts_for_nothing() -> None:
     assert server.replication.followers["b"].echoed < 0
     server.answer("b", 3)
     assert server.core.match_index(Node("b")) == 2
+
+
+def test_h10_an_answer_to_a_leader_that_is_none_any_more_counts_for_nothing() -> None:
+    server = Server()
+    server.append("b", 3, 1, 0)
+    dropped = server.guard.dropped
+    about = {"term": 3, "r": 0}
+    assert server.hear("b", type="next_node_idx", next_node_idx=2, reset=False, success=True, **about) == []
+    assert server.hear("b", type="snapshot_answer", id="x", index=1, offset=9, done=True, **about) == []
+    assert server.guard.dropped == dropped + 2
+    assert (server.core.match_index(Node("b")), server.pieces) == (0, [])
 
 
 def test_an_answer_for_what_was_never_sent_closes_the_link() -> None:
@@ -292,6 +336,9 @@ def test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry(tmp_path: 
     noop = journal.last_index
     server.answer("b", noop + 1)
     assert server.core.commit_index() < noop
+    server.replication.release_held()
+    server.core.doTick(0)
+    assert server.core.commit_index() < noop
     journal.start_sync()
     server.core.doTick(0)
     assert server.core.commit_index() < noop
@@ -299,6 +346,82 @@ def test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry(tmp_path: 
     server.replication.release_held()
     server.core.doTick(0)
     assert server.core.commit_index() == noop
+
+
+def to_b(server: Server) -> list[tuple[int, int]]:
+    """(first, last) of the entries in each append to b since the last time; (0, 0) for an empty one."""
+    said = [message for to, message in server.sent if to == "b" and message["type"] == "append_entries"]
+    server.sent.clear()
+    return [(m["entries"][0][1], m["entries"][-1][1]) if m["entries"] else (0, 0) for m in said]
+
+
+def test_the_window_is_filled_at_once_and_freed_by_what_is_answered_and_nothing_is_sent_twice() -> None:
+    server = Server()
+    server.lead()
+    server.answer("b", 3)
+    server.sent.clear()
+    for index in range(3, 203):
+        server.journal.add(b"\0" * 20_000, index, 1)
+    server.replication.send_appends()
+    flight = to_b(server)
+    assert flight == [(3, 9), (10, 16), (17, 23), (24, 30)]
+    server.replication.is_due = False
+    server.answer("b", 10)
+    assert server.replication.is_due, "the next entries leave with this turn, and not with the next heartbeat"
+    server.replication.send_appends()
+    assert to_b(server) == [(31, 37)]
+    server.replication.send_appends()
+    assert to_b(server) == [(0, 0)], "a heartbeat"
+
+
+def test_h12_an_answer_to_a_heartbeat_causes_no_message() -> None:
+    server = Server()
+    server.lead()
+    server.answer("b", 3)
+    server.replication.send_appends()
+    server.sent.clear()
+    server.answer("b", 3)
+    assert not server.replication.is_due
+    assert server.sent == []
+
+
+def test_after_a_lost_link_what_was_on_its_way_is_sent_again() -> None:
+    server = Server()
+    server.lead()
+    server.answer("b", 3)
+    for index in range(3, 9):
+        server.journal.add(b"\0", index, 1)
+    server.replication.send_appends()
+    server.replication.link_down("b")
+    server.sent.clear()
+    server.replication.send_appends()
+    assert to_b(server) == []
+    server.replication.link_up("b")
+    server.replication.send_appends()
+    assert to_b(server) == [(3, 8)]
+
+
+def test_rounds_grow_although_the_clock_stands_still() -> None:
+    """A read must never be answered by a round that began before it."""
+    server = Server()
+    server.lead()
+    rounds = [server.replication.send_appends() for _ in range(5)]
+    assert len(set(rounds)) == 5
+    server.now_ns -= 10**9
+    assert server.replication.send_appends() > max(rounds)
+
+
+def test_whoever_answers_for_a_snapshot_is_heard() -> None:
+    server = Server()
+    server.lead()
+    server.answer("b", 3)
+    server.wait(1.0)
+    assert not server.lease_valid()
+    about = {"r": server.replication.send_appends(), "id": "x", "index": 1, "offset": 9, "done": False}
+    server.hear("b", type="snapshot_answer", term=server.core.term(), **about)
+    assert server.lease_valid()
+    server.hear("b", type="snapshot_answer", term=server.core.term(), **{**about, "r": 0})
+    assert server.lease_valid()
 
 
 def test_a_window_bounds_what_is_on_its_way_to_a_silent_follower() -> None:
@@ -412,6 +535,71 @@ def test_what_was_answered_in_a_leadership_before_is_no_lease() -> None:
     assert not server.lease_valid()
 
 
+def test_a_leader_grants_nobody_a_pre_vote() -> None:
+    server = Server()
+    server.lead()
+    server.wait(1.0)
+    reply = server.hear("c", type="pre_vote", term=9, last_log_index=99, last_log_term=9)[0]
+    assert (reply["granted"], server.core.is_leader()) == (False, True)
+
+
+def test_refusals_and_grants_for_another_term_are_no_grants() -> None:
+    server = Server()
+    server.wait(1.0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    for refusal in ({"term": 1, "granted": False}, {"term": 2, "granted": True}):
+        server.hear("b", type="pre_vote_reply", current=0, **refusal)
+        server.hear("c", type="pre_vote_reply", current=0, **refusal)
+        assert (server.core.term(), server.core.state()) == (0, FOLLOWER)
+
+
+def test_what_was_granted_for_another_term_is_no_grant() -> None:
+    server = Server()
+    server.wait(1.0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    server.elections.on_pre_vote_reply("b", {"term": 1, "current": 0, "granted": True})
+    server.hear("c", type="stale", term=4)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    assert server.core.term() == 4
+
+
+def test_a_vote_is_given_at_once_where_the_leader_has_asked_for_the_election() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0)
+    asked = {"last_log_index": 50, "last_log_term": 1}
+    assert server.hear("c", type="request_vote", transfer=False, term=2, **asked) == []
+    assert server.hear("c", type="request_vote", transfer=True, term=2, **asked) == [
+        {"type": "response_vote", "term": 2}
+    ]
+
+
+def test_an_offer_of_leadership_of_another_term_is_none() -> None:
+    server = Server()
+    server.append("b", 3, 1, 0)
+    for term in (2, 4):
+        server.hear("b", type="timeout_now", term=term)
+        assert (server.core.term(), server.core.state()) == (3, FOLLOWER)
+    server.hear("b", type="timeout_now", term=3)
+    assert (server.core.term(), server.core.state()) == (4, CANDIDATE)
+
+
+def test_who_loses_the_link_to_the_leader_campaigns_when_loyalty_is_over_and_never_later_than_before() -> None:
+    server = Server()
+    server.append("b", 1, 1, 0)
+    server.core.campaign_in(0.6)
+    server.elections.leader_link_lost()
+    assert 0.27 <= server.core.campaigns_in() < 0.32
+    server.wait(1.0)
+    server.elections.leader_link_lost()
+    assert 0.0 <= server.core.campaigns_in() < 0.05
+    server.core.campaign_in(0.001)
+    server.elections.leader_link_lost()
+    assert server.core.campaigns_in() <= 0.001
+
+
 # -- who counts -----------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +642,28 @@ def test_h21_the_vote_of_a_learner_is_none() -> None:
     assert server.core.state() == CANDIDATE
     server.hear("b", type="response_vote", term=1)
     assert server.core.is_leader()
+
+
+def test_h21_a_server_that_is_not_in_our_list_is_answered_and_may_win_the_votes_of_its_own() -> None:
+    """Ours may be old."""
+    server = Server()
+    server.wait(1.0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    asked = {"term": 1, "last_log_index": 1, "last_log_term": 0}
+    server.guard.inbound("z", {"type": "pre_vote", **asked})
+    server.guard.inbound("z", {"type": "request_vote", "transfer": False, **asked})
+    answers = [(said["type"], said.get("granted")) for to, said in server.sent if to == "z"]
+    assert answers == [("pre_vote_reply", False), ("response_vote", None)]
+
+
+def test_h21_entries_that_do_not_fit_change_no_members() -> None:
+    server = Server()
+    listed = encode_members((Member("b", "127.0.0.1", 0, "b", "b"),))
+    server.append("b", 1, 50, 1, [(listed, 51, 1)])
+    assert [m.id for m in server.membership.members] == ["a", "b", "c"]
+    server.append("b", 1, 1, 0, [(listed, 2, 1)])
+    assert [m.id for m in server.membership.members] == ["b"]
 
 
 def test_h21_who_does_not_vote_never_campaigns() -> None:
@@ -572,7 +782,8 @@ def test_a_piece_of_a_snapshot_counts_from_the_leader_of_this_term_only() -> Non
     piece = {"r": 1, "id": "x", "index": 9, "snap_term": 1, "size": 4, "offset": 0, "data": b"1234"}
     assert server.hear("c", type="snapshot", term=2, **piece) == [{"type": "stale", "term": 3}]
     server.hear("c", type="snapshot", term=3, **piece)
-    assert server.pieces == []
+    server.hear("b", type="snapshot", term=4, **piece)
+    assert (server.core.term(), server.pieces) == (3, [])
     server.hear("b", type="snapshot", term=3, **piece)
     assert len(server.pieces) == 1
 
