@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test torture mutants check bench venv clean
+.PHONY: demo test sim torture mutants check bench venv clean
 
 demo: venv  ## the whole product on this machine, step by step, each step verified
 	@$(VENV)/bin/python -P deploy/local/demo.py
@@ -20,6 +20,9 @@ check: venv  ## lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+sim: venv  ## simulated clusters: SEEDS=n of them, from SEED on; SEED=x alone replays one with a trace
+	@PYTHONHASHSEED=0 $(VENV)/bin/python -m tests.sim.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED))
 
 bench: venv  ## the harness against Rostra and the real Consul, side by side (needs ROSTRA_SHARED)
 	@bash bench/side_by_side.sh

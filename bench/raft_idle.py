@@ -69,6 +69,9 @@ def watch(fleet: Fleet, options: argparse.Namespace, disks: dict[str, SlowSync])
             what = "loop" if sum(stalls.values()) % 2 == 0 else "disk"
             stall(node, disks[node.name], what, options.stall_ms)
             stalls[what] += 1
+            if options.verbose:
+                time.sleep(1.0)
+                print(f"  {time.monotonic() - began:.0f} s: {what} of {node.name}, leader {leader.name}", flush=True)
         led = fleet.leader(fleet.servers)
         if led is not None and led.name != leaders[-1]:
             print(f"  {time.monotonic() - began:.0f} s: {led.name} leads after {leaders[-1]}", flush=True)
@@ -98,6 +101,7 @@ def main() -> int:
     arguments.add_argument("--stall-ms", type=int, default=250)
     arguments.add_argument("--every-s", type=float, default=10.0)
     arguments.add_argument("--at", choices=("leader", "follower", "both"), default="both")
+    arguments.add_argument("--verbose", action="store_true", help="a line for each stall")
     options = arguments.parse_args()
 
     def run() -> int:

@@ -5,7 +5,8 @@
 The load generator speaks the agents' protocol: callers share one connection, and each waits for its answer before its
 next write. `set` writes keys (values differ each time, so each write changes a row); `noop` deletes keys that are not
 there: logged, replicated, synced, deduplicated and answered like any write, but no row changes. All four processes
-share the machine. Printed beside it: raw pwrite+fdatasync on the same disk, and the CPU time that each process took.
+share the machine. Printed beside it: raw pwrite+fdatasync on the same disk, the CPU time that each process took, and
+what three members of etcd do under the same load (`--alone` leaves them out).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import etcd
 
 from rostra.runtime.lifeline import Child, spawn
 from rostra.server.settings import CoreSettings
@@ -267,16 +269,20 @@ def _batches(servers: Servers, leader: int) -> int:
         return int(line.ask("act", "server.metrics", {}, "")["raft"]["batches"])
 
 
-#: Other stores that the same load is put on, by name: (directory, what, callers, seconds) -> (ops/s, p50 ms, p99 ms).
-RIVALS: dict[str, Callable[[Path, str, int, float], tuple[float, float, float]]] = {}
+#: Other stores that the same load is put on. Each runs as long as its context, with its data in that directory; what
+#: it gives measures: (what, callers, seconds) -> (ops/s, p50 ms, p99 ms). None: it is not to be had here.
+RIVALS: dict[str, Callable[[Path], AbstractContextManager[etcd.Measure | None]]] = {"etcd": etcd.rival}
 
 
 async def run(options: argparse.Namespace) -> int:
     low, _, high = options.value.partition("-")
     missed = 0
-    with tempfile.TemporaryDirectory(dir=options.on) as name:
+    with tempfile.TemporaryDirectory(dir=options.on) as name, ExitStack() as stack:
         directory = Path(name)
         async with Servers(directory) as servers:
+            rivals = {}
+            if not options.alone:
+                rivals = {rival: stack.enter_context(make(directory)) for rival, make in RIVALS.items()}
             leader = servers.leader()
             pids = [child.pid for child in servers.children]
             pids.insert(0, pids.pop(leader))
@@ -310,9 +316,10 @@ async def run(options: argparse.Namespace) -> int:
                         f"{'' if ok else '   MISSED'}",
                         flush=True,
                     )
-                    for rival, measure in RIVALS.items():
-                        rate, p50, p99 = measure(directory, what, callers, options.seconds)
-                        print(f"{rival:6}{callers:8}{rate:9.0f}{p50:9.3f}{p99:9.2f}", flush=True)
+                    for rival, measure in rivals.items():
+                        if measure is not None:
+                            rate, p50, p99 = measure(what, callers, options.seconds)
+                            print(f"  {rival:4}{callers:8}{rate:9.0f}{p50:9.3f}{p99:9.2f}", flush=True)
             line.socket.close()
     return min(missed, 1)
 
@@ -326,6 +333,7 @@ def main() -> None:
     parser.add_argument("--value", default="100-200", help="bytes of a value, from-to")
     parser.add_argument("--on", default=None, help="directory for the data")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--alone", action="store_true", help="without etcd beside it")
     parser.add_argument("--pids", action="store_true", help="print the servers' pids, for a profiler")
     sys.exit(asyncio.run(run(parser.parse_args())))
 

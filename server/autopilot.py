@@ -151,7 +151,7 @@ def returns(waiting: Waiting, row: MemberRow | None) -> bool:
         row is not None
         and row.role == "server"
         and not row.voter
-        and row.status != "left"
+        and row.status == "failed"  # one that was removed alive has left, whatever it has said of itself since
         and (row.key_hash, row.node_id) == (waiting.key_hash, waiting.node_id)
     )
 
@@ -206,8 +206,7 @@ class Autopilot:
         if raft is None or not raft.is_leader:
             self._health, self.rounds = {}, 0  # the next leadership judges anew
             return
-        if not raft.lease_valid():
-            return
+        await self._node.leader_index("default")  # NoLeader: it does not lead any more
         await self._roster.keep_rows()
         servers = self._look()
         self.rounds += 1

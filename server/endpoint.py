@@ -89,6 +89,7 @@ class Endpoint:
         *,
         spawn: Callable[..., asyncio.Task[Any]],
         server_key: Callable[[str], str | None],
+        stranger_key: Callable[[str], str | None] = lambda key_hash: None,
         enrol: Callable[[Peer], Awaitable[None]],
         accept_raft: Callable[[str, FrameConnection], None],
         bootstrap: Callable[[str, dict[str, Any], Peer], dict[str, Any]],
@@ -99,6 +100,7 @@ class Endpoint:
         self._node, self._spawn = node, spawn
         self._met = met  # (server id, its hello): a server of the list has connected
         self._server_key = server_key  # key hash -> server id in the replicated member list, or None
+        self._stranger_key = stranger_key  # the same of servers that were introduced: for Raft only
         self._enrol, self._accept_raft, self._bootstrap = enrol, accept_raft, bootstrap
         self._acts, self._about = acts, about
         self._rejects = RateLimited(log, 10.0)
@@ -291,6 +293,8 @@ class Endpoint:
             raise BadRequest("the hello names no node: 1 to 64 letters, digits, '-', '_' or '.'")
         if protocol in ("raft", "peer"):
             server_id = self._server_key(peer.key_hash) if peer.key_hash else None
+            if server_id is None and protocol == "raft" and peer.key_hash:
+                server_id = self._stranger_key(peer.key_hash)
             if server_id is None or server_id != peer.node_id:
                 raise Denied(f"{self._no_server(peer)} ({protocol} connection refused)")
             peer.role = "server"
@@ -492,7 +496,9 @@ class Endpoint:
     def _barrier(self, served: Served, request_id: int, mode: str, since: int) -> None:
         node = self._node
         raft = node.raft
-        if raft is not None and (mode == "stale" or (mode == "default" and raft.is_leader and raft.lease_valid())):
+        if raft is not None and (
+            mode == "stale" or (mode == "default" and raft.is_leader and raft.lease_valid() and raft.applied_all)
+        ):
             node.counts["barriers"] += 1
             self._reply_barrier(served, request_id, since)
         else:

@@ -182,10 +182,7 @@ class Leader:
             self._leading, self._leading_since = True, now
             self._heard.clear()
             self._refused_until.clear()
-        raft = node.raft
-        assert raft is not None
-        if not raft.lease_valid():
-            return
+        await node.leader_index("default")  # NoLeader: it has only just been elected, or does not lead any more
         if not self._prepared:
             await self._ensure_roots()
             self._prepared = True

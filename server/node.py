@@ -319,7 +319,7 @@ class ServerNode:
         if mode == "stale":
             return self.store.index
         if mode == "default":
-            if raft.is_leader and raft.lease_valid():
+            if raft.is_leader and raft.lease_valid() and raft.applied_all:
                 return self.store.index
             await self._default_round.join()
         elif mode == "consistent":
@@ -336,7 +336,7 @@ class ServerNode:
             raft = self._running()
             try:
                 if raft.is_leader:
-                    await self.leader_index(mode)
+                    await raft.wait_applied(await self.leader_index(mode), max(0.05, deadline - self.clock()))
                     return
                 leader_id = self.leader_id
                 peer = self.peer(leader_id) if leader_id else None
@@ -373,7 +373,7 @@ class ServerNode:
         if not raft.is_leader:
             raise NoLeader
         if mode == "default" and raft.lease_valid():
-            return raft.applied_index
+            return raft.commit_index  # and not what is applied here: a follower may have shown more already
         return await raft.read_index()
 
     # -- about itself -----------------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ class Roster:
         self._hello, self._hint, self._now = hello, hint, now
         self._waiting: dict[str, Waiting] = {}
         self._change = ""  # the one that is on its way
+        self._removing = asyncio.Lock()  # one at a time from its first step: its steps must not be another's
         self._refused, self._announced = RateLimited(log, 60.0), RateLimited(log, 1.0)
         self._versions: dict[str, str] = {node.node_id: version}
         #: Names of servers that an operator removes at this moment: that they are heard means nothing.
@@ -280,6 +281,10 @@ class Roster:
 
         Raises BadRequest, NotFound, Conflict (what stands against it), Timeout.
         """
+        async with self._removing:
+            return await self._remove(node_id, name, address)
+
+    async def _remove(self, node_id: str, name: str, address: str) -> Member:
         raft = self._leading()
         member = find(raft.members, node_id=node_id, name=name, address=address)
         self._check_removal(raft, member)

@@ -82,6 +82,7 @@ class Core:
         self._members: Members = ()
         self._introduced: Members = ()  # servers that are not in this one's list, see `standing.py`
         self._server_ids: dict[str, str] = {}
+        self._stranger_ids: dict[str, str] = {}
         self._raft: RaftLog | None = None
         self._steps = LoopSteps()
         self._started = time.monotonic()
@@ -149,6 +150,7 @@ class Core:
             node,
             spawn=self._spawn,
             server_key=self._server_ids.get,
+            stranger_key=self._stranger_ids.get,
             enrol=enrolment.enrol,
             accept_raft=self._accept_raft,
             bootstrap=self._greeted,
@@ -333,10 +335,14 @@ class Core:
                 self._raft.introduce(strangers)
 
     def _follow_servers(self) -> None:
-        listed = {m.id for m in self._members}
-        servers = (*self._members, *(m for m in self._introduced if m.id not in listed))
+        ids, keys = {m.id for m in self._members}, {m.key_hash for m in self._members}
+        strangers = [m for m in self._introduced if m.id not in ids and m.key_hash not in keys]
+        servers = (*self._members, *strangers)
         self._server_ids.clear()
-        self._server_ids.update({m.key_hash: m.id for m in servers})
+        self._server_ids.update({m.key_hash: m.id for m in self._members})
+        # Whoever was only introduced is heard by Raft, where it counts for nothing; it is no server at any other door.
+        self._stranger_ids.clear()
+        self._stranger_ids.update({m.key_hash: m.id for m in strangers})
         if self._raft is not None:
             self._peers.follow(servers)
         self._endpoint.drop_former_servers()

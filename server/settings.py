@@ -26,8 +26,8 @@ class CoreSettings:
     node_id: str = ""
     dev: bool = False
     retry_interval_s: float = 30.0
-    election_min_s: float = 0.3
-    election_max_s: float = 0.6
+    election_min_s: float = 0.4
+    election_max_s: float = 0.7
     heartbeat_s: float = 0.05
     log_level: str = "info"
     log_json: bool = False

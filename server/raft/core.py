@@ -62,8 +62,8 @@ class Timing:
     """The raft clockwork. The core demands election_min_s > 3 heartbeat_s."""
 
     heartbeat_s: float = 0.05
-    election_min_s: float = 0.3
-    election_max_s: float = 0.6
+    election_min_s: float = 0.4
+    election_max_s: float = 0.7
 
 
 class Owner(Protocol):

@@ -157,8 +157,11 @@ class Elections:
         """The leader asks this server to take over: stand for election now, whatever was heard lately."""
         core = self._core
         if message["term"] == core.term() and core.leader_id() == peer_id and self._votes_itself:
+            # Now or never: the leader takes an answer to what it sent later for a sign that this offer has passed.
             self._transfer_term = core.term()
             core.campaign_in(-1.0)
+            core.doTick(0)
+            self._transfer_term = -1
 
     def about_request_vote(self, message: Message) -> Message:
         """The core's request for a vote, with what the voters have to know."""

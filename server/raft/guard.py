@@ -19,6 +19,9 @@ from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
 from rostra.server.raft.replication import Replication
 
+#: No cluster holds so many elections while one of its servers is away.
+TERMS_AHEAD_MAX = 1 << 32
+
 
 class BrokenInvariant(Exception):
     """Something that Raft rules out has happened: the process must stop before it spreads."""
@@ -63,6 +66,8 @@ class Guard:
 
     def inbound(self, peer_id: str, message: Message) -> None:
         """One checked message of a member. Raises BadMessage (close the link) or BrokenInvariant (stop)."""
+        if max(message.get("term", 0), message.get("current", 0)) > self._core.term() + TERMS_AHEAD_MAX:
+            raise BadMessage("a term from the far future")  # it would be on disk for ever, and use terms up
         handle = self._handlers.get(message["type"])
         if handle is None:  # H17 H20: apply_command, utility lists and the like are not in this house
             self.dropped += 1
@@ -75,6 +80,8 @@ class Guard:
             self._reply_stale(peer_id)
             return
         if message["term"] == core.term() and (core.is_leader() or core.leader_id() not in (None, peer_id)):
+            if not self._may_lead(peer_id):
+                raise BadMessage("a server that cannot lead speaks as a leader")
             raise BrokenInvariant(
                 f"two leaders in term {core.term()}: {peer_id} and {core.leader_id()}. "
                 "Is the data directory of a server in use twice?"
@@ -94,6 +101,10 @@ class Guard:
         if entries and fits:  # else the core has asked for an earlier one
             self._membership.truncated(entries[0][1])
             self._membership.appended(entries)
+
+    def _may_lead(self, peer_id: str) -> bool:
+        """Whether our list, which may be old, has it as a voter."""
+        return any(member.id == peer_id and member.votes for member in self._membership.members)
 
     def _only_conflicts(self, message: Message) -> Message:
         """The same append without what we have. H2: the core truncates after `prevLogIdx`, whatever comes."""

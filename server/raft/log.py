@@ -186,7 +186,7 @@ class RaftLog:
         self._rounds: deque[tuple[int, int, list[asyncio.Future[int]]]] = deque()  # (round, index, waiters)
         self._applied_waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._changes: dict[int, asyncio.Future[None]] = {}  # by index, changes of members that wait for their commit
-        self._transfer_term = -1  # in this term leadership was offered to another: the lease is void
+        self._offered: tuple[int, str, int] | None = None  # leadership: (in which term, to whom, after which round)
         self._handing_over = False  # nothing new goes into the log, so that the successor can be level
         self._log_bytes_peak = 0
         self._sequence = itertools.count()
@@ -292,8 +292,8 @@ class RaftLog:
         self._links.start()
         self._pump()
         self._on_timer()
-        if alone:
-            committed = max(committed, self._core.noop_index() or 0)
+        while alone and self._is_running and not self._is_established():
+            await asyncio.sleep(self._timing.heartbeat_s / 50)  # for its own disk
         while self.applied_index < committed and self._is_running:
             await self._applied_future(committed)
 
@@ -440,7 +440,7 @@ class RaftLog:
         if new == self.members:
             raise Conflict("the list of servers is that already")
         # Raft §4.1 and the erratum to it: one change at a time, and none before an entry of this term is committed.
-        if not self._is_established():
+        if not self._is_established() or self._journal.durable_index < (self._core.noop_index() or 0):
             raise NoLeader("the leader has only just been elected")
         if not self.members_settled:
             raise Conflict("another change of the servers is on its way: try again when it is done")
@@ -491,13 +491,12 @@ class RaftLog:
                 last = self._journal.last_index
                 is_level = self._core.commit_index() == last and self._core.match_index(node) == last
                 if is_level and self._loop.time() >= offer_at:
-                    # From here on another leader may be elected at any moment: no lease in this term any more.
-                    self._transfer_term = term
+                    # From here on another leader may be elected at any moment, see `lease_valid`.
+                    self._offered = (term, heir, self._replication.round)
                     self.counters.transfers += offer_at == 0.0
                     self._links.post(heir, {"type": "timeout_now", "term": term})
                     self._links.flush()
-                    # Again, where it is not taken: a heartbeat that arrived with it put the heir's election off.
-                    offer_at = self._loop.time() + self._timing.heartbeat_s
+                    offer_at = self._loop.time() + self._timing.election_min_s
                 await asyncio.sleep(self._timing.heartbeat_s / 10)
         finally:
             self._handing_over = False
@@ -576,9 +575,29 @@ class RaftLog:
 
     def lease_valid(self) -> bool:
         """Whether no other server can lead now, and all that was acknowledged before this leadership is applied."""
-        if self._transfer_term == self.term or not self._is_established():
+        if not self._is_established():
+            return False
+        if self._offered is not None and not self._has_declined(*self._offered):
             return False
         return self._clock() < self._replication.quorum_round() + self._lease_ns
+
+    def _has_declined(self, term: int, heir: str, round_: int) -> bool:
+        """Whether no election can come any more of leadership that was offered.
+
+        Within a link messages are in order, and an heir that stands for election answers nothing of the old term. So
+        one that answers, in this term, what was sent after the offer has let it pass.
+        """
+        if term == self.term:
+            follower = self._replication.followers.get(heir)
+            if follower is None or follower.echoed <= round_:
+                return False
+        self._offered = None
+        return True
+
+    @property
+    def applied_all(self) -> bool:
+        """Whether everything that this server knows to be committed shows in the state."""
+        return self.applied_index >= self.commit_index
 
     async def read_index(self) -> int:
         """An index applied here that covers all writes acknowledged before the call. Leader only, else NoLeader."""
@@ -681,7 +700,7 @@ class RaftLog:
         replication.release_held()
         commit, last = core.commit_index(), journal.last_index
         # Alone, the core would commit at append: it may look only when the disk has everything.
-        if replication.has_other_voters or journal.is_durable or not core.is_leader():
+        if replication.has_other_voters or journal.is_durable:
             core.doTick(0)
         else:
             self.apply_committed()

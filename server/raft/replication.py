@@ -63,6 +63,8 @@ class Replication:
         self._needs_snapshot = needs_snapshot
         self.followers: dict[str, Follower] = {}
         self._other_voters = 0
+        self._begun_lsn: int | None = None  # of the journal, at the first message of this leadership
+        self._began_alone = False
         self.round = 0
         #: Set when a message should go out without waiting for the next heartbeat.
         self.is_due = False
@@ -85,6 +87,8 @@ class Replication:
 
     def lead(self) -> None:
         """This server has become leader: nothing that was answered before counts."""
+        self._begun_lsn = None
+        self._began_alone = not self._other_voters
         for follower in self.followers.values():
             follower.echoed = follower.reset_floor = NEVER
             follower.told_commit, follower.streaming = 0, ""
@@ -117,6 +121,13 @@ class Replication:
 
     def send_appends(self) -> int:
         """One message, or as many as the window admits, to every follower that can be reached. The round."""
+        if self._begun_lsn is None:
+            self._begun_lsn = self._journal.lsn  # the term and its no-op are among the records up to here
+        if self._began_alone and self._journal.durable_lsn < self._begun_lsn:
+            # No vote was asked for, so nothing has waited for the disk yet. If the power went now, this server would
+            # lead the same term again and fill it with other entries.
+            self.is_due = True
+            return self.round
         self.is_due = False
         current = self.new_round()
         for peer_id, follower in self.followers.items():

@@ -123,7 +123,7 @@ class Snapshots:
         self.holds_apply = False
         self._taking: asyncio.Future[Snapshot | None] | None = None
         self._is_taking = False
-        self._applied_bytes = 0  # of log entries since the newest snapshot
+        self._applied_bytes = self._taken_bytes = 0  # of log entries since the newest snapshot; up to the one in work
         self._retry_s = 0.0
         self._sending: dict[str, _Sending] = {}
         self._incoming: Incoming | None = None
@@ -150,9 +150,16 @@ class Snapshots:
                     " replace this server: remove it from the cluster and start it again with an empty data directory"
                 )
             return
-        loader = self._state.loader()
-        await self._load(found, loader)
-        loader.finish()()
+        try:
+            loader = self._state.loader()
+            await self._load(found, loader)
+            loader.finish()()
+        except ValueError as e:
+            raise DamagedJournal(
+                f"{disk.path}/{found.name} cannot be read by this release: {e}. Nothing was changed. Start the release"
+                " that wrote it, or replace this server: remove it from the cluster and start it again with an empty"
+                " data directory"
+            ) from None
         if not len(journal) or journal.term_at(found.index) != found.term:
             # H3: only now is the log's tail of no use: it is shorter than the snapshot or another leader's.
             journal.reset_to(found.index, found.term)
@@ -217,12 +224,13 @@ class Snapshots:
         snapshot: Snapshot | None = None
         try:
             while not self._is_idle() or self._installing:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             self._is_taking = True
             snapshot = await (self._take_file() if self._disk is not None else self._take_nothing())
         except OSError as e:
             log.err("no snapshot could be written, the log keeps growing meanwhile", error=str(e))
             self._retry_s = self._loop.time() + RETRY_S
+            self._applied_bytes += self._taken_bytes  # else a log that is full would wait for news that cannot come
         finally:
             self.holds_apply = self._is_taking = False
             self._taking = None
@@ -243,7 +251,7 @@ class Snapshots:
         members_index, members = self._membership.at(index)
         if term is None:
             raise BrokenInvariant(f"applied entry {index} is not in the log")
-        self._applied_bytes = 0
+        self._taken_bytes, self._applied_bytes = self._applied_bytes, 0
         self.holds_apply = True
         capture = self._state.capture()
         first: bytes | None = None
@@ -276,7 +284,7 @@ class Snapshots:
             raise
         writer.finish(lambda result, error: _settle(finished, result, error))
         snapshot = await finished
-        if self.newest is None or self.newest.index < snapshot.index:
+        if self.newest is None or self.newest.index <= snapshot.index:
             self.newest = snapshot
             self._membership.forget_before(snapshot.index)
         disk, keep = self._disk, self.newest
@@ -326,8 +334,9 @@ class Snapshots:
             self._stop_waiting(peer_id, snapshot.id)
             return
         follower = self._replication.followers.get(peer_id)
-        if follower is None or follower.streaming != snapshot.id or peer_id in self._sending:
-            file.close()
+        is_wanted = follower is not None and follower.streaming == snapshot.id and self._core.is_leader()
+        if not is_wanted or peer_id in self._sending:
+            self._close(file)
             return
         self._sending[peer_id] = _Sending(snapshot, file, self._loop.time())
         log.info("sending a snapshot", to=peer_id, index=snapshot.index, bytes=snapshot.size)
@@ -371,13 +380,19 @@ class Snapshots:
         offset, size = message["offset"], sending.snapshot.size
         if sending.is_reading or offset >= size:
             return
+        if offset == 0 and sending.offset + self._limits.chunk_bytes >= size > self._limits.chunk_bytes:
+            log.err("a follower found a snapshot damaged, taking another", to=peer_id, snapshot=sending.snapshot.name)
+            self._drop_sending(peer_id)
+            self._stop_waiting(peer_id, sending.snapshot.id)
+            self.take()
+            return
         sending.is_reading, sending.offset = True, offset
         count = min(self._limits.chunk_bytes, size - offset)
 
         def read(data: bytes | None, error: Exception | None) -> None:
             sending.is_reading = False
             if self._sending.get(peer_id) is not sending:
-                sending.file.close()
+                self._close(sending.file)
             elif error is not None or not data:
                 log.warn("a snapshot cannot be read, trying another", to=peer_id, error=str(error))
                 self._drop_sending(peer_id)
@@ -396,7 +411,12 @@ class Snapshots:
     def _drop_sending(self, peer_id: str) -> None:
         sending = self._sending.pop(peer_id, None)
         if sending is not None and not sending.is_reading:
-            sending.file.close()
+            self._close(sending.file)
+
+    def _close(self, file: SnapshotFile) -> None:
+        """In the lane: the last one to close a file that was removed frees its blocks, which takes its time."""
+        assert self._disk is not None
+        self._disk.submit(SNAPSHOT, file.close, lambda _result, _error: None)
 
     def check(self) -> None:
         """On a timer: a follower that has said nothing for long is asked again."""
@@ -424,9 +444,14 @@ class Snapshots:
         if incoming is None or incoming.id != message["id"]:
             if incoming is not None:
                 incoming.abandon()
-            incoming = self._incoming = Incoming(
-                self._disk, message["id"], message["index"], message["snap_term"], message["size"]
-            )
+            try:
+                incoming = self._incoming = Incoming(
+                    self._disk, message["id"], message["index"], message["snap_term"], message["size"]
+                )
+            except OSError as e:
+                self._incoming = None
+                log.err("a snapshot from the leader cannot be kept, this server stays behind", error=str(e))
+                return
         if incoming.offset >= incoming.size:
             self._finish(incoming, message)
         elif message["data"] and message["offset"] == incoming.offset:
@@ -453,9 +478,8 @@ class Snapshots:
         def verified(snapshot: Snapshot | None, error: Exception | None) -> None:
             self._incoming = None
             if snapshot is None:
-                self._installing = False
-                log.warn("a received snapshot is not what was sent, asking for it again", error=str(error))
-                self._answer(message, 0)
+                self._installing = False  # the leader asks in a while, and hears that it has to begin again
+                log.warn("a received snapshot is not what was sent, it is needed again", error=str(error))
             else:
                 self._start(self._install(snapshot, message))
 
@@ -473,9 +497,17 @@ class Snapshots:
                 await asyncio.sleep(0.001)
             core, journal = self._core, self._journal
             if snapshot.index > core.commit_index():
-                loader = self._state.loader()
-                await self._load(snapshot, loader)
-                swap = loader.finish()
+                try:
+                    loader = self._state.loader()
+                    await self._load(snapshot, loader)
+                    swap = loader.finish()
+                except ValueError as e:
+                    # Of a later release, most likely. The server's own log and state are as good as before.
+                    log.err("a snapshot of the leader cannot be read by this release", error=str(e))
+                    disk, name = self._disk, snapshot.name
+                    assert disk is not None
+                    await self._in_lane(lambda: disk.remove(name))
+                    return
                 while not self._is_idle():
                     await asyncio.sleep(0)
                 if snapshot.index > core.commit_index():

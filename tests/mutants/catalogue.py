@@ -290,7 +290,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "        except ValueError:\n            pass\n        finally:\n            self._installing = False\n"
             "        self._answer(message, snapshot.size, done=True)",
         ),
-        by="test_snapshotting.py test_h9_a_snapshot_that_the_state_refuses_stops_the_process_and_is_not_acknowledged",
+        by="test_snapshotting.py test_h9_a_snapshot_that_the_state_refuses_is_not_acknowledged_and_changes_nothing",
     ),
     _mutant(
         "H9.3",
@@ -301,6 +301,13 @@ MUTANTS: tuple[Mutant, ...] = (
             "            if first < 0:\n                raise DamagedJournal(",
         ),
         by="test_snapshotting.py test_h9_a_log_whose_snapshot_is_damaged_is_not_started_from_an_empty_state",
+    ),
+    _mutant(
+        "H9.4",
+        "a snapshot from before the log's beginning stands in for a lost one",
+        SNAPSHOTTING,
+        ("if found is None or found.index < first:", "if found is None:"),
+        by="test_snapshotting.py test_h9_a_snapshot_from_before_the_log_does_not_stand_in_for_a_lost_one",
     ),
     _mutant(
         "H10.1",
@@ -522,7 +529,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "H19.2",
         "a server alone commits before its disk has the entry",
         LOG,
-        ("if replication.has_other_voters or journal.is_durable or not core.is_leader():", "if True:"),
+        ("        if replication.has_other_voters or journal.is_durable:\n", "        if True:\n"),
         by="test_log.py test_a_result_is_given_only_when_the_disk_has_the_entry",
     ),
     _mutant(
@@ -685,6 +692,23 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_snapshotting.py test_h22_a_snapshot_leaves_a_part_of_the_log_for_followers_that_lag_a_little",
     ),
     _mutant(
+        "H22.3",
+        "the log in memory has no bound",
+        SNAPSHOTTING,
+        ("return kept < self._limits.log_bytes_max or self._keeps_all", "return True"),
+        by="test_snapshotting.py test_at_its_bound_the_log_takes_nothing_more_until_a_snapshot_has_made_room",
+    ),
+    _mutant(
+        "H22.4",
+        "entries that no snapshot holds are dropped from the log",
+        SNAPSHOTTING,
+        (
+            "while base < min(floor, first + TRIM_ENTRIES) and size > kept:",
+            "while base < journal.last_index and size > kept:",
+        ),
+        by="test_snapshotting.py test_what_no_snapshot_holds_stays_in_the_log",
+    ),
+    _mutant(
         "H23.1",
         "new entries leave with the next heartbeat",
         LOG,
@@ -728,8 +752,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "LEASE.2",
         "the lease goes on after leadership was offered to another",
         LOG,
-        ("if self._transfer_term == self.term or not self._is_established():", "if not self._is_established():"),
-        by="test_promises.py test_from_the_offer_of_leadership_on_the_lease_is_void",
+        ("        if self._offered is not None and not self._has_declined(*self._offered):\n", "        if False:\n"),
+        by="test_promises.py test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_lets_it_pass",
     ),
     _mutant(
         "LEASE.3",
@@ -754,6 +778,27 @@ MUTANTS: tuple[Mutant, ...] = (
         REPLICATION,
         ("follower.echoed = follower.reset_floor = NEVER", "follower.reset_floor = NEVER"),
         by="test_guard.py test_what_was_answered_in_a_leadership_before_is_no_lease",
+    ),
+    _mutant(
+        "LEASE.6",
+        "the number of another leader's clock counts for the lease",
+        SNAPSHOTTING,
+        ('"r": message["r"] if message["term"] == self._core.term() else 0,', '"r": message["r"],'),
+        by="test_snapshotting.py test_what_another_leaders_clock_said_is_not_told_to_the_next_one",
+    ),
+    _mutant(
+        "LEASE.7",
+        "an offer of leadership has passed although the heir may not have read it yet",
+        LOG,
+        ("if follower is None or follower.echoed <= round_:", "if follower is None:"),
+        by="test_promises.py test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_lets_it_pass",
+    ),
+    _mutant(
+        "LEASE.8",
+        "who is offered leadership may take it later as well",
+        ELECTIONS,
+        ("            core.doTick(0)\n            self._transfer_term = -1\n", ""),
+        by="test_guard.py test_an_offer_of_leadership_is_taken_at_once_or_never",
     ),
     _mutant(
         "READINDEX.1",
@@ -858,8 +903,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "leadership is offered to who lacks entries",
         LOG,
         (
-            "                if is_level and self._transfer_term != term:",
-            "                if self._transfer_term != term:",
+            "                if is_level and self._loop.time() >= offer_at:",
+            "                if self._loop.time() >= offer_at:",
         ),
         by="test_promises.py test_leadership_is_offered_only_to_who_has_everything_and_nothing_new_is_begun",
     ),
@@ -920,6 +965,30 @@ MUTANTS: tuple[Mutant, ...] = (
         SNAPSHOTS,
         ("                file.sync()\n                self._disk.rename(", "                self._disk.rename("),
         by="test_snapshots.py test_wherever_the_power_goes_a_snapshot_can_be_received_after_it",
+    ),
+    _mutant(
+        "SNAP.6",
+        "a snapshot is taken in the middle of an entry",
+        SNAPSHOTTING,
+        ("while not self._is_idle() or self._installing:", "while self._installing:"),
+        by="test_snapshotting.py test_a_snapshot_is_never_taken_in_the_middle_of_an_entry",
+    ),
+    _mutant(
+        "SNAP.7",
+        "a snapshot that the log has overtaken takes the state back",
+        SNAPSHOTTING,
+        (
+            "                if snapshot.index > core.commit_index():\n                    if journal",
+            "                if True:\n                    if journal",
+        ),
+        by="test_snapshotting.py test_a_snapshot_that_the_log_has_overtaken_meanwhile_takes_nothing_back",
+    ),
+    _mutant(
+        "SNAP.8",
+        "two pieces are written at once",
+        SNAPSHOTTING,
+        ("        if self._installing or self._is_writing:\n", "        if self._installing:\n"),
+        by="test_snapshotting.py test_a_piece_that_comes_twice_is_taken_once",
     ),
     _mutant(
         "CRC.1",

@@ -38,6 +38,17 @@ class Operator:
     def is_idle(self) -> bool:
         return self._job is None
 
+    @property
+    def may_disturb(self) -> bool:
+        """Whether others may change the list."""
+        return self.cluster.profile.operator and self._job is None
+
+    def remove_now(self, leader: Server, server_id: str) -> None:
+        """Once, whatever comes of it."""
+        if not leader.loop.is_dead and leader.raft is not None:
+            wanted = tuple(m for m in leader.raft.members if m.id != server_id)
+            leader.loop.run_now(self._propose, leader, wanted)
+
     def describe(self) -> str:
         return self._name if self._job is not None else "idle"
 
@@ -134,6 +145,7 @@ class Operator:
         while leader is None or not any(m.id == member.id for m in leader.members):
             yield
             leader = self.cluster.leader()
+        assert leader is not None
         machine.members = leader.members
         machine.is_gone = False
         machine.start()
@@ -142,6 +154,8 @@ class Operator:
         while True:
             leader = self.cluster.leader()
             if leader is not None and leader.raft is not None:
+                if leader.raft.members_settled and not any(m.id == machine.id for m in leader.raft.members):
+                    return  # it was removed meanwhile
                 status = next((p for p in leader.raft.peers() if p.id == machine.id), None)
                 if leader.id == machine.id or (
                     status is not None and status.is_up and status.match_index > 0 and status.lag_entries <= LAG_MAX
@@ -161,7 +175,6 @@ class Operator:
             return tuple(m for m in members if m.id != gone)
 
         yield from self._change(removed)
-        machine.is_removed = True
         for _ in range(self.chance.randint(0, 8)):  # it may go on for a while, and disturb whom it can
             yield
         machine.is_gone = True

@@ -195,27 +195,23 @@ class Cluster:
         self.machines.append(machine)
         return machine
 
-    def installed(self) -> list[Machine]:
-        """The machines whose servers belong to the cluster."""
-        return [m for m in self.machines if not m.is_removed and not m.is_gone]
-
     def has_converged(self) -> bool:
-        """All writes are settled, and all servers have applied the same, all of it."""
-        if self.open_writes or not self.operator.is_idle:
+        """All writes are settled, and all members have applied the same, all of it."""
+        leader = self.leader()
+        if self.open_writes or not self.operator.is_idle or leader is None:
             return False
         everything = len(self.oracle.entries)
-        for machine in self.installed():
-            server = machine.server
-            if server is None or not server.is_up or server.raft is None or server.state.position != everything:
+        listed = {member.id for member in leader.members}
+        servers = [m.server for m in self.machines if m.id in listed]
+        for server in servers:
+            if server is None or not server.is_up or server.members != leader.members:
                 return False
-        lists = set()
-        for machine in self.installed():
-            server = machine.server
+            if server.state.position != everything:
+                return False
+        for server in servers:
             assert server is not None
-            assert server.raft is not None
             self.oracle.compare_hash(server.id, everything, server.node.store)
-            lists.add(server.raft.members)
-        return len(lists) == 1
+        return len(servers) == len(listed)
 
     def describe(self) -> str:
         """Where everyone stands, for people."""

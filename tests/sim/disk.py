@@ -86,7 +86,7 @@ class VirtualDisk:
         self.is_full = False
         #: Called once, while the next sync is under way.
         self.when_syncing: Callable[[], None] | None = None
-        self.syncs = self.torn = 0
+        self.syncs = self.torn = self.files = 0
 
     # -- the machine
 
@@ -103,7 +103,7 @@ class VirtualDisk:
         inodes = {id(i): i for i in [*self._names.values(), *self._durable_names.values()]}
         for moved in self._moved:
             if mood < 0.3 or (mood < 0.7 and chance.random() < 0.5):
-                for name, inode in moved:
+                for _, inode in moved:
                     if inode is not None:
                         inodes[id(inode)] = inode
                 self._move(self._durable_names, moved)
@@ -298,6 +298,7 @@ class OpenDisk:
         return OpenFile(self, inode, read_only=False)
 
     def create(self, name: str, data: bytes) -> OpenFile:
+        self._disk.files += 1
         file = self.start(name + ".new")
         file.write(0, data)
         file.sync()

@@ -47,6 +47,7 @@ class Faults:
             (self.break_disk, 4),
             (self.fill_disk, 2),
             (self.transfer, 9),
+            (self.remove_alone, 4),
             (self.snapshot, 4),
         )
 
@@ -168,8 +169,10 @@ class Faults:
         machine = self._victim()
         if machine is None or machine.server is None:
             return False
-        seconds = 5.0 if self.chance.random() < 0.03 else self.chance.choice((0.1, 0.25, 0.5, 1.2)) * (
-            0.8 + 0.4 * self.chance.random()
+        seconds = (
+            5.0
+            if self.chance.random() < 0.03
+            else self.chance.choice((0.1, 0.25, 0.5, 1.2)) * (0.8 + 0.4 * self.chance.random())
         )
         self._pause(machine.server, seconds)
         return True
@@ -217,7 +220,7 @@ class Faults:
             self.world.after(0.003 + 0.02 * self.chance.random(), self._question, server, until)
 
     def shift_majority(self) -> bool:
-        """The leader's disk stalls and some others do not hear it. Then it loses its power, and comes back with them."""
+        """The leader's disk stalls and some do not hear it. Then it loses its power, and comes back with them."""
         leader = self.cluster.leader()
         if leader is None:
             return False
@@ -403,7 +406,15 @@ class Faults:
         if leader is None or leader.raft is None:
             return False
         leader.loop.run_now(self._transfer, leader)
+        if self.chance.random() < 0.5:  # it hears nothing of what follows
+            pairs = [(other.name, leader.host) for other in self._others(leader.machine)]
+            self.world.after(0.003 * self.chance.random(), self._deafen, pairs)
         return True
+
+    def _deafen(self, pairs: list[tuple[str, str]]) -> None:
+        if not self._is_over:
+            self.world.note("net", "swallows " + " ".join(f"{a}>{b}" for a, b in pairs))
+            self._block(pairs, 0.2 + 0.3 * self.chance.random())
 
     def _transfer(self, leader: Server) -> None:
         async def transfer() -> Any:
@@ -416,6 +427,28 @@ class Faults:
 
         self.world.note(leader.host, "hands over")
         leader.spawn(transfer())
+
+    def remove_alone(self) -> bool:
+        """A leader without a majority is told to remove those that it cannot reach, one after the other."""
+        leader, operator = self.cluster.leader(), self.cluster.operator
+        if leader is None or leader.raft is None or not operator.may_disturb:
+            return False
+        voting = {m.id for m in leader.members if m.votes}
+        others = [m for m in self._others(leader.machine) if m.id in voting]
+        if len(others) < 2:
+            return False
+        self.chance.shuffle(others)
+        near = [leader.machine, *others[: (len(others) - 1) // 2]]
+        far = [m for m in self._others(leader.machine) if m not in near]
+        self.world.note("net", "cut off " + " ".join(m.name for m in near))
+        pairs = [(a.name, b.name) for a in near for b in far]
+        self._block(pairs + [(b, a) for a, b in pairs], 0.4 + 0.8 * self.chance.random())
+        at = 0.01
+        for machine in far:
+            if machine.id in voting:
+                self.world.after(at, operator.remove_now, leader, machine.id)
+                at += 0.01 + 0.02 * self.chance.random()
+        return True
 
     def snapshot(self) -> bool:
         machine = self._victim()

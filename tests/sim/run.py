@@ -1,8 +1,8 @@
 """Runs seeds: one with a trace, or many over several processes, with totals at the end.
 
-    python -m tests.sim.run --seeds 100            seeds 0 to 99
-    python -m tests.sim.run --seed 17              seed 17 again, with a trace of what happened
-    python -m tests.sim.run --seeds 100 --first 17
+python -m tests.sim.run --seeds 100            seeds 0 to 99
+python -m tests.sim.run --seed 17              seed 17 again, with a trace of what happened
+python -m tests.sim.run --seeds 100 --first 17
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import gc
 import hashlib
 import multiprocessing
-import os
 import sys
 import time
 import warnings
@@ -40,7 +39,7 @@ from tests.sim.cluster import (
     Profile,
 )
 from tests.sim.faults import Faults
-from tests.sim.server import ObservedLinks, Server
+from tests.sim.server import ObservedLinks
 from tests.sim.world import World
 
 WORKERS = 2
@@ -188,6 +187,10 @@ def _outcome(seed: int, world: World, cluster: Cluster, faults: Faults) -> Outco
     counts["acknowledged writes"] = oracle.acknowledged
     counts["refused writes"] = oracle.refused
     counts["writes not done"] = oracle.denied
+    for machine in cluster.machines:
+        counts["syncs"] += machine.disk.syncs
+        counts["files torn by power cuts"] += machine.disk.torn
+        counts["segments begun"] += machine.disk.files
     counts["repeated in the log"] = oracle.repeated
     for mode, count in oracle.reads.items():
         counts[f"reads {mode}"] = count

@@ -57,8 +57,8 @@ class Machine:
         self.clock = self._new_clock()
         self.disk = VirtualDisk(self.world, self.name)
         self.server: Server | None = None
-        #: its server is not a member any more; it is switched off for good
-        self.is_removed = self.is_gone = False
+        #: switched off for good
+        self.is_gone = False
         #: what it starts with where neither log nor snapshot says otherwise
         self.members: Members = ()
         self._identify()
@@ -113,7 +113,6 @@ class Machine:
         self.disk.wipe()
         self.generation += 1
         self._identify()
-        self.is_removed = False
 
     def move(self) -> None:
         """It stops, and will come back under another address."""
@@ -130,7 +129,7 @@ class Server:
         self.world, self.host = machine.world, machine.name
         self.id, self.key_hash, self.name = machine.id, machine.key_hash, machine.server_name
         world, profile = self.world, self.cluster.profile
-        self.loop = loop = Loop(world, self.host, machine.clock, unhandled=self._unhandled)
+        self.loop = loop = Loop(world, self.host, machine.clock, unhandled=self._unhandled)  # type: ignore[abstract]
         loop.interrupted, loop.perf_step = profile.interrupted, profile.perf_step
         loop.burnt = self._burnt
         loop.process = self
@@ -205,7 +204,7 @@ class Server:
         self._starting = raft
         try:
             await raft.start()
-        except OSError as e:  # the program ends with a message
+        except (OSError, RostraError) as e:  # the program ends with a message
             self.fail_stop(f"cannot start: {e}")
         self.raft = self.node.raft = raft
         self._follow_servers()

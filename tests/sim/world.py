@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-
 #: A loop that is never out of work lets time pass after so many rounds of it.
 ITERATIONS_MAX = 100
 
@@ -238,7 +237,7 @@ class Loop(asyncio.AbstractEventLoop):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 try:
                     task.get_coro().close()
-                except Exception:  # noqa: S112 (what it does on its way out is nobody's business any more)
+                except Exception:
                     continue
         self._tasks.clear()
 

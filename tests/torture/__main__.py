@@ -38,6 +38,8 @@ from tests.torture.hosts import Cluster, Host
 INSIDE = "ROSTRA_TORTURE_INSIDE"
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 SHOWN = 40
+#: How long start, last faults, healing and checks may take beside the asked time.
+BEYOND_S = 400.0
 COUNTERS = {
     "leaderships": "leaderships",
     "snapshots_taken": "snapshots taken",
@@ -302,12 +304,13 @@ def torture(options: argparse.Namespace) -> int:
     sizes = [int(size) for size in options.servers.split(",")]
     runs: list[Run] = []
     began = time.monotonic()
+    minutes = options.minutes / len(sizes)
     for size in sizes:
         processes = Processes()
         try:
             run = Run(processes, size, options, random.Random(rng.random()))
             try:
-                asyncio.run(run.go(options.minutes / len(sizes)))
+                asyncio.run(asyncio.wait_for(run.go(minutes), minutes * 60 + BEYOND_S))
                 runs.append(run)
                 if run.violations:
                     kept = Path(tempfile.gettempdir()) / f"rostra-torture-{options.seed}"

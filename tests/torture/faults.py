@@ -40,6 +40,7 @@ class Faults:
     def __init__(self, cluster: Cluster, rng: random.Random, note: Callable[[str], None]) -> None:
         self.cluster, self._rng, self._note = cluster, rng, note
         self.counts: Counter[str] = Counter()
+        self._list_changes = False  # two at once could leave a majority of dead servers, for ever
         self.violations: list[str] = []
         #: kind → why it is not tried.
         self.missing: dict[str, str] = {}
@@ -341,6 +342,16 @@ class Faults:
         config["ServerStabilizationTime"] = "1s"
         return server.ask("PUT", "/v1/operator/autopilot/configuration", json.dumps(config).encode()).status == 200
 
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        if self._list_changes:
+            raise Busy
+        self._list_changes = True
+        try:
+            yield
+        finally:
+            self._list_changes = False
+
     async def _transfer(self) -> str:
         """It counts where it was done: others that are under way may leave nobody to lead."""
         host = self._rng.choice(self.cluster.servers)
@@ -354,7 +365,7 @@ class Faults:
 
     async def _replace(self) -> str:
         """A server's disk is lost: remove it, start it with an empty one, let it in, wait until it votes."""
-        async with self._victims(1, leader=0.3) as (host,):
+        async with self._alone(), self._victims(1, leader=0.3) as (host,):
             await asyncio.to_thread(host.kill)
             node_id = (host.data_dir / "node-id").read_text().strip()
             await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
@@ -365,7 +376,7 @@ class Faults:
         return f"{host.name}, which voted {took:.1f} s after it was let in"
 
     async def _remove_and_add(self) -> str:
-        async with self._victims(1, leader=0.3) as (host,):
+        async with self._alone(), self._victims(1, leader=0.3) as (host,):
             node_id = (host.data_dir / "node-id").read_text().strip()
             await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
             await self._hold(0.0, 2.0)

@@ -586,6 +586,19 @@ def test_an_offer_of_leadership_of_another_term_is_none() -> None:
     assert (server.core.term(), server.core.state()) == (4, CANDIDATE)
 
 
+def test_an_offer_of_leadership_is_taken_at_once_or_never() -> None:
+    """The leader takes an answer of this term, to what it said after the offer, for a refusal."""
+    server = Server()
+    server.append("b", 3, 1, 0)
+    server.guard.inbound("b", {"type": "timeout_now", "term": 3})
+    assert (server.core.term(), server.core.state()) == (4, CANDIDATE)  # before anything else is read
+    assert [said["transfer"] for _, said in server.sent if said["type"] == "request_vote"] == [True, True]
+    server.append("b", 5, 1, 0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    assert server.core.term() == 5, "the offer was for that election only"
+
+
 def test_who_loses_the_link_to_the_leader_campaigns_when_loyalty_is_over_and_never_later_than_before() -> None:
     server = Server()
     server.append("b", 1, 1, 0)

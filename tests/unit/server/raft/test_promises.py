@@ -237,21 +237,50 @@ async def test_the_lease_counts_from_when_a_round_was_sent_and_not_from_its_answ
     await until(raft.lease_valid)
 
 
-async def test_from_the_offer_of_leadership_on_the_lease_is_void(machine: Machine, tmp_path: Path) -> None:
-    raft, peer = await leading(machine, tmp_path)
-    following = asyncio.ensure_future(peer.follows())
+async def test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_lets_it_pass(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft, heir = await leading(machine, tmp_path)
+    following = asyncio.ensure_future(Peer(raft, "c").follows())
+    heir.answers(await heir.hears("append_entries"))
     await until(raft.lease_valid)
+    before = await heir.hears("append_entries")
     term, offer = raft.term, asyncio.ensure_future(raft.transfer("b"))
-    await until(lambda: raft.metrics()["transfers"] == 1)
-    assert not raft.lease_valid()
+    await heir.hears("timeout_now")
+    for answered in (None, before):  # nothing, or what was said before the offer
+        if answered is not None:
+            heir.answers(answered)
+        for _ in range(10):
+            await asyncio.sleep(0.002)
+            assert not raft.lease_valid(), "the offer may still be taken"
+    assert await raft.read_index() == 2
     with pytest.raises(Timeout, match="did not take it"):
         await offer
-    assert (raft.is_leader, raft.term) == (True, term)
-    for _ in range(20):
-        await asyncio.sleep(0.002)
-        assert not raft.lease_valid(), "the offer may still be on its way"
-    assert await raft.read_index() >= 2
+    assert (raft.is_leader, raft.term, raft.lease_valid()) == (True, term, False)
+    heir.heard.clear()
+    heir.answers(await heir.hears("append_entries"))
+    await until(raft.lease_valid)
     following.cancel()
+
+
+async def test_an_offer_that_was_made_before_the_last_one_voids_the_lease_too(machine: Machine, tmp_path: Path) -> None:
+    raft, b = await leading(machine, tmp_path)
+    c = Peer(raft, "c")
+    following = asyncio.ensure_future(c.follows())
+    b.answers(await b.hears("append_entries"))
+    for heir in ("b", "c"):
+        await until(lambda: raft.peers() and all(peer.match_index == 2 for peer in raft.peers()))
+        with pytest.raises(Timeout, match="did not take it"):
+            await raft.transfer(heir)
+    following.cancel()
+    c.heard.clear()
+    c.answers(await c.hears("append_entries"))
+    await asyncio.sleep(0.01)
+    assert raft.is_leader
+    assert not raft.lease_valid(), "b may still take its own"
+    b.heard.clear()
+    b.answers(await b.hears("append_entries"))
+    await until(raft.lease_valid)
 
 
 async def test_leadership_is_offered_only_to_who_has_everything_and_nothing_new_is_begun(
