@@ -70,7 +70,7 @@ class FrameDecoder:
         (length,) = _length(buffer)
         if length > self._bytes_max:
             raise FrameTooLarge(f"frame of {length} bytes, at most {self._bytes_max} allowed")
-        return len(buffer) >= HEADER_BYTES + length
+        return len(buffer) >= HEADER_BYTES + int(length)
 
     @property
     def buffered(self) -> int:

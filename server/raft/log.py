@@ -186,7 +186,7 @@ class RaftLog:
         self._rounds: deque[tuple[int, int, list[asyncio.Future[int]]]] = deque()  # (round, index, waiters)
         self._applied_waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._changes: dict[int, asyncio.Future[None]] = {}  # by index, changes of members that wait for their commit
-        self._offered: tuple[int, str, int] | None = None  # leadership: (in which term, to whom, after which round)
+        self._offers: dict[str, tuple[int, int]] = {}  # leadership: to whom -> (in which term, after which round)
         self._handing_over = False  # nothing new goes into the log, so that the successor can be level
         self._log_bytes_peak = 0
         self._sequence = itertools.count()
@@ -492,7 +492,7 @@ class RaftLog:
                 is_level = self._core.commit_index() == last and self._core.match_index(node) == last
                 if is_level and self._loop.time() >= offer_at:
                     # From here on another leader may be elected at any moment, see `lease_valid`.
-                    self._offered = (term, heir, self._replication.round)
+                    self._offers[heir] = (term, self._replication.round)
                     self.counters.transfers += offer_at == 0.0
                     self._links.post(heir, {"type": "timeout_now", "term": term})
                     self._links.flush()
@@ -577,22 +577,21 @@ class RaftLog:
         """Whether no other server can lead now, and all that was acknowledged before this leadership is applied."""
         if not self._is_established():
             return False
-        if self._offered is not None and not self._has_declined(*self._offered):
+        if self._offers and not self._are_declined():
             return False
         return self._clock() < self._replication.quorum_round() + self._lease_ns
 
-    def _has_declined(self, term: int, heir: str, round_: int) -> bool:
-        """Whether no election can come any more of leadership that was offered.
+    def _are_declined(self) -> bool:
+        """Whether no election can come any more of any leadership that was offered.
 
         Within a link messages are in order, and an heir that stands for election answers nothing of the old term. So
         one that answers, in this term, what was sent after the offer has let it pass.
         """
-        if term == self.term:
+        for heir, (term, round_) in list(self._offers.items()):
             follower = self._replication.followers.get(heir)
-            if follower is None or follower.echoed <= round_:
-                return False
-        self._offered = None
-        return True
+            if term != self.term or (follower is not None and follower.echoed > round_):
+                del self._offers[heir]
+        return not self._offers
 
     @property
     def applied_all(self) -> bool:

@@ -13,6 +13,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from rostra.runtime import log as logging
@@ -504,9 +505,8 @@ class Snapshots:
                 except ValueError as e:
                     # Of a later release, most likely. The server's own log and state are as good as before.
                     log.err("a snapshot of the leader cannot be read by this release", error=str(e))
-                    disk, name = self._disk, snapshot.name
-                    assert disk is not None
-                    await self._in_lane(lambda: disk.remove(name))
+                    assert self._disk is not None
+                    await self._in_lane(partial(self._disk.remove, snapshot.name))
                     return
                 while not self._is_idle():
                     await asyncio.sleep(0)

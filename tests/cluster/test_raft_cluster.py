@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -511,7 +512,7 @@ async def test_the_log_stays_small_and_a_restart_begins_at_the_snapshot(cluster:
         await cluster.write(b"%d " % number + b"x" * 300)
     everything = await cluster.agree()
     for server in cluster.running():
-        await eventually(lambda server=server: raft_of(server).metrics()["snapshots_taken"] > 1)
+        await eventually(partial(has_taken_snapshots, server))
         assert raft_of(server).metrics()["log_bytes_peak"] < 400 << 10
     journals = [path for path in (cluster.directory / "a").iterdir() if path.name.startswith("journal-")]
     assert sum(path.stat().st_size for path in journals) < 600 << 10
@@ -533,7 +534,7 @@ async def test_an_empty_server_catches_up_from_a_snapshot_while_writes_go_on(clu
     for number in range(1200):
         await cluster.write(b"%d " % number + b"x" * 300)
     for server in cluster.running():
-        await eventually(lambda server=server: raft_of(server)._journal.first_index > 1)
+        await eventually(partial(has_dropped_entries, server))
     going_on = asyncio.create_task(write_for_ever(cluster))
     added = await cluster.add("d")
     await eventually(lambda: raft_of(added).metrics()["snapshots_installed"] >= 1)
@@ -545,6 +546,14 @@ async def test_an_empty_server_catches_up_from_a_snapshot_while_writes_go_on(clu
     await added.start()
     await cluster.write(b"after")
     assert (await cluster.agree())[-1] == b"after"
+
+
+def has_taken_snapshots(server: Server) -> bool:
+    return int(raft_of(server).metrics()["snapshots_taken"]) > 1
+
+
+def has_dropped_entries(server: Server) -> bool:
+    return raft_of(server)._journal.first_index > 1
 
 
 async def write_for_ever(cluster: Cluster) -> None:

@@ -176,15 +176,11 @@ class Cluster:
     def leader(self) -> Server | None:
         """Who leads in the highest term, as far as the servers themselves believe."""
         found: Server | None = None
+        highest = -1
         for machine in self.machines:
             server = machine.server
-            if (
-                server is not None
-                and server.raft is not None
-                and server.raft.is_leader
-                and (found is None or found.raft.term < server.raft.term)
-            ):
-                found = server
+            if server is not None and server.raft is not None and server.raft.is_leader and server.raft.term > highest:
+                found, highest = server, server.raft.term
         return found
 
     # -- the end

@@ -21,7 +21,7 @@ NO_LEADER, UNKNOWN = ("err", "no_leader", "No cluster leader"), ("err", "timeout
 
 
 class Server:
-    """Answers each write as the script says. LOSE: by the end of the connection; GONE: and takes no other; SILENT: not."""
+    """Answers each write as the script says. LOSE: by the end of the connection; GONE: and no other; SILENT: not."""
 
     def __init__(self, path: Path, *script: Any) -> None:
         self.path, self.script = path, list(script)

@@ -52,7 +52,8 @@ class Log:
 
     def __init__(self, node: ServerNode, *steps: Step) -> None:
         self.node, self.steps = node, list(steps) or [applies]
-        self.is_leader, self.leader_id = True, "me"
+        self.is_leader = True
+        self.leader_id: str | None = "me"
         self.proposed: list[bytes] = []
 
     def propose_for(self, outcome: Outcome, entry: bytes) -> None:
@@ -401,8 +402,9 @@ async def test_an_installed_snapshot_wakes_watches_with_what_differs_and_under_t
     behind.watches.subscribe(GetKey("k/c"), same.stream)
     await changed.has(1)
     await same.has(1)
-    for command in (SetKey("k/a", b"2"), DeleteKey("k/b"), SetKey("k/d", b"4"), SetKey("other", b"")):
-        ahead.apply([encode_entry(command, cluster_id=CLUSTER)])
+    later: tuple[Any, ...] = (SetKey("k/a", b"2"), DeleteKey("k/b"), SetKey("k/d", b"4"), SetKey("other", b""))
+    for each in later:
+        ahead.apply([encode_entry(each, cluster_id=CLUSTER)])
     install(ahead, behind)
     await changed.has(2)
     truth = ahead.store.evaluate(ListKeys("k/"))

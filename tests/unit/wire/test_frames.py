@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,10 +63,12 @@ def test_hostile_bytes_raise_nothing_else(payload):
 
 
 def test_a_large_request_has_few_arrays_and_maps_and_a_small_one_as_many_as_fit():
-    few, many = [{}] * CONTAINERS_MAX, [[]] * (CONTAINERS_MAX * 2)
+    few: list[Any] = [{}] * CONTAINERS_MAX
+    many: list[Any] = [[]] * (CONTAINERS_MAX * 2)
     assert unpack_request(pack([1, "write", b"x" * (1 << 19)]))[1] == "write"
     assert unpack_request(pack(few[: 1 << 10])) == ({},) * (1 << 10)
     assert len(unpack_request(pack(few[:-1]))) == CONTAINERS_MAX - 1
+    bomb: list[Any]
     for bomb in (few, many, [[[]] * 10] * 4000):
         with pytest.raises(ValueError, match="arrays and maps"):
             unpack_request(pack(bomb))

@@ -61,7 +61,8 @@ async def test_without_a_directory_it_works_and_forgets(machine: Machine) -> Non
 
 async def test_a_result_is_given_only_when_the_disk_has_the_entry(machine: Machine, tmp_path: Path) -> None:
     raft = await machine.start(tmp_path)
-    write = raft._journal._writer.write
+    writer: Any = raft._journal._writer
+    write = writer.write
     written: list[bytes] = []
 
     def slow(offset: int, data: bytes) -> None:
@@ -69,7 +70,7 @@ async def test_a_result_is_given_only_when_the_disk_has_the_entry(machine: Machi
         write(offset, data)
         written.append(data)
 
-    raft._journal._writer.write = slow
+    writer.write = slow
     await raft.propose(b"precious")
     assert any(b"precious" in data for data in written)
 
@@ -190,13 +191,14 @@ async def test_a_vote_is_asked_and_given_only_when_the_disk_knows(machine: Machi
     peer = Peer(raft, "b")
     await asyncio.sleep(0.12)
     release = asyncio.Event()
-    loop, write = asyncio.get_running_loop(), raft._journal._writer.write
+    writer: Any = raft._journal._writer
+    loop, write = asyncio.get_running_loop(), writer.write
 
     def slow(offset: int, data: bytes) -> None:
         asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=5)
         write(offset, data)
 
-    raft._journal._writer.write = slow
+    writer.write = slow
     peer.say(type="request_vote", transfer=False, term=7, last_log_index=1, last_log_term=0)
     await asyncio.sleep(0.05)
     assert all(message["type"] in ("pre_vote", "ping") for message in peer.heard)
@@ -208,13 +210,14 @@ async def test_a_follower_answers_heartbeats_while_its_disk_is_slow(machine: Mac
     raft = await machine.start(tmp_path, ["b", "c"])
     peer = Peer(raft, "b")
     release = asyncio.Event()
-    loop, write = asyncio.get_running_loop(), raft._journal._writer.write
+    writer: Any = raft._journal._writer
+    loop, write = asyncio.get_running_loop(), writer.write
 
     def slow(offset: int, data: bytes) -> None:
         asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=5)
         write(offset, data)
 
-    raft._journal._writer.write = slow
+    writer.write = slow
     append = {"type": "append_entries", "term": 3, "commit_index": 1, "prevLogIdx": 1, "prevLogTerm": 0}
     peer.say(**append, r=1, entries=[(b"\0\x91\xc4\x01x", 2, 3)])
     peer.say(**{**append, "prevLogIdx": 2, "prevLogTerm": 3}, r=2, entries=[])

@@ -297,7 +297,8 @@ def test_servers_that_applied_another_change_or_had_another_result_differ_in_the
 def test_what_was_proposed_here_is_applied_as_everywhere_else(log, reloaded):
     fill(log)
     copy = reloaded(log.store)
-    for sequence, command in enumerate((SetKey("k", b"1"), SetKey("k", b"2", acquire="nobody"), DeleteKey("k"))):
+    commands: tuple[Any, ...] = (SetKey("k", b"1"), SetKey("k", b"2", acquire="nobody"), DeleteKey("k"))
+    for sequence, command in enumerate(commands):
         client = ("c", 20 + sequence, 20)
         data = encode_entry(command, cluster_id=log.store.cluster_id, client=client, at_ms=7, actor="who")
         log.store.expect(data, log.store.cluster_id, client, 7, "who", command.kind, command)
