@@ -330,13 +330,13 @@ class Core:
         strangers = tuple(m for m in members if m.id not in known)
         if strangers != self._introduced:
             self._introduced = strangers
-            self._follow_servers()
             if self._raft is not None:
-                self._raft.introduce(strangers)
+                self._raft.introduce(strangers)  # and comes back through `_members_changed`
 
     def _follow_servers(self) -> None:
         ids, keys = {m.id for m in self._members}, {m.key_hash for m in self._members}
-        strangers = [m for m in self._introduced if m.id not in ids and m.key_hash not in keys]
+        heard = self._raft.heard if self._raft is not None else ()
+        strangers = [m for m in heard if m.id not in ids and m.key_hash not in keys]
         servers = (*self._members, *strangers)
         self._server_ids.clear()
         self._server_ids.update({m.key_hash: m.id for m in self._members})

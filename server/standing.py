@@ -112,7 +112,7 @@ class Standing:
     # -- who is there -------------------------------------------------------------------------------------------
 
     async def _ask_around(self) -> None:
-        listed = [address_of(m) for m in self._raft.members if m.id != self._node.node_id]
+        listed = [address_of(m) for m in self._raft.heard if m.id != self._node.node_id]
         own = join_address(self._host, self._port)
         addresses = [a for a in dict.fromkeys([*listed, *self._candidates()]) if a != own][:ASKED_MAX]
         await asyncio.gather(*(self._ask_one(a) for a in addresses))
@@ -122,7 +122,7 @@ class Standing:
             async with asyncio.timeout(2.0):
                 reply, key_hash = await self._ask(address, JOIN, self._asking())
             said = parse_server(reply)
-            member = next((m for m in self._raft.members if m.key_hash == key_hash and m.id == said.node_id), None)
+            member = next((m for m in self._raft.heard if m.key_hash == key_hash and m.id == said.node_id), None)
             if member is None:
                 return  # whoever that is, this server does not know it
             self._peers.hint(member.id, said.address, said.rpc_port)

@@ -96,6 +96,8 @@ class Elections:
     def may_campaign(self) -> bool:
         """Asked by the core whenever the election deadline is past. True starts an election with a new term."""
         if not self._votes_itself:  # H21: a learner, a replica, or removed
+            if not self.is_loyal():
+                self._core.forget_leader()  # so that it is seen to have none, and asks around
             return False
         if len(self._voters) == 1:
             return True

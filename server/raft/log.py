@@ -395,6 +395,17 @@ class RaftLog:
         return self._membership.members
 
     @property
+    def heard(self) -> Members:
+        """The members, and whom this server listens to besides: they count for nothing.
+
+        Those of the list before, until the one in force is committed: it may never be, and then only they can say so.
+        And those that were introduced.
+        """
+        before = () if self.members_settled else self._membership.before
+        found = {m.id: m for m in (*self._strangers, *before, *self.members)}
+        return tuple(found.values())
+
+    @property
     def members_index(self) -> int:
         return self._membership.index
 
@@ -526,8 +537,7 @@ class RaftLog:
         self._core.set_peers(deciding, [m.id for m in others if not m.votes])
         self._replication.set_members((m.id, m.votes) for m in others)
         self._elections.set_voters(m.id for m in members if m.votes)
-        listed = {m.id for m in members}
-        self._links.set_members((*members, *(m for m in self._strangers if m.id not in listed)))
+        self._links.set_members(self.heard)
         for follower_id, follower in self._replication.followers.items():
             follower.up = self._links.links[follower_id].is_up
         self._on_members(members)
@@ -834,6 +844,8 @@ class RaftLog:
             if kind == NO_OP:
                 return True
             if kind == MEMBERSHIP:
+                if index == self._membership.index:
+                    self._members_changed()  # the list before is not heard any more
                 change = self._changes.pop(index, None)
                 if change is not None and not change.done():
                     change.set_result(None)

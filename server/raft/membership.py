@@ -31,6 +31,11 @@ class Membership:
         """Of the log entry that put the present list in force."""
         return self._lists[-1][0]
 
+    @property
+    def before(self) -> Members:
+        """The list that a truncation would bring back."""
+        return self._lists[-2][1] if len(self._lists) > 1 else ()
+
     def appended(self, entries: Iterable[Entry]) -> None:
         found = [(index, decode_members(command)) for command, index, _ in entries if command[:1] == MEMBERSHIP]
         if found:

@@ -283,12 +283,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _mutant(
         "H9.2",
-        "a snapshot that cannot be loaded is passed over, and acknowledged",
+        "a snapshot that the state refuses is acknowledged",
         SNAPSHOTTING,
         (
-            "        finally:\n            self._installing = False\n        self._answer(message, snapshot.size, done=True)",
-            "        except ValueError:\n            pass\n        finally:\n            self._installing = False\n"
-            "        self._answer(message, snapshot.size, done=True)",
+            "                    return\n                while not self._is_idle():",
+            "                    self._answer(message, snapshot.size, done=True)\n"
+            "                    return\n                while not self._is_idle():",
         ),
         by="test_snapshotting.py test_h9_a_snapshot_that_the_state_refuses_is_not_acknowledged_and_changes_nothing",
     ),
@@ -752,7 +752,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "LEASE.2",
         "the lease goes on after leadership was offered to another",
         LOG,
-        ("        if self._offered is not None and not self._has_declined(*self._offered):\n", "        if False:\n"),
+        ("        if self._offers and not self._are_declined():\n", "        if False:\n"),
         by="test_promises.py test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_lets_it_pass",
     ),
     _mutant(
@@ -790,8 +790,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "LEASE.7",
         "an offer of leadership has passed although the heir may not have read it yet",
         LOG,
-        ("if follower is None or follower.echoed <= round_:", "if follower is None:"),
+        (" or (follower is not None and follower.echoed > round_):", " or follower is not None:"),
         by="test_promises.py test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_lets_it_pass",
+    ),
+    _mutant(
+        "LEASE.9",
+        "only the last offer of leadership is remembered",
+        LOG,
+        (
+            "                    self._offers[heir] = ",
+            "                    self._offers.clear()\n                    self._offers[heir] = ",
+        ),
+        by="test_promises.py test_an_offer_that_was_made_before_the_last_one_voids_the_lease_too",
     ),
     _mutant(
         "LEASE.8",
@@ -982,13 +992,6 @@ MUTANTS: tuple[Mutant, ...] = (
             "                if True:\n                    if journal",
         ),
         by="test_snapshotting.py test_a_snapshot_that_the_log_has_overtaken_meanwhile_takes_nothing_back",
-    ),
-    _mutant(
-        "SNAP.8",
-        "two pieces are written at once",
-        SNAPSHOTTING,
-        ("        if self._installing or self._is_writing:\n", "        if self._installing:\n"),
-        by="test_snapshotting.py test_a_piece_that_comes_twice_is_taken_once",
     ),
     _mutant(
         "CRC.1",

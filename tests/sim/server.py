@@ -143,6 +143,7 @@ class Server:
         self.members: Members = ()
         self._introduced: Members = ()
         self._server_ids: dict[str, str] = {}
+        self._stranger_ids: dict[str, str] = {}
         #: what clients have asked of this process: told when it dies
         self.asked: dict[Any, None] = {}
         world.note(self.host, f"starts as {self.id}")
@@ -171,6 +172,7 @@ class Server:
             self.node,
             spawn=self.spawn,
             server_key=self._server_ids.get,
+            stranger_key=self._stranger_ids.get,
             enrol=_refuse_all,
             accept_raft=self._accept_raft,
             bootstrap=self._greeted,
@@ -274,15 +276,18 @@ class Server:
         if strangers != self._introduced:
             self.world.note(self.host, "hears of " + " ".join(m.host for m in strangers))
             self._introduced = strangers
-            self._follow_servers()
             if self.raft is not None:
                 self.raft.introduce(strangers)
 
     def _follow_servers(self) -> None:
         listed = {m.id for m in self.members}
-        servers = (*self.members, *(m for m in self._introduced if m.id not in listed))
+        heard = self.raft.heard if self.raft is not None else ()
+        strangers = [m for m in heard if m.id not in listed]
+        servers = (*self.members, *strangers)
         self._server_ids.clear()
-        self._server_ids.update({m.key_hash: m.id for m in servers})
+        self._server_ids.update({m.key_hash: m.id for m in self.members})
+        self._stranger_ids.clear()
+        self._stranger_ids.update({m.key_hash: m.id for m in strangers})
         if self.raft is not None:
             self.peers.follow(servers)
         self.endpoint.drop_former_servers()
