@@ -116,6 +116,8 @@ def main() -> int:
             verdicts.add(f"{what}: growth", str(grown), "0", grown == 0)
         verdicts.most("memory of the core: growth", rss_after - rss, GROWTH_MB, "MB", digits=1)
         verdicts.add("memory of the core", f"{rss_after:.0f} MB")
+        in_log, entries = (after[what] - before[what] for what in ("log_bytes", "entries"))
+        verdicts.add("  of the growth in the log", f"{in_log / 1e6:.1f} MB of {entries} entries")
         clean = "Traceback" not in log and not mark.exists()
         verdicts.add("tracebacks, pickles loaded", "none" if clean else "SOME", "none", clean)
         for line in tries.open[:10]:
@@ -143,6 +145,9 @@ def figures(fleet: Fleet) -> dict[str, int]:
         samples = node.samples()
         found["term"] = max(found["term"], int(samples["consul_server_raft_term", ""]))
         found["elections"] += int(samples["consul_server_raft_elections", ""])
+        if samples["consul_server_is_leader", ""]:
+            found["log_bytes"] = int(samples["consul_server_raft_log_bytes", ""])
+            found["entries"] = int(samples["consul_server_raft_last_index", ""])
         for name in ("rejected", "dropped"):
             found["closed"] += int(samples[f"consul_server_counts_connections_{name}", ""])
     return dict(found)

@@ -245,7 +245,14 @@ class Endpoint:
                 first.set_result(payload)
 
         connection.on_frame = on_first
-        connection.on_lost = lambda reason: None if first.done() else first.set_exception(ConnectionError(reason))
+
+        def lost(reason: str) -> None:
+            if not first.done():
+                first.set_exception(ConnectionError(reason))
+            elif reason.startswith(_VIOLATIONS):  # between the hello and its answer
+                self._reject(address, reason)
+
+        connection.on_lost = lost
         return connection, first
 
     async def _greet(self, connection: FrameConnection, first: asyncio.Future[bytes], peer: Peer) -> None:

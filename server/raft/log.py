@@ -292,8 +292,8 @@ class RaftLog:
         self._links.start()
         self._pump()
         self._on_timer()
-        while alone and self._is_running and not self._is_established():
-            await asyncio.sleep(self._timing.heartbeat_s / 50)  # for its own disk
+        while self._is_running and voters(self.members) == {self._node_id} and not self._is_established():
+            await asyncio.sleep(self._timing.heartbeat_s / 10)  # for its own disk
         while self.applied_index < committed and self._is_running:
             await self._applied_future(committed)
 

@@ -273,7 +273,9 @@ class Loop(asyncio.AbstractEventLoop):
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
         handle = Handle(callback, args, when or 1e-9)
         if not self.is_dead:
-            self.world.post(max(self.clock.true(when), self.world.now), self, handle)
+            # Time passes, if only a nanosecond: who waits for what is left of a moment would wait for ever.
+            soonest = self.world.now + (1e-9 if when > self._now else 0.0)
+            self.world.post(max(self.clock.true(when), soonest), self, handle)
         return handle
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any, context: Any = None) -> Handle:  # type: ignore[override]
