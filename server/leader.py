@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +107,7 @@ class Leader:
 
     def heard(self, names: Iterable[str]) -> None:
         """A server (this one or a follower) hears these agents now."""
-        now = time.monotonic()
+        now = self._node.clock()
         for name in names:
             self._heard[name] = now
 
@@ -119,7 +118,7 @@ class Leader:
         row = self._node.store.tables.sessions.get(session_id)
         if row is None:
             return None
-        self._node.session_seen[session_id] = time.monotonic()
+        self._node.session_seen[session_id] = self._node.clock()
         self._renewed[session_id] = None
         return row
 
@@ -135,7 +134,7 @@ class Leader:
         if member is None:
             raise NotFound(f"no member is called {name!r}")
         if member.status == "alive":
-            is_heard = time.monotonic() - self._heard.get(name, float("-inf")) < SILENT_S
+            is_heard = self._node.clock() - self._heard.get(name, float("-inf")) < SILENT_S
             if is_heard or await self._probe(member):
                 how = "stop its agent first"
                 if member.voter:
@@ -173,7 +172,7 @@ class Leader:
 
     async def _tick(self) -> None:
         node = self._node
-        now = time.monotonic()
+        now = self._node.clock()
         if not node.is_leader:
             self._leading = self._prepared = False
             await self._report(now)
@@ -244,7 +243,7 @@ class Leader:
         except (NoLeader, Timeout):
             raise
         except RostraError as e:
-            self._refused_until[member.name] = time.monotonic() + REFUSED_S  # each attempt is an entry of the log
+            self._refused_until[member.name] = self._node.clock() + REFUSED_S  # each attempt is an entry of the log
             self._refused.err("the catalog refuses what is known of a node", key=member.name, error=e.message)
 
     def _is_registered(self, member: MemberRow) -> bool:
@@ -265,7 +264,7 @@ class Leader:
 
     async def _judge(self, silent: list[MemberRow], fleet: int) -> None:
         """Probe the silent; declare failed those that do not answer (twice, where suspiciously many are silent)."""
-        began = time.monotonic()
+        began = self._node.clock()
         rounds = 2 if len(silent) > max(1, fleet * SUSPECTS_MAX_SHARE) else 1
         suspects = silent
         for _ in range(rounds):
@@ -276,7 +275,7 @@ class Leader:
                     return await self._probe(member)
 
             answers = await asyncio.gather(*(ask(m) for m in suspects))
-            now = time.monotonic()
+            now = self._node.clock()
             for member, answered in zip(suspects, answers, strict=True):
                 if answered:
                     self._heard[member.name] = now
@@ -331,7 +330,7 @@ class Leader:
         for row in rows:
             seen.setdefault(row.id, now)
         for row in plan_expired(rows, seen, now):
-            if not plan_expired((row,), seen, time.monotonic()):
+            if not plan_expired((row,), seen, self._node.clock()):
                 continue  # renewed while another was ended
             log.info("session expired", session=row.id, node=row.node)
             index = self._node.store.session_seen(row.id)

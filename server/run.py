@@ -280,6 +280,10 @@ class Core:
             on_members=self._members_changed,
             fail_stop=self._fail,
         )
+        # The log may put older lists in force while it is read, of servers that are gone: these are heard as well, until
+        # `standing.py` finds that the list in force needs no help.
+        self._introduced = members
+        raft.introduce(members)
         try:
             await raft.start()
         except RostraError as e:

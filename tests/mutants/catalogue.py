@@ -15,6 +15,9 @@ from pathlib import Path
 
 UNIT = "tests/unit/server/raft"
 
+#: Of the simulator, for mutants that it notices within a few: enough that another order of events changes nothing.
+SEEDS = 60
+
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
@@ -84,6 +87,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("message = self._only_conflicts(message)", "pass"),
         by="""test_guard.py test_h2_a_late_heartbeat_truncates_nothing
         test_guard.py test_h2_entries_sent_twice_in_other_batches_truncate_nothing""",
+        seeds=SEEDS,
     ),
     _mutant(
         "H2.2",
@@ -112,6 +116,7 @@ MUTANTS: tuple[Mutant, ...] = (
         GUARD,
         ('"commit_index": min(message["commit_index"], end),', '"commit_index": end,'),
         by="test_guard.py test_h2_entries_that_come_again_commit_no_more_than_the_leader_says",
+        seeds=SEEDS,
     ),
     _mutant(
         "H3.1",
@@ -119,6 +124,7 @@ MUTANTS: tuple[Mutant, ...] = (
         SNAPSHOTTING,
         ("if not len(journal) or journal.term_at(found.index) != found.term:", "if True:"),
         by="test_snapshotting.py test_h3_a_restart_goes_on_with_the_entries_behind_the_snapshot",
+        seeds=SEEDS,
     ),
     _mutant(
         "H3.2",
@@ -155,6 +161,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (" and segments[count + 1].first <= base:", ":"),
         by="""test_journal.py test_segments_go_when_nothing_in_them_is_needed_and_term_and_vote_stay
         test_journal.py test_wherever_the_power_goes_all_that_was_synced_is_there_and_nothing_that_never_was""",
+        seeds=SEEDS,
     ),
     _mutant(
         "H5.1",
@@ -179,6 +186,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "            self._allocated = start + step",
         ),
         by="test_journal.py test_wherever_the_power_goes_all_that_was_synced_is_there_and_nothing_that_never_was",
+        seeds=SEEDS,
     ),
     _mutant(
         "H5.4",
@@ -186,6 +194,7 @@ MUTANTS: tuple[Mutant, ...] = (
         JOURNAL,
         ('self._record(_META.pack(META, term) + (votedForNodeId or "").encode())', "pass"),
         by="test_journal.py test_a_reopened_journal_has_its_entries_term_vote_and_commit_index",
+        seeds=SEEDS,
     ),
     _mutant(
         "H5.5",
@@ -244,6 +253,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "            if True:\n                done(seconds or 0.0)",
         ),
         by="test_log.py test_a_failed_disk_stops_the_process_and_nothing_is_acknowledged",
+        seeds=SEEDS,
     ),
     _mutant(
         "H7.3",
@@ -524,6 +534,7 @@ MUTANTS: tuple[Mutant, ...] = (
         REPLICATION,
         ('if message["success"] and message["next_node_idx"] - 1 > self._journal.durable_index:', "if False:"),
         by="test_guard.py test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry",
+        seeds=SEEDS,
     ),
     _mutant(
         "H19.2",
@@ -625,6 +636,7 @@ MUTANTS: tuple[Mutant, ...] = (
         GUARD,
         ("            self._membership.appended(entries)", "            pass"),
         by="tests/cluster/test_raft_cluster.py test_a_learner_gets_everything_counts_for_nothing_and_is_promoted",
+        seeds=SEEDS,
     ),
     _mutant(
         "H21.2",
@@ -683,6 +695,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "",
         ),
         by="test_snapshotting.py test_nothing_is_applied_while_the_tables_are_copied",
+        seeds=SEEDS,
     ),
     _mutant(
         "H22.2",
@@ -733,6 +746,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         by="""test_log.py test_a_vote_is_asked_and_given_only_when_the_disk_knows
         test_log.py test_a_follower_answers_heartbeats_while_its_disk_is_slow""",
+        seeds=SEEDS,
     ),
     _mutant(
         "ACK.2",
@@ -764,6 +778,7 @@ MUTANTS: tuple[Mutant, ...] = (
             'follower.echoed = max(follower.echoed, message["r"], self._clock())',
         ),
         by="test_promises.py test_the_lease_counts_from_when_a_round_was_sent_and_not_from_its_answer",
+        seeds=SEEDS,
     ),
     _mutant(
         "LEASE.4",
@@ -857,6 +872,7 @@ MUTANTS: tuple[Mutant, ...] = (
         LOG,
         ("index = max(self._core.commit_index(), self._core.noop_index() or 0)", "index = self._core.commit_index()"),
         by="test_log.py test_a_new_leader_reads_nothing_before_its_first_entry_is_committed",
+        seeds=SEEDS,
     ),
     _mutant(
         "NOOP.2",
@@ -865,6 +881,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("return noop is not None and self._core.applied_index() >= noop", "return True"),
         by="""test_log.py test_a_new_leader_reads_nothing_before_its_first_entry_is_committed
         test_promises.py test_a_new_leader_changes_no_members_before_its_first_entry_is_committed""",
+        seeds=SEEDS,
     ),
     _mutant(
         "MEMBERS.1",
@@ -968,6 +985,7 @@ MUTANTS: tuple[Mutant, ...] = (
         SNAPSHOTS,
         ("        file.sync()\n        name", "        name"),
         by="test_snapshots.py test_wherever_the_power_goes_the_old_one_or_the_new_one_is_there_and_whole",
+        seeds=SEEDS,
     ),
     _mutant(
         "SNAP.5",
@@ -1000,6 +1018,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("return body if zlib.crc32(body, salt ^ (at & 0xFFFFFFFF)) == crc else None", "return body"),
         by="""test_journal.py test_a_flipped_bit_in_the_middle_is_refused_and_nothing_is_touched
         test_journal.py test_wherever_the_power_goes_all_that_was_synced_is_there_and_nothing_that_never_was""",
+        seeds=SEEDS,
     ),
     _mutant(
         "CRC.2",
@@ -1093,6 +1112,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "server/state/store.py",
         ("if client is not None and (earlier := client.results.get(sequence)) is not None:", "if earlier := None:"),
         by="tests/unit/server/state/test_store.py test_an_entry_that_comes_twice_is_applied_once_and_gives_the_same_result",
+        seeds=SEEDS,
     ),
     _mutant(
         "DEDUP.2",
@@ -1100,6 +1120,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "server/state/store.py",
         ("self.tables, self.clients = loaded.tables, loaded.clients", "self.tables = loaded.tables"),
         by="tests/unit/server/state/test_store.py test_a_restored_server_repeats_results_as_well",
+        seeds=SEEDS,
     ),
     _mutant(
         "DEDUP.3",
@@ -1107,5 +1128,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "server/state/clients.py",
         ("        if sequence < known:\n", "        if False:\n"),
         by="tests/unit/server/state/test_store.py test_results_are_forgotten_once_the_client_has_them",
+        seeds=SEEDS,
     ),
 )

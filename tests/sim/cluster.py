@@ -69,6 +69,7 @@ class Profile:
                 log_bytes_max=(chance.choice((24, 48, 96)) << 10) if snapshots else 16 << 20,
                 chunk_bytes=chance.choice((512, 2048, 16384)),
             ),
+            timing=Timing() if chance.random() < 0.25 else Timing(0.08, 0.3, 0.6),
             operator=chance.random() < 0.5,
         )
 

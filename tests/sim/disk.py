@@ -18,6 +18,8 @@ from typing import Any
 from tests.sim.world import Handle, Loop, World
 
 PAGE = 4096
+#: The lane of everything that the loop's default executor is given.
+EXECUTOR = "executor"
 
 
 class _Inode:
@@ -241,6 +243,10 @@ class VirtualDisk:
         job.ends = self._world.at(self._world.now + 0.00002, self._work, loop, lane, job, work, done)
 
     def _work(self, loop: Loop, lane: str, job: _Job, work: Callable[[], Any], done: Callable[..., None]) -> None:
+        if lane == EXECUTOR and len(self._jobs) > 1:
+            # What opens or closes a file waits for those who are at it, by a lock of theirs.
+            job.ends = self._world.after(0.0001, self._work, loop, lane, job, work, done)
+            return
         self._working = job
         self._world.leave()  # a thread has no loop
         outcome: tuple[Any, Exception | None]

@@ -30,6 +30,7 @@ class Faults:
         self._is_over = False
         self._kinds: tuple[tuple[Callable[[], bool], int], ...] = (
             (self.crash_one, 18),
+            (self.stop, 6),
             (self.crash_several, 4),
             (self.crash_all, 4),
             (self.crash_mid_sync, 12),
@@ -117,6 +118,23 @@ class Faults:
         if machine is None:
             return False
         self._crash(machine)
+        return True
+
+    def stop(self) -> bool:
+        """SIGTERM, and another start."""
+        machine = self._victim()
+        if machine is None or machine.server is None:
+            return False
+        server = machine.server
+        self.world.note(machine.name, "is told to stop")
+        server.loop.run_now(lambda: server.spawn(server.stop()))
+
+        def start() -> None:
+            if machine.server is server:
+                machine.kill()  # it takes too long
+            machine.start()
+
+        self._undo_after(0.3 + 1.2 * self.chance.random(), start)
         return True
 
     def crash_several(self) -> bool:

@@ -318,6 +318,7 @@ def _no_collections() -> Iterator[None]:
 
 
 def _work(seed: int) -> Outcome:
+    warnings.simplefilter("ignore", RuntimeWarning)
     gc.disable()  # the process ends before its garbage matters
     return run_seed(seed)
 

@@ -7,6 +7,7 @@ transport knows whose key the other side shows). A machine keeps its disk and cl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import NoLeader, RostraError
 from rostra.wire.frames import unpack
 from rostra.wire.rpc import Caller, hello
-from tests.sim.disk import OpenDisk, VirtualDisk
+from tests.sim.disk import EXECUTOR, OpenDisk, VirtualDisk
 from tests.sim.network import End
 from tests.sim.world import Clock, Loop, ProcessExit
 
@@ -134,7 +135,7 @@ class Server:
         loop.burnt = self._burnt
         loop.process = self
         self.disk = OpenDisk(machine.disk, loop)
-        loop.executor = lambda work, done: self.disk.submit("executor", work, done)
+        loop.executor = lambda work, done: self.disk.submit(EXECUTOR, work, done)
         loop.connector = lambda factory, host: self.cluster.network.connect(self, factory, host)
         self.chance = random.Random(world.chance.getrandbits(48))
         self.raft: RaftLog | None = None
@@ -148,6 +149,10 @@ class Server:
         self.asked: dict[Any, None] = {}
         world.note(self.host, f"starts as {self.id}")
         loop.run_now(self._start)
+
+    @property
+    def term(self) -> int:
+        return self.raft.term if self.raft is not None else 0
 
     # -- composition
 
@@ -204,6 +209,8 @@ class Server:
             chance=self.chance,
         )
         self._starting = raft
+        self._introduced = self.machine.members
+        raft.introduce(self.machine.members)
         try:
             await raft.start()
         except (OSError, RostraError) as e:  # the program ends with a message
@@ -228,6 +235,22 @@ class Server:
         await standing.keep()
 
     # -- as in server/run.py
+
+    async def stop(self) -> None:
+        """In order; the process ends with it."""
+        raft = self.raft
+        if raft is not None and raft.is_leader:
+            with contextlib.suppress(RostraError, TimeoutError):
+                async with asyncio.timeout(0.8):
+                    await raft.transfer()
+        self.endpoint.close()
+        if raft is not None:
+            await raft.stop()
+        self.world.after(0.0, self._exit)
+
+    def _exit(self) -> None:
+        if self.machine.server is self:
+            self.machine.kill()
 
     def _about(self) -> dict[str, Any]:
         return {

@@ -67,7 +67,7 @@ class Peer:
         return await self._hears(lambda said: said["type"] == "append_entries" and bool(said["entries"]))
 
     async def _hears(self, is_wanted: Callable[[Message], bool]) -> Message:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             while True:
                 for at, message in enumerate(self.heard):
                     if is_wanted(message):

@@ -368,25 +368,26 @@ class Faults:
         async with self._alone(), self._victims(1, leader=0.3) as (host,):
             await asyncio.to_thread(host.kill)
             node_id = (host.data_dir / "node-id").read_text().strip()
-            await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
+            removed = await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
             await asyncio.to_thread(host.wipe)
             host.start()
-            await asyncio.to_thread(self._operate, host, "POST", f"peer?name={host.name}")
-            took = await asyncio.to_thread(self._wait_voter, host)
-        return f"{host.name}, which voted {took:.1f} s after it was let in"
+            added = await asyncio.to_thread(self._operate, host, "POST", f"peer?name={host.name}")
+            voted = await asyncio.to_thread(self._wait_voter, host)
+        return f"{host.name}: removed in {removed:.1f} s, let in in {added:.1f} s, votes in {voted:.1f} s"
 
     async def _remove_and_add(self) -> str:
         async with self._alone(), self._victims(1, leader=0.3) as (host,):
             node_id = (host.data_dir / "node-id").read_text().strip()
-            await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
+            removed = await asyncio.to_thread(self._operate, host, "DELETE", f"peer?id={node_id}", "was not found")
             await self._hold(0.0, 2.0)
-            await asyncio.to_thread(self._operate, host, "POST", f"peer?name={host.name}")
-            took = await asyncio.to_thread(self._wait_voter, host)
-        return f"{host.name}, which voted {took:.1f} s after it was let in again"
+            added = await asyncio.to_thread(self._operate, host, "POST", f"peer?name={host.name}")
+            voted = await asyncio.to_thread(self._wait_voter, host)
+        return f"{host.name}: removed in {removed:.1f} s, let in again in {added:.1f} s, votes in {voted:.1f} s"
 
-    def _operate(self, but: Host, method: str, what: str, also_done: str = "\0") -> None:
-        """Ask other servers until it is done: those that are in other faults may not be able to."""
+    def _operate(self, but: Host, method: str, what: str, also_done: str = "\0") -> float:
+        """Ask other servers until it is done: those that are in other faults may not be able to. Seconds it took."""
         others = itertools.cycle([host for host in self.cluster.servers if host is not but])
+        began = time.monotonic()
 
         def done() -> bool:
             answer = next(others).ask(method, RAFT + what, b"" if method == "POST" else None, timeout_s=15.0)
@@ -394,6 +395,7 @@ class Faults:
             return True
 
         eventually(f"{method} {what}", done, OPERATE_S)
+        return time.monotonic() - began
 
     def _wait_voter(self, host: Host) -> float:
         began = time.monotonic()

@@ -32,14 +32,14 @@ async def machine() -> AsyncIterator[Machine]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 async def verdict(raft: RaftLog) -> None:
     """What was received is being looked at, and then not any more."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         for is_looking in (True, False):
             while raft._snapshots._installing is not is_looking:
                 await asyncio.sleep(0)
@@ -179,7 +179,7 @@ async def test_nothing_is_applied_while_the_tables_are_copied(machine: Machine, 
     raft = await machine.start(tmp_path, state=state, sync_inline=True)
     await raft.propose(b"before")
     taking = raft.take_snapshot()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while not raft._snapshots.holds_apply:
             await asyncio.sleep(0)
     writes = [raft.propose(b"%d" % number) for number in range(5)]
@@ -202,7 +202,7 @@ async def test_a_snapshot_is_never_taken_in_the_middle_of_an_entry(machine: Mach
     state.applied = machine.applied
     raft = await machine.start(tmp_path, state=state)
     writes = asyncio.gather(*(raft.propose(b"%d" % number) for number in range(200)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while raft._partly is None:
             await asyncio.sleep(0)
     snapshot = await raft.take_snapshot()
@@ -334,7 +334,7 @@ async def test_a_snapshot_is_acknowledged_only_when_the_disk_knows_of_it(machine
     go, submit = threading.Event(), raft._disk.submit  # type: ignore[union-attr]
 
     def slow(lane: str, work: Callable[[], Any], done: Any) -> None:
-        submit(lane, (lambda: (go.wait(5), work())[1]) if lane == JOURNAL else work, done)
+        submit(lane, (lambda: (go.wait(20), work())[1]) if lane == JOURNAL else work, done)
 
     raft._disk.submit = slow  # type: ignore[method-assign, union-attr]
     leader.piece(answer["offset"], leader.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -61,16 +62,16 @@ class Log:
         return self.do(Register(node, fields.pop("address", "10.1.0.1"), service=service, checks=checks, **fields))
 
 
-def reloaded(store: Store) -> Store:
-    """What another server has after it installed a snapshot of `store`."""
+def loaded(chunks: Iterable[bytes | None]) -> Store:
+    """What another server has after it installed a snapshot."""
     loader = Loader()
-    for chunk in store.capture():
+    for chunk in chunks:
         if chunk is not None:
             loader.feed(chunk)
     loader.finish()
-    copy = Store()
-    copy.adopt(loader)
-    return copy
+    store = Store()
+    store.adopt(loader)
+    return store
 
 
 @pytest.fixture
@@ -80,9 +81,15 @@ def log() -> Log:
     return log
 
 
-@pytest.fixture(name="reloaded", scope="session")
-def reloaded_fixture():
-    return reloaded
+@pytest.fixture(name="loaded", scope="session")
+def loaded_fixture():
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def reloaded():
+    """A copy of a store through a snapshot."""
+    return lambda store: loaded(store.capture())
 
 
 @pytest.fixture

@@ -241,16 +241,6 @@ def captured(store):
     return [chunk for chunk in store.capture() if chunk is not None]
 
 
-def loaded(chunks):
-    loader = Loader()
-    for chunk in chunks:
-        loader.feed(chunk)
-    loader.finish()
-    store = Store()
-    store.adopt(loader)
-    return store
-
-
 def test_a_snapshot_makes_the_same_store(log, reloaded):
     fill(log)
     copy = reloaded(log.store)
@@ -307,7 +297,7 @@ def test_what_was_proposed_here_is_applied_as_everywhere_else(log, reloaded):
     assert (log.store.hash(), log.store.history) == (copy.hash(), copy.history)
 
 
-def test_a_snapshot_shows_the_moment_at_which_its_tables_were_copied(log):
+def test_a_snapshot_shows_the_moment_at_which_its_tables_were_copied(log, loaded):
     fill(log)
     expected = log.store.hash()
     chunks = log.store.capture()
@@ -327,7 +317,7 @@ def test_an_entry_applied_while_tables_are_copied_ends_the_snapshot(log):
         list(chunks)
 
 
-def test_chunks_and_steps_of_copying_are_bounded(log, monkeypatch):
+def test_chunks_and_steps_of_copying_are_bounded(log, loaded, monkeypatch):
     monkeypatch.setattr(capture, "COPY_ROWS", 400)
     for i in range(1000):
         log.do(SetKey(f"k{i:04}", b"x" * (100_000 if i < 5 else 1)), client=("c", i, 0))
@@ -340,10 +330,10 @@ def test_chunks_and_steps_of_copying_are_bounded(log, monkeypatch):
     assert sizes[0] == 2
     parts = [client for chunk in decoded if chunk[0] == "clients" for client in chunk[1]]
     assert [len(part[3]) // 2 for part in parts] == [256, 256, 256, 232]
-    assert loaded(chunk for chunk in chunks if chunk).hash() == log.store.hash()
+    assert loaded(chunks).hash() == log.store.hash()
 
 
-def test_a_snapshot_that_is_cut_off_or_of_a_newer_version_is_refused(log):
+def test_a_snapshot_that_is_cut_off_or_of_a_newer_version_is_refused(log, loaded):
     fill(log)
     chunks = captured(log.store)
     with pytest.raises(ValueError, match="without an end"):
