@@ -280,10 +280,11 @@ class Core:
             on_members=self._members_changed,
             fail_stop=self._fail,
         )
-        # The log may put older lists in force while it is read, of servers that are gone: these are heard as well, until
-        # `standing.py` finds that the list in force needs no help.
-        self._introduced = members
-        raft.introduce(members)
+        if any(m.id == self._identity.node_id and not m.votes for m in members):
+            # It was let in later. The log puts older lists in force while it is read, of servers that may be gone: those
+            # that let it in are heard as well, until `standing.py` finds that the list in force needs no help.
+            self._introduced = members
+            raft.introduce(members)
         try:
             await raft.start()
         except RostraError as e:

@@ -38,7 +38,7 @@ class SetKey:
             raise BadRequest("Missing key name")
         if not 0 <= self.flags <= FLAGS_MAX:
             raise BadRequest(f"flags must be between 0 and {FLAGS_MAX}")
-        old = tx.tables.kv.get(self.key)
+        old = tx.tables.kv.rows.get(self.key)
         if self.cas is not None and self.cas != (old.modify_index if old is not None else 0):
             return False
         session, lock_index = (old.session, old.lock_index) if old is not None else ("", 0)
@@ -68,7 +68,7 @@ class SetKey:
             return True
         else:
             row = KVRow(old.key, self.value, self.flags, lock_index, session, old.create_index, tx.index)
-        write_row(tx, row)
+        write_row(tx, row, old)
         return True
 
 
@@ -161,13 +161,12 @@ class KeyNames:
         return (key,) if key.startswith(self.prefix) and key in view.tables.kv.rows else None
 
 
-def write_row(tx: Tx, row: KVRow) -> None:
-    """Put a row that has changed."""
-    tables = tx.tables
-    tx.put(tables.kv, row.key, row)
-    if row.key in tables.tombstones.rows:
-        tx.delete(tables.tombstones, row.key)
-    tx.touch_key(row.key)
+def write_row(tx: Tx, row: KVRow, old: KVRow | None) -> None:
+    """Put a row that has changed; `old` is the one that is there."""
+    tx.put_key(row, old)
+    if old is None:
+        tx.delete(tx.tables.tombstones, row.key)
+    tx.keys.append(row.key)
 
 
 def remove_row(tx: Tx, key: str) -> None:
@@ -175,4 +174,4 @@ def remove_row(tx: Tx, key: str) -> None:
     tables = tx.tables
     tx.put(tables.tombstones, key, tx.index)
     tx.delete(tables.kv, key)
-    tx.touch_key(key)
+    tx.keys.append(key)

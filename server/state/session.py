@@ -197,7 +197,8 @@ def end_session(tx: Tx, session_id: str) -> None:
         if row.behavior == "delete":
             kv.remove_row(tx, key)
         else:
-            kv.write_row(tx, tables.kv.rows[key]._replace(session="", modify_index=tx.index))
+            held = tables.kv.rows[key]
+            kv.write_row(tx, held._replace(session="", modify_index=tx.index), held)
         tx.effect("lock-released", key, row.lock_delay_ms)
     tx.delete(tables.sessions, session_id)
     tx.delete(tables.renewals, session_id)

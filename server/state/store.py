@@ -205,10 +205,8 @@ class Store:
             tx.rollback()
             result = ("err", "internal", self._note(kind, e))
         else:
-            if tx.keys:
-                self._touch_keys(tx)
-            elif tx.touched:
-                self._touch(tx, ())
+            if tx.keys or tx.touched:
+                self._touch(tx)
             if tx.effects:
                 self._effects += self._real_effects(tx.effects)
                 tx.effects.clear()
@@ -220,7 +218,7 @@ class Store:
 
     def _counted(self, result: Result, changes: Sequence[Any]) -> Result:
         """One more command counts."""
-        self.index += 1
+        self.index = index = self.index + 1
         done = self._done.pack
         done(result)
         if changes:
@@ -229,37 +227,28 @@ class Store:
                 if not at % _FOLD_CHANGES:
                     self._fold()
             changes.clear()  # type: ignore[attr-defined]
-        if not self.index % CHECKPOINT_ENTRIES:
+        if not index % CHECKPOINT_ENTRIES:
             self._note_checkpoint()
         return result
 
-    def _touch_keys(self, tx: Tx) -> None:
-        """Move the indexes of the directories around the keys that were touched, and of all else that was."""
-        index = tx.index
-        highest = self.tables.kv_directories
-        if len(tx.keys) == 1:
-            (key,) = keys = tuple(tx.keys)
-            for directory in parent_directories(key):
-                highest[directory] = index
-        else:
-            keys = tuple(dict.fromkeys(tx.keys))
-            for key in keys:
-                for directory in parent_directories(key):
-                    highest[directory] = index
-        tx.keys.clear()
-        self._touch(tx, keys)
-
-    def _touch(self, tx: Tx, keys: tuple[str, ...]) -> None:
-        """Move the indexes of the granules that were touched, and note what was."""
-        index = tx.index
+    def _touch(self, tx: Tx) -> None:
+        """Move the indexes of what was touched, and note it."""
+        index, tables, keys = tx.index, self.tables, tx.keys
         touched: tuple[tuple[str, Key | None], ...] = ()
         if tx.touched:
             touched = tuple(dict.fromkeys(tx.touched))
             tx.touched.clear()
-            granules = self.tables.granules.rows
+            granules = tables.granules.rows
             for granule, _ in touched:
                 granules[granule] = index
-        self._touches.append((index, touched, keys))
+        if len(keys) > 1:
+            keys = list(dict.fromkeys(keys))
+        highest = tables.kv_directories
+        for key in keys:
+            for directory in parent_directories(key):
+                highest[directory] = index
+        self._touches.append((index, touched, tuple(keys)))
+        tx.keys.clear()
 
     def _real_effects(self, effects: list[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         """The effects of a command; a logged hash becomes one only where this store's own differs."""

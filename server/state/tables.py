@@ -80,20 +80,6 @@ class Table(Generic[K, R]):
         return old
 
 
-class KVTable(Table[str, KVRow]):
-    """The keys: by far the most changes, and most of them change a value only."""
-
-    __slots__ = ()
-
-    def put(self, key: str, row: KVRow) -> KVRow | None:
-        rows = self.rows
-        old = rows.get(key)
-        rows[key] = row
-        if old is None or old.session != row.session:
-            self.changed(key, old, row)  # type: ignore[misc]
-        return old
-
-
 class ServiceName:
     """The instances of one service name, counted by tag, and the row that `ServiceNames` shows."""
 
@@ -127,7 +113,7 @@ class Tables:
         self.sources_for: dict[str, list[str]] = {}  # intention's destination -> sources
 
         # Replicated.
-        self.kv = KVTable("kv", KVRow, self._kv_changed)
+        self.kv: Table[str, KVRow] = Table("kv", KVRow, self._kv_changed)
         self.tombstones: Table[str, int] = Table("tombstones", None, self._tombstone_changed)
         self.nodes: Table[str, NodeRow] = Table("nodes", NodeRow, self._node_changed, ordered=True)
         self.services: Table[Pair, ServiceRow] = Table("services", ServiceRow, self._service_changed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from rostra.server.state.granules import FLOOR_OF, directory_of
+from rostra.server.state.rows import KVRow
 from rostra.server.state.tables import Table, Tables
 
 K = TypeVar("K")
@@ -27,6 +28,7 @@ class Tx:
         self.tables = tables
         self.begin(0, "", 0, "")
         self.touched: list[tuple[str, Key | None]] = []
+        #: Touched as well: keys of the KV table, each with the directories around it.
         self.keys: list[str] = []
         self.effects: list[tuple[Any, ...]] = []
         #: (table, key, the row before, the row after) of every change, in order; None: there is none.
@@ -42,6 +44,15 @@ class Tx:
     def put(self, table: Table[K, R], key: K, row: R) -> None:
         self.changes.append((table, key, table.put(key, row), row))
 
+    def put_key(self, row: KVRow, old: KVRow | None) -> None:
+        """As `put`, for the table with by far the most changes; `old` is the row that is there."""
+        kv = self.tables.kv
+        key = row.key
+        kv.rows[key] = row
+        if old is None or old.session != row.session:
+            kv.changed(key, old, row)  # type: ignore[misc]
+        self.changes.append((kv, key, old, row))
+
     def delete(self, table: Table[K, R], key: K) -> R | None:
         """Drop a row; the row that was there."""
         old = table.remove(key)
@@ -52,10 +63,6 @@ class Tx:
     def touch(self, granule: str, key: Key | None = None) -> None:
         """Answers that read `granule` may differ from now on; only in row `key`, unless it is None."""
         self.touched.append((granule, key))
-
-    def touch_key(self, key: str) -> None:
-        """As `touch`, for a KV key and the directories around it."""
-        self.keys.append(key)
 
     def effect(self, *effect: Any) -> None:
         """Something that each server's own clock has to know; no part of the state."""

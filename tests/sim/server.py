@@ -209,8 +209,9 @@ class Server:
             chance=self.chance,
         )
         self._starting = raft
-        self._introduced = self.machine.members
-        raft.introduce(self.machine.members)
+        if any(m.id == self.id and not m.votes for m in self.machine.members):
+            self._introduced = self.machine.members
+            raft.introduce(self.machine.members)
         try:
             await raft.start()
         except (OSError, RostraError) as e:  # the program ends with a message

@@ -15,7 +15,7 @@ from rostra.server.raft import RaftLog, Timing
 from rostra.server.raft.elections import LEASE, boottime_ns
 from rostra.server.raft.members import LEARNER, Member
 from rostra.wire.errors import NoLeader, Timeout
-from tests.support.raft_peers import TIMING, Machine, Peer
+from tests.support.raft_peers import Machine, Peer
 
 
 class Clock:
@@ -47,6 +47,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 #: Nobody steps down or campaigns meanwhile, however busy the machine is.
 PATIENT = Timing(heartbeat_s=0.02, election_min_s=3.0, election_max_s=6.0)
+
+#: For what has to wait for an election timeout.
+BRISK = Timing(heartbeat_s=0.02, election_min_s=0.3, election_max_s=0.35)
 
 
 async def leading(
@@ -242,7 +245,7 @@ async def test_the_lease_counts_from_when_a_round_was_sent_and_not_from_its_answ
 async def test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_lets_it_pass(
     machine: Machine, tmp_path: Path
 ) -> None:
-    raft, heir = await leading(machine, tmp_path, timing=TIMING)
+    raft, heir = await leading(machine, tmp_path, timing=BRISK)
     following = asyncio.ensure_future(Peer(raft, "c").follows())
     heir.answers(await heir.hears("append_entries"))
     await until(raft.lease_valid)
@@ -266,7 +269,7 @@ async def test_from_the_offer_of_leadership_on_the_lease_is_void_until_the_heir_
 
 
 async def test_an_offer_that_was_made_before_the_last_one_voids_the_lease_too(machine: Machine, tmp_path: Path) -> None:
-    raft, b = await leading(machine, tmp_path, timing=TIMING)
+    raft, b = await leading(machine, tmp_path, timing=BRISK)
     c = Peer(raft, "c")
     following = asyncio.ensure_future(c.follows())
     b.answers(await b.hears("append_entries"))
@@ -324,9 +327,9 @@ async def test_who_is_offered_leadership_stands_at_once_and_its_voters_are_told_
 
 
 async def test_a_leader_that_stood_still_reads_before_it_judges_who_is_silent(machine: Machine, tmp_path: Path) -> None:
-    raft, peer = await leading(machine, tmp_path, timing=TIMING)
+    raft, peer = await leading(machine, tmp_path, timing=BRISK)
     append = await peer.hears("append_entries")
-    time.sleep(0.25)  # longer than a leader goes on that hears nobody
+    time.sleep(0.4)  # longer than a leader goes on that hears nobody
     await asyncio.sleep(0)  # the timers come first, then what has arrived
     await asyncio.sleep(0)
     peer.answers(append)
