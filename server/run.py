@@ -281,8 +281,8 @@ class Core:
             fail_stop=self._fail,
         )
         if any(m.id == self._identity.node_id and not m.votes for m in members):
-            # It was let in later. The log puts older lists in force while it is read, of servers that may be gone: those
-            # that let it in are heard as well, until `standing.py` finds that the list in force needs no help.
+            # It was let in later. The log puts older lists in force while it is read, of servers that may be gone:
+            # those that let it in are heard as well, until `standing.py` finds that the list in force needs no help.
             self._introduced = members
             raft.introduce(members)
         try:
