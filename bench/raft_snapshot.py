@@ -6,8 +6,8 @@ Three servers are filled through the leader's local RPC socket. Then writes go o
 snapshot, and the histograms of the cores' loops tell how long their steps were meanwhile; this is repeated, and the
 best time counts: what the program does, it does each time, while the machine's interrupts count as a loop's steps too.
 Then a follower loses its disk: it is killed, removed, started with an empty directory and let in; the time until it has
-applied what the leader had. Bars: no step over 5 ms with 100,000 keys, 25 ms with more; caught up in 10 s; the log in
-memory below its bound. Exit status 1 for a missed bar.
+applied what the leader had. Bars: no step over 5 ms with 100,000 keys, 25 ms with more; caught up in 10 s with
+100,000; the log in memory below its bound. Exit status 1 for a missed bar.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from steps import between, show, steps_of
 
 from rostra.wire.frames import FrameDecoder, frame, pack, unpack
 
-CAUGHT_UP_S = 10.0
+SMALL = 100_000
+CAUGHT_UP_S = 10.0  # with so many keys
 #: What is written so that snapshots become due: few keys, large values.
 FILLER_BYTES, FILLERS = 16 << 10, 64
 AT_ONCE = 256
@@ -99,7 +100,7 @@ def snapshot_once(fleet: Fleet, leader: Node) -> tuple[dict[str, dict[float, int
 
 
 def judge_steps(fleet: Fleet, leader: Node, options: argparse.Namespace, verdicts: Verdicts) -> None:
-    bar = 5.0 if options.keys <= 100_000 else 25.0
+    bar = 5.0 if options.keys <= SMALL else 25.0
     fewest: dict[str, int] = {}
     for n in range(options.snapshots):
         steps, took_s = snapshot_once(fleet, leader)
@@ -117,7 +118,7 @@ def judge_steps(fleet: Fleet, leader: Node, options: argparse.Namespace, verdict
     verdicts.add("size of a snapshot", f"{max(sizes) / 2**20:.1f} MiB")
 
 
-def judge_new_disk(fleet: Fleet, leader: Node, verdicts: Verdicts) -> None:
+def judge_new_disk(fleet: Fleet, leader: Node, keys: int, verdicts: Verdicts) -> None:
     follower = next(s for s in fleet.servers if s is not leader)
     node_id = (follower.data_dir / "node-id").read_text().strip()
     follower.kill()
@@ -133,7 +134,11 @@ def judge_new_disk(fleet: Fleet, leader: Node, verdicts: Verdicts) -> None:
     )
     caught_up = time.monotonic()
     follower.tree()
-    verdicts.most("a follower with a new disk: from its start until it has all", caught_up - began, CAUGHT_UP_S)
+    what, took_s = "a follower with a new disk: from its start until it has all", caught_up - began
+    if keys <= SMALL:
+        verdicts.most(what, took_s, CAUGHT_UP_S)
+    else:
+        verdicts.add(what, f"{took_s:.2f} s")
     verdicts.add("  of which after it was let in", f"{caught_up - admitted:.2f} s")
     verdicts.add("  snapshots that it installed", str(number(follower, "snapshots_installed")))
 
@@ -178,7 +183,7 @@ def main() -> int:
             if fleet.leader() is not leader:
                 raise Failure("another server leads now")
             judge_steps(fleet, leader, options, verdicts)
-            judge_new_disk(fleet, leader, verdicts)
+            judge_new_disk(fleet, leader, options.keys, verdicts)
             judge_memory(fleet, verdicts)
         return verdicts.finish()
 

@@ -385,7 +385,12 @@ async def test_servers_that_all_have_new_addresses_find_each_other_where_they_ar
         for core in cluster.cores.values():
             core.learn([f"127.0.0.1:{port}" for port in ports.values()])
         await eventually(cluster.leader, 20)
-        await eventually(lambda: {n: m.port for n, m in members(leader(cluster)).items()} == ports, 20)
+
+        def is_known() -> bool:
+            core = cluster.leader()
+            return core is not None and {n: m.port for n, m in members(core).items()} == ports
+
+        await eventually(is_known, 20)
 
 
 async def test_a_server_that_was_away_hears_a_leader_that_came_meanwhile(tmp_path: Path) -> None:

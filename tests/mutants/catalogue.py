@@ -551,6 +551,13 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_guard.py test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry",
     ),
     _mutant(
+        "H19.4",
+        "who elected itself alone speaks of its term before its disk has it",
+        REPLICATION,
+        ("        if self._began_alone and self._journal.durable_lsn < self._begun_lsn:\n", "        if False:\n"),
+        by="test_guard.py test_h19_who_elected_itself_alone_tells_nobody_before_its_disk_has_the_term",
+    ),
+    _mutant(
         "H20.1",
         "messages that we do not speak reach the core",
         GUARD,
@@ -631,6 +638,16 @@ MUTANTS: tuple[Mutant, ...] = (
         by="tests/cluster/test_sessions.py test_a_server_with_another_key_than_expected_leaves_no_unseen_exception",
     ),
     _mutant(
+        "H20.11",
+        "a term from the far future is taken for the present one",
+        GUARD,
+        (
+            'if max(message.get("term", 0), message.get("current", 0)) > self._core.term() + TERMS_AHEAD_MAX:',
+            "if False:",
+        ),
+        by="test_guard.py test_h20_a_term_from_the_far_future_is_not_written_down",
+    ),
+    _mutant(
         "H21.1",
         "a list of members counts only once it was committed and restarted with",
         GUARD,
@@ -685,6 +702,13 @@ MUTANTS: tuple[Mutant, ...] = (
         GUARD,
         ("        if entries and fits:", "        if entries:"),
         by="test_guard.py test_h21_entries_that_do_not_fit_change_no_members",
+    ),
+    _mutant(
+        "H21.8",
+        "who is not in a list that may be taken back is not heard any more",
+        LOG,
+        ("before = () if self.members_settled else self._membership.before", "before = ()"),
+        by="test_promises.py test_h21_who_may_still_be_a_member_is_heard_until_the_list_without_it_is_committed",
     ),
     _mutant(
         "H22.1",

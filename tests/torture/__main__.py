@@ -97,7 +97,7 @@ class Run:
     async def go(self, minutes: float) -> None:
         await asyncio.to_thread(self.cluster.start)
         hosts = list(self.cluster.hosts.values())
-        self.load = Load(hosts, random.Random(self._rng.random()), f"of-{self.servers}")
+        self.load = Load(hosts, random.Random(self._rng.random()), f"of-{self.servers}", self.note)
         self.faults = Faults(self.cluster, self._rng, self.note)
         if self._options.only:
             self.faults.keep_only(self._options.only)
@@ -163,7 +163,7 @@ class Run:
             return answer.index, answer.body
 
         def equal() -> bool:
-            for what in ("kv/", "session/list"):
+            for what in ("kv/", "session/list", "catalog/nodes"):
                 states = {host.name: state(host, what) for host in self.cluster.servers}
                 assert len(set(states.values())) == 1, f"{what} differs: " + ", ".join(
                     f"{name} {index} {len(body)} bytes" for name, (index, body) in states.items()

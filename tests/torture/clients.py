@@ -36,6 +36,7 @@ from tests.torture.history import (
 from tests.torture.hosts import HTTP, Answer, Host
 
 KEYS, OPS_PER_KEY, UNKNOWN_PER_KEY = 6, 400, 4
+PAUSE_TOLD_S = 5.0
 BULK_BYTES, BULK_KEYS, BULK_EVERY_S = 200 << 10, 8, 0.15
 NO_LEADER = "No cluster leader"
 KINDS = {READ: 0.5, PUT: 0.22, CAS: 0.22, DELETE: 0.06}
@@ -107,8 +108,8 @@ async def _exchange(
 class Load:
     """All clients of a run, and what they saw."""
 
-    def __init__(self, hosts: list[Host], rng: random.Random, name: str) -> None:
-        self._hosts, self._rng, self._name = hosts, rng, name
+    def __init__(self, hosts: list[Host], rng: random.Random, name: str, note: Callable[[str], None]) -> None:
+        self._hosts, self._rng, self._name, self._note_pause = hosts, rng, name, note
         self.history = History()
         self.ledger: dict[str, str] = {}  # key → outcome of its only write
         self.texts: Counter[str] = Counter()  # what errors said
@@ -220,8 +221,11 @@ class Load:
 
     def _done(self) -> None:
         now = time.monotonic_ns()
-        self.longest_pause_s = max(self.longest_pause_s, (now - self.last_done_ns) / 1e9)
+        pause_s = (now - self.last_done_ns) / 1e9
+        self.longest_pause_s = max(self.longest_pause_s, pause_s)
         self.last_done_ns = now
+        if pause_s > PAUSE_TOLD_S:
+            self._note_pause(f"no write was acknowledged for {pause_s:.1f} s")
 
     # -- ledgers
 

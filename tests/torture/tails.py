@@ -1,8 +1,8 @@
 """What a power cut may leave behind the end of a journal: a torn, a zeroed or a garbage tail, in the last segment.
 
-Only bytes after the last whole frame are touched: all that was synced, and so all that was promised, lies before. The
-layout is read here without the product's code (frame: length, CRC seeded with the place, body), so that a journal which
-misreads itself is not believed.
+And beside it, files that were not finished. Only bytes after the last whole frame are touched: all that was synced, and
+so all that was promised, lies before. The layout is read here without the product's code (frame: length, CRC seeded
+with the place, body), so that a journal which misreads itself is not believed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,20 @@ def spoil(directory: Path, kind: str, rng: random.Random) -> str:
     with path.open("r+b") as file:
         file.seek(end)
         file.write(tail)
+    leave_behind(directory, rng)
     return f"{len(tail)} bytes ({kind}) at {end} of {path.name}"
+
+
+def leave_behind(directory: Path, rng: random.Random) -> None:
+    """Files that were never finished or, while a snapshot came in, not synced to their end: nobody was told of them."""
+    following = int(last_segment(directory).name.rpartition("-")[2]) + 1
+    for name in (f"journal-{following:08d}.new", "snapshot-taking.new"):
+        if rng.random() < 0.5:
+            (directory / name).write_bytes(rng.randbytes(rng.choice([0, 100, 100_000])))
+    for path in directory.glob("incoming-*"):
+        with path.open("r+b") as file:
+            file.seek(max(0, path.stat().st_size - rng.choice([1, 5000, 200_000])))
+            file.write(rng.randbytes(100))
 
 
 def _tail(kind: str, before: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:

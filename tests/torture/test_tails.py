@@ -33,7 +33,10 @@ def test_a_spoiled_journal_has_all_entries(tmp_path: Path, kind: str, seed: int)
             journal.add(rng.randbytes(rng.choice([10, 800])), index, 1)
             journal.start_sync()
         had = journal[:]
+    wiped = 0
     for _ in range(3):
         tails.spoil(directory, kind, rng)
         with opened(directory) as journal:
             assert journal[:] == had
+            wiped += journal.wiped_bytes
+    assert wiped > 0

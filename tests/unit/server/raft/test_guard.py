@@ -348,6 +348,26 @@ def test_h19_an_answer_counts_when_the_leaders_own_disk_has_the_entry(tmp_path: 
     assert server.core.commit_index() == noop
 
 
+def test_h19_who_elected_itself_alone_tells_nobody_before_its_disk_has_the_term(tmp_path: Path) -> None:
+    """No vote was asked for, so nothing waited for the disk; after a power cut it could lead the same term again."""
+    disk = PatientDisk(tmp_path)
+    server = Server(others=(), journal=Journal.open(disk, cluster_id="c1", node_id="a"))
+    server.wait(1.0)
+    server.core.campaign_in(-1.0)
+    server.core.doTick(0)
+    assert server.core.is_leader()
+    server.core.set_peers([], ["b"])
+    server.replication.set_members((("b", False),))
+    server.replication.link_up("b")
+    server.replication.send_appends()
+    server.journal.start_sync()
+    server.replication.send_appends()
+    assert to_b(server) == []
+    disk.finish()
+    server.replication.send_appends()
+    assert to_b(server) == [(0, 0)]
+
+
 def to_b(server: Server) -> list[tuple[int, int]]:
     """(first, last) of the entries in each append to b since the last time; (0, 0) for an empty one."""
     said = [message for to, message in server.sent if to == "b" and message["type"] == "append_entries"]
@@ -799,6 +819,22 @@ def test_a_piece_of_a_snapshot_counts_from_the_leader_of_this_term_only() -> Non
     assert (server.core.term(), server.pieces) == (3, [])
     server.hear("b", type="snapshot", term=3, **piece)
     assert len(server.pieces) == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "stale", "term": 1 << 40},
+        {"type": "pre_vote_reply", "term": 1, "current": 1 << 40, "granted": False},
+        {"type": "request_vote", "term": 1 << 40, "last_log_index": 1, "last_log_term": 0, "transfer": True},
+    ],
+    ids=lambda message: message["type"],
+)
+def test_h20_a_term_from_the_far_future_is_not_written_down(message: Message) -> None:
+    server = Server()
+    with pytest.raises(BadMessage, match="far future"):
+        server.guard.inbound("b", message)
+    assert server.journal.getCurrentTerm() == 0
 
 
 def test_messages_that_this_house_does_not_speak_are_dropped() -> None:

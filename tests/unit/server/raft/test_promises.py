@@ -13,7 +13,7 @@ import pytest
 
 from rostra.server.raft import RaftLog, Timing
 from rostra.server.raft.elections import LEASE, boottime_ns
-from rostra.server.raft.members import LEARNER, Member
+from rostra.server.raft.members import LEARNER, Member, encode_members
 from rostra.wire.errors import NoLeader, Timeout
 from tests.support.raft_peers import Machine, Peer
 
@@ -361,3 +361,20 @@ async def test_a_new_leader_changes_no_members_before_its_first_entry_is_committ
     following = asyncio.ensure_future(peer.follows())
     await change
     following.cancel()
+
+
+async def test_h21_who_may_still_be_a_member_is_heard_until_the_list_without_it_is_committed(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """The entry may be replaced by a leader that only the old list knows."""
+    raft = await machine.start(tmp_path, ["b", "c"])
+    b, c = Peer(raft, "b"), Peer(raft, "c")
+    without_c = tuple(member for member in raft.members if member.id != "c")
+    b.say(**appended(3, 1, 0, encode_members(without_c)))
+    assert raft.members == without_c
+    assert c.open
+    assert Peer(raft, "c").open
+    c = Peer(raft, "c")
+    b.say(**appended(3, 2, 3, commit=2))
+    await until(lambda: not c.open)
+    assert not Peer(raft, "c").open
