@@ -198,7 +198,7 @@ class NodeReports:
 
 @dataclass(frozen=True, slots=True)
 class StateHash:
-    """The leader's hash of the state at `index`, see `Store.checkpoint`. Each store reports where its own differs."""
+    """What the leader's history was at `index`, see `Store.checkpoint`. Each store reports where its own differs."""
 
     kind: ClassVar[str] = "cluster.state-hash"
     servers_only: ClassVar[bool] = True

@@ -31,8 +31,8 @@ from rostra.wire.errors import RostraError
 
 #: A server notes its history at multiples of this; the leader logs its own of the same index for comparison.
 CHECKPOINT_ENTRIES = 10_000
-#: So many changes of one command are brought into the history at a time.
-_FOLD_CHANGES = 1000
+#: So much is packed at a time for the history (an array of fewer than 16 or 65,536 items has a head of 1 or 3 bytes).
+_FOLD_ITEMS = 192
 #: Entries of which this server, as the leader, keeps the command that it has decoded already: small ones, so many.
 _EXPECTED_BYTES_MAX, _EXPECTED_MAX = 4096, 8192
 
@@ -105,7 +105,7 @@ class Store:
         self._decoders = commands.decoders
         self._tx = Tx(self.tables)
         self.cluster_id = ""  # as the bootstrap has named it
-        #: Of the entries since the last `take`: what they touched, and what each server's own clock has to know.
+        #: Of the entries that are being applied: what they touched, and what each server's own clock has to know.
         self._touches: list[Touches] = []
         self._effects: list[tuple[Any, ...]] = []
         self._ring: deque[Touches] = deque()
@@ -115,7 +115,7 @@ class Store:
         #: A checksum over every change and result from the beginning: servers that differ in it have applied the log
         #: differently. Carried by snapshots, since it does not follow from rows.
         self.history = 0
-        self._done = msgpack.Packer(use_bin_type=True, autoreset=False)  # what is not in it yet
+        self._done: list[Any] = []  # what is not in it yet
         #: Commands that this server has decoded already, when it proposed them; see `expect`.
         self._expected: dict[bytes, tuple[Any, ...]] = {}
 
@@ -219,13 +219,13 @@ class Store:
     def _counted(self, result: Result, changes: Sequence[Any]) -> Result:
         """One more command counts."""
         self.index = index = self.index + 1
-        done = self._done.pack
-        done(result)
+        done = self._done
+        done.append(result)
         if changes:
-            for at, (table, key, _, row) in enumerate(changes, 1):
-                done((table.name, key, row))
-                if not at % _FOLD_CHANGES:
-                    self._fold()
+            for table, key, _, row in changes:
+                done += (table.name, key, row)
+            if len(done) > _FOLD_ITEMS:
+                self._fold()
             changes.clear()  # type: ignore[attr-defined]
         if not index % CHECKPOINT_ENTRIES:
             self._note_checkpoint()
@@ -346,8 +346,12 @@ class Store:
 
     def _fold(self) -> None:
         """Bring what was done since the last time into `history`."""
-        self.history = crc32(self._done.bytes(), self.history)
-        self._done.reset()
+        done = self._done
+        for at in range(0, len(done), _FOLD_ITEMS):
+            part = done[at : at + _FOLD_ITEMS]
+            # Without the number of items before them: how entries were handed over must not show.
+            self.history = crc32(memoryview(_pack(part))[1 if len(part) < 16 else 3 :], self.history)
+        done.clear()
 
     def _note_checkpoint(self) -> None:
         self._fold()

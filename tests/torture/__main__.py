@@ -40,6 +40,8 @@ UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--
 SHOWN = 40
 #: How long start, last faults, healing and checks may take beside the asked time.
 BEYOND_S = 400.0
+#: Fewer acknowledged writes a minute than this are no proof of anything.
+LEAST_WRITES = 60
 COUNTERS = {
     "leaderships": "leaderships",
     "snapshots_taken": "snapshots taken",
@@ -126,6 +128,9 @@ class Run:
             await asyncio.to_thread(self._check_ledgers)
         self._check_histories()
         self.violations += self.faults.violations
+        done = sum(n for outcome, n in Counter(self.load.ledger.values()).items() if outcome == DONE)
+        if done < LEAST_WRITES * minutes:
+            self.violations.append(f"only {done} once-written keys were acknowledged: that shows nothing")
 
     async def _watch(self) -> None:
         """Add up counters that begin anew whenever a core does."""
@@ -141,7 +146,7 @@ class Run:
                     self.sums[name] += int(value - before if value >= before else value)
                     last[host.name, name] = value
                 peak, bound = gauges.get("log_bytes_peak", 0.0), gauges.get("log_bytes_max", 0.0)
-                self.log_bytes = (max(self.log_bytes[0], peak), bound)
+                self.log_bytes = (max(self.log_bytes[0], peak), max(self.log_bytes[1], bound))
             await asyncio.sleep(1.0)
 
     def print_logs(self) -> None:
@@ -195,7 +200,7 @@ class Run:
                     problems.append(found)
             except checker.GaveUp as e:
                 gave_up += 1
-                self.note(f"{key}: not decided: {e}")
+                self.violations.append(f"{key}: not decided: {e}")
             if (found := checker.versions(ops)) is not None:
                 twice += 1
                 problems.append(found)

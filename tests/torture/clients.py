@@ -173,51 +173,50 @@ class Load:
 
     async def _read(self, connection: Connection, op: Op, rng: random.Random) -> bool:
         op.call = self.now()
+        self.history.begin(op)
         try:
             answer = await connection.ask("GET", f"/v1/kv/{op.key}{MODE_QUERY[op.mode]}", timeout_s=rng.uniform(2, 10))
         except (Lost, NeverSent):
-            self.history.outcomes[f"{READ} {op.mode}", UNKNOWN] += 1
+            self.history.end(op, UNKNOWN)
             return False
         if answer.status == 200:
             row = json.loads(answer.body)[0]
             op.value, op.version = base64.b64decode(row["Value"]).decode(), row["ModifyIndex"]
         elif answer.status != 404:
             self.texts[f"read: {answer.status} {answer.text[:100]}"] += 1
-            self.history.outcomes[f"{READ} {op.mode}", NOT_DONE] += 1
+            self.history.end(op, NOT_DONE, self.now())
             return False
-        self._note(op, DONE)
+        self.history.end(op, DONE, self.now())
         return True
 
     async def _write(self, connection: Connection, op: Op, path: str, rng: random.Random) -> bool:
         body = (op.value or "").encode()
         op.call = self.now()
+        self.history.begin(op)
         try:
             answer = await connection.ask(
                 "DELETE" if op.kind == DELETE else "PUT", path, body, timeout_s=rng.uniform(1.5, 11)
             )
         except NeverSent:
+            op.outcome = NOT_DONE
             return False
         except Lost:
             self._unanswered(op)
             return False
         if answer.status == 200 and answer.text in ("true", "false"):
-            self._note(op, DONE if answer.text == "true" else REFUSED)
+            self.history.end(op, DONE if answer.text == "true" else REFUSED, self.now())
             self._done()
             return True
         self.texts[f"write: {answer.status} {answer.text[:100]}"] += 1
         if answer.text.startswith(NO_LEADER):  # the product's word that it was not done, and never will be
-            self._note(op, NOT_DONE)
+            self.history.end(op, NOT_DONE, self.now())
         else:
             self._unanswered(op)
         return False
 
-    def _note(self, op: Op, outcome: str) -> None:
-        op.outcome, op.end = outcome, self.now()
-        self.history.add(op)
-
     def _unanswered(self, op: Op) -> None:
         self._unknown[op.key] += 1
-        self.history.add(op)
+        self.history.end(op, UNKNOWN)
 
     def _done(self) -> None:
         now = time.monotonic_ns()
@@ -235,13 +234,14 @@ class Load:
             await asyncio.sleep(rng.uniform(0, 0.04))
             n += 1
             key = f"{self._name}-ledger/{host.name}/{n}"
+            self.ledger[key] = UNKNOWN
             try:
                 answer = await connection.ask("PUT", f"/v1/kv/{key}", b"x", timeout_s=rng.uniform(1.5, 11))
             except NeverSent:
+                del self.ledger[key]
                 await asyncio.sleep(0.1)
                 continue
             except Lost:
-                self.ledger[key] = UNKNOWN
                 continue
             if (answer.status, answer.text) == (200, "true"):
                 self.ledger[key] = DONE

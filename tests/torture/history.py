@@ -58,6 +58,11 @@ class History:
         self.keys: dict[str, list[Op]] = defaultdict(list)
         self.outcomes: Counter[tuple[str, str]] = Counter()
 
-    def add(self, op: Op) -> None:
+    def begin(self, op: Op) -> None:
+        """It is about to be sent: whatever happens from now on, it may have been done."""
         self.keys[op.key].append(op)
-        self.outcomes[f"{op.kind} {op.mode}".strip(), op.outcome] += 1
+
+    def end(self, op: Op, outcome: str, at: int = NEVER) -> None:
+        """It was answered; or nobody waits for the answer any more."""
+        op.outcome, op.end = outcome, at
+        self.outcomes[f"{op.kind} {op.mode}".strip(), outcome] += 1
