@@ -372,6 +372,7 @@ class ServerNode:
         raft = self._running()
         if not raft.is_leader:
             raise NoLeader
+        raft.tell_commit()
         if mode == "default" and raft.lease_valid():
             return raft.commit_index  # and not what is applied here: a follower may have shown more already
         return await raft.read_index()

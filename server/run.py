@@ -278,6 +278,7 @@ class Core:
             timing=Timing(heartbeat_s=s.heartbeat_s, election_min_s=s.election_min_s, election_max_s=s.election_max_s),
             on_role_change=self._role_changed,
             on_members=self._members_changed,
+            on_opened=(lambda: None) if s.dev else self._bootstrap.note_started,
             fail_stop=self._fail,
         )
         if any(m.id == self._identity.node_id and not m.votes for m in members):
@@ -290,8 +291,6 @@ class Core:
         except RostraError as e:
             log.err("this server's log cannot be used, it does not start", reason=e.message)
             os._exit(EXIT_DAMAGED)
-        if not s.dev:
-            self._bootstrap.note_started()
         self._raft = self.node.raft = raft
         self._follow_servers()
         # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).

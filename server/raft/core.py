@@ -12,6 +12,7 @@ order; its clock is CLOCK_MONOTONIC_RAW.
 from __future__ import annotations
 
 import _socket
+import functools
 import hashlib
 import socket
 from collections.abc import Iterable
@@ -66,6 +67,29 @@ class Timing:
     election_max_s: float = 0.7
 
 
+class Server(str, Node):  # type: ignore[misc]
+    """One of the servers, as the core names it.
+
+    The library's nodes hash and compare their ids in Python, dozens of times for each entry; a text does it in C.
+    """
+
+    def __new__(cls, node_id: str) -> Server:
+        return str.__new__(cls, node_id)
+
+
+@functools.cache
+def server(node_id: str) -> Server:
+    return Server(node_id)
+
+
+class _NoPoller:
+    """The core has no sockets, so there is nothing to poll."""
+
+    def subscribe(self, *_: Any) -> None: ...
+    def unsubscribe(self, *_: Any) -> None: ...
+    def poll(self, _timeout: float) -> None: ...
+
+
 class Owner(Protocol):
     """What the core asks of the code around it."""
 
@@ -110,7 +134,8 @@ class Core(library.SyncObj):  # type: ignore[misc]
             pollerType="poll",
             onStateChanged=owner.state_changed,
         )
-        super().__init__(Node(node_id), [Node(peer) for peer in peer_ids], conf, transport=transport)
+        super().__init__(server(node_id), [server(peer) for peer in peer_ids], conf, transport=transport)
+        self._poller = _NoPoller()
 
     # -- what the core would do, and we do instead (the names are the library's, mangled)
 
@@ -124,6 +149,9 @@ class Core(library.SyncObj):  # type: ignore[misc]
     def _SyncObj__applyLogEntries(self) -> bool:
         self._owner.apply_committed()
         return False
+
+    def _checkCommandsToApply(self) -> None:
+        """Entries go straight into the journal; the core's own queue stays empty."""
 
     def _SyncObj__tryLogCompaction(self) -> None:
         """H3 H4 H22: the core's own snapshots can lose acknowledged entries, so it takes none."""
@@ -159,6 +187,11 @@ class Core(library.SyncObj):  # type: ignore[misc]
     def adopt_term(self, term: int) -> None:
         """Someone knows a higher term: follow it, without a vote and without a leader."""
         self._SyncObj__setCurrentTerm(term, None)
+        self._SyncObj__setState(FOLLOWER)
+        self._SyncObj__raftLeader = None
+
+    def step_down(self) -> None:
+        """Lead no more, in the same term; the vote of this term stays given."""
         self._SyncObj__setState(FOLLOWER)
         self._SyncObj__raftLeader = None
 
@@ -210,7 +243,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
 
     def set_peers(self, voters: Iterable[str], others: Iterable[str]) -> None:
         """Who else decides (`voters`), and who is only told (`others`: learners and replicas)."""
-        deciding, told = {Node(each) for each in voters}, {Node(each) for each in others}
+        deciding, told = {server(each) for each in voters}, {server(each) for each in others}
         now, last = library.monotonicTime(), self._SyncObj__raftLog[-1][1]
         present = self._SyncObj__otherNodes | self._SyncObj__readonlyNodes
         for node in (deciding | told) - present:

@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rostra.wire.errors import Conflict
@@ -115,7 +116,7 @@ class DirectoryDisk:
         self._directory = directory
         self.path = str(directory)
         self._inline = inline
-        self._lanes: dict[str, ThreadPoolExecutor] = {}
+        self._lanes: dict[str, _Lane] = {}
         self._lock = -1
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if lock:
@@ -169,22 +170,35 @@ class DirectoryDisk:
             return
         thread = self._lanes.get(lane)
         if thread is None:
-            thread = self._lanes[lane] = ThreadPoolExecutor(1, f"raft-{lane}")
-        loop = asyncio.get_running_loop()
-
-        def finished(future: Future[Any]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(done, *future.result())
-
-        thread.submit(_outcome, work).add_done_callback(finished)
+            thread = self._lanes[lane] = _Lane(lane)
+        thread.queue.put((work, done))
 
     def close(self) -> None:
         for thread in self._lanes.values():
-            thread.shutdown(wait=True)
+            thread.queue.put(None)
+        for thread in self._lanes.values():
+            thread.join()
         self._lanes.clear()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+class _Lane(threading.Thread):
+    """An executor's pool and futures would cost as much as a short write: this is on the way of each batch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=f"raft-{name}", daemon=True)
+        self.queue: SimpleQueue[tuple[Callable[[], Any], Done] | None] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self.start()
+
+    def run(self) -> None:
+        while (job := self.queue.get()) is not None:
+            work, done = job
+            outcome = _outcome(work)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(done, *outcome)
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -12,7 +12,7 @@ from functools import partial
 
 from pysyncobj.node import Node
 
-from rostra.server.raft.core import Core
+from rostra.server.raft.core import Core, server
 from rostra.server.raft.elections import Elections
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.membership import Membership
@@ -38,12 +38,13 @@ class Guard:
         *,
         snapshot: Callable[[str, Message], None],
         snapshot_answer: Callable[[str, Message], None],
+        has_room: Callable[[], bool],
         send: Callable[[str, Message], None],
         deliver: Callable[[Node, Message], None],
     ) -> None:
         self._core, self._journal = core, journal
         self._elections, self._replication, self._membership = elections, replication, membership
-        self._send, self._deliver = send, deliver
+        self._has_room, self._send, self._deliver = has_room, send, deliver
         self._handlers: dict[str, Callable[[str, Message], None]] = {
             "append_entries": self._on_append,
             "next_node_idx": self._on_answer,
@@ -96,7 +97,7 @@ class Guard:
             message = {**message, "commit_index": min(message["commit_index"], core.commit_index())}
         entries = message.get("entries")
         self._is_news = bool(entries)
-        self._deliver(Node(peer_id), message)
+        self._deliver(server(peer_id), message)
         self._answer_next = None
         if entries and fits:  # else the core has asked for an earlier one
             self._membership.truncated(entries[0][1])
@@ -118,7 +119,9 @@ class Guard:
         known = 0
         while known < len(entries) and journal.term_at(entries[known][1]) == entries[known][2]:
             known += 1
-        if known == len(entries):
+        # Where apply falls behind, the log in memory must not grow without end: the leader will send it again.
+        is_full = prev + known == last and not self._has_room()
+        if known == len(entries) or is_full:
             end = prev + known
             self._answer_next = end + 1
             return {
@@ -150,7 +153,7 @@ class Guard:
         if message["term"] < self._core.term():
             self._reply_stale(peer_id)
         elif self._elections.takes_request_vote(message):
-            self._deliver(Node(peer_id), message)
+            self._deliver(server(peer_id), message)
         else:
             self.dropped += 1
 
@@ -175,7 +178,7 @@ class Guard:
 
     def _on_vote(self, peer_id: str, message: Message) -> None:
         if self._elections.takes_vote(peer_id, message):  # the core counts votes, not voters
-            self._deliver(Node(peer_id), message)
+            self._deliver(server(peer_id), message)
 
     def _on_stale(self, peer_id: str, message: Message) -> None:
         if message["term"] > self._core.term():

@@ -57,11 +57,15 @@ APPLY_TURN_S, APPLY_SLICE = 0.001, 16
 #: The leader takes no more into the log while it has this many entries to apply.
 UNAPPLIED_MAX = 4
 
+#: A disk that has ended no write for this long hangs. (One that stalls for some 100 ms is only slow.)
+HUNG_DISK_S = 3.0
+
 #: What counts only from a server that this one leads.
 _ANSWERS = frozenset({"next_node_idx", "snapshot_answer"})
 
-#: Followers hear of a commit at the latest after this long, unless the next batch tells them.
-COMMIT_NOTICE_S = 0.001
+#: Followers hear of a commit at the latest after this long, unless the next batch tells them or one of them asks:
+#: under load the next batch is there first, and a message of its own would cost as much as the write did.
+COMMIT_NOTICE_S = 0.004
 
 
 class Outcome(Protocol):
@@ -79,6 +83,7 @@ class _Batch:
     """Proposals in one Raft entry of this leadership."""
 
     term: int
+    entries: list[bytes]
     futures: list[Outcome]
     started_s: float
 
@@ -133,7 +138,8 @@ class RaftLog:
     """One server's end of the replicated log.
 
     `members` counts where neither log nor snapshot says otherwise. `dial(member)` returns an authenticated connection.
-    `on_role_change(is_leader, leader_id, term)` and `on_members(members)` run on the loop. Without a directory or disk
+    `on_role_change(is_leader, leader_id, term)` and `on_members(members)` run on the loop; `on_opened()` when the
+    journal is on the disk, before a word is said to anyone. Without a directory or disk
     (`-dev`, one server only) nothing is kept, a server's own vote included. `fail_stop(reason)` must end the process
     (exit 70). `start` raises DamagedJournal or NewerFormat (exit 78). `clock` (ns), `perf` (s) and `chance` are given
     by the simulator.
@@ -152,6 +158,7 @@ class RaftLog:
         limits: Limits = Limits(),  # noqa: B008 (frozen)
         on_role_change: Callable[[bool, str | None, int], None],
         on_members: Callable[[Members], None] = lambda _members: None,
+        on_opened: Callable[[], None] = lambda: None,
         fail_stop: Callable[[str], NoReturn],
         sync_inline: bool = False,
         disk: Disk | None = None,
@@ -165,7 +172,7 @@ class RaftLog:
         self._state, self._apply, self._dial, self._timing = state, state.apply, dial, timing
         self._limits, self._clock, self._perf = limits, clock, perf
         self._chance = chance or random.Random()  # noqa: S311
-        self._on_role_change, self._on_members = on_role_change, on_members
+        self._on_role_change, self._on_members, self._on_opened = on_role_change, on_members, on_opened
         self._fail_stop, self._sync_inline = fail_stop, sync_inline
         self._lease_ns = int(timing.election_min_s * LEASE * 1e9)
 
@@ -175,6 +182,8 @@ class RaftLog:
         self._timer: asyncio.TimerHandle | None = None
         self._notice: asyncio.TimerHandle | None = None
         self._pumped_s = 0.0
+        self._stood_still = self._disk_hangs = False
+        self._disk_lsn, self._disk_moved_s = 0, 0.0  # what the disk has done last, and when that was noticed
         self._led_ns = -(1 << 62)  # when this server last led
         self._role: tuple[bool, str | None, int] = (False, None, 0)
 
@@ -234,6 +243,7 @@ class RaftLog:
             installed=self._on_installed,
             failed=self._fail_with,
         )
+        self._on_opened()
         await self._snapshots.restore()
         if len(journal):
             first = max(journal.first_index, self._membership.index) + 1
@@ -277,6 +287,7 @@ class RaftLog:
             self._membership,
             snapshot=self._snapshots.on_piece,
             snapshot_answer=self._snapshots.on_answer,
+            has_room=lambda: self._snapshots.has_room,
             send=self._links.post,
             deliver=self._links._onMessageReceived,
         )
@@ -366,24 +377,23 @@ class RaftLog:
 
     def _submit(self) -> None:
         """The next batch into the log."""
-        entries: list[bytes] = []
-        futures: list[Outcome] = []
-        size = 0
-        while self._pending and len(entries) < BATCH_ENTRIES_MAX:
-            entry, future = self._pending[0]
-            if entries and size + len(entry) > BATCH_BYTES_MAX:
-                break
-            self._pending.popleft()
-            self._pending_bytes -= len(entry)
-            if future.done():  # given up before it was in the log
-                continue
-            entries.append(entry)
-            futures.append(future)
-            size += len(entry)
-        if entries:
+        pending = self._pending
+        if len(pending) <= BATCH_ENTRIES_MAX and self._pending_bytes <= BATCH_BYTES_MAX:
+            taken, self._pending, self._pending_bytes = list(pending), deque(), 0
+        else:
+            taken, size = [], 0
+            while pending and len(taken) < BATCH_ENTRIES_MAX:
+                size += len(pending[0][0])
+                if taken and size > BATCH_BYTES_MAX:
+                    break
+                taken.append(pending.popleft())
+                self._pending_bytes -= len(taken[-1][0])
+        taken = [each for each in taken if not each[1].done()]  # not those given up before they were in the log
+        if taken:
+            entries, outcomes = map(list, zip(*taken))
             index, term = self._journal.last_index + 1, self._core.term()
             self._journal.add(BATCH + msgpack.packb(entries), index, term)
-            self._batches[index] = _Batch(term, futures, self._perf())
+            self._batches[index] = _Batch(term, entries, outcomes, self._perf())
             self.counters.batches += 1
             self.counters.proposals += len(entries)
 
@@ -732,14 +742,18 @@ class RaftLog:
         self._snapshots.take_if_due()
 
     def _was_paused(self) -> bool:
-        """Whether this process stood still. What has arrived meanwhile is read before judging who is silent."""
+        """Whether this process stood still. What has arrived meanwhile is read before judging who is silent.
+
+        Never twice on end: where every turn of the loop takes so long, its work has to be done all the same.
+        """
         now = self._loop.time()
         since_s, self._pumped_s = now - self._pumped_s, now
-        if since_s < self._timing.election_min_s / 2:
-            return False
-        self.counters.pauses += 1
-        self._links.forgive_silence()
-        return True
+        self._stood_still = since_s >= self._timing.election_min_s / 2 and not self._stood_still
+        if self._stood_still:
+            self.counters.pauses += 1
+            self._links.forgive_silence()
+            self._disk_moved_s = now
+        return self._stood_still
 
     @_or_stop
     def _on_timer(self) -> None:
@@ -747,9 +761,29 @@ class RaftLog:
             return
         self._timer = self._loop.call_later(self._timing.heartbeat_s / 3, self._on_timer)
         if not self._was_paused():
+            self._watch_disk()
             self._links.check()
             self._snapshots.check()
             self._pump()
+
+    def _watch_disk(self) -> None:
+        """A leader counts itself only with what its disk has: while that hangs, another server should lead."""
+        journal, now = self._journal, self._loop.time()
+        if journal.is_durable or journal.durable_lsn != self._disk_lsn:
+            self._disk_lsn, self._disk_moved_s = journal.durable_lsn, now
+        self._disk_hangs = now - self._disk_moved_s > HUNG_DISK_S
+        if self._disk_hangs and self._core.is_leader() and self._replication.has_other_voters:
+            log.err(
+                "the disk of the log hangs: this server leaves leadership to the others until the disk is back",
+                seconds=round(now - self._disk_moved_s, 1),
+            )
+            self._core.step_down()
+
+    def tell_commit(self) -> None:
+        """A follower waits for what is committed: it should hear of it now."""
+        if self._notice is not None:
+            self._notice.cancel()
+            self._tell_commit()
 
     @_or_stop
     def _tell_commit(self) -> None:
@@ -795,7 +829,7 @@ class RaftLog:
     # -- what the core asks (core.Owner)
 
     def may_campaign(self) -> bool:
-        allowed: bool = self._elections.may_campaign()
+        allowed = not self._disk_hangs and self._elections.may_campaign()
         self.counters.elections += allowed
         return allowed
 
@@ -852,7 +886,12 @@ class RaftLog:
                 return True
             if kind != BATCH:
                 raise Internal(f"log entry {index} is of kind {command[0]}, which this release does not know")
-            self._partly = (index, _unpack_batch(index, command), 0, [])
+            batch = self._batches.get(index)
+            if batch is not None and batch.term == self._journal.term_at(index):
+                proposals = batch.entries
+            else:
+                proposals = _unpack_batch(index, command)
+            self._partly = (index, proposals, 0, [])
         index, proposals, done, results = self._partly
         while done < len(proposals):
             part = proposals[done : done + APPLY_SLICE]

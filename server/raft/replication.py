@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from pysyncobj.node import Node
 
-from rostra.server.raft.core import Core
+from rostra.server.raft.core import Core, server
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.messages import Message
 
@@ -74,7 +74,7 @@ class Replication:
         old = self.followers
         self.followers = {}
         for peer_id, votes in others:
-            follower = self.followers[peer_id] = old.get(peer_id) or Follower(Node(peer_id))
+            follower = self.followers[peer_id] = old.get(peer_id) or Follower(server(peer_id))
             follower.votes = votes
         self._other_voters = sum(follower.votes for follower in self.followers.values())
         self.is_due = True

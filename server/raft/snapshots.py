@@ -359,8 +359,8 @@ class Incoming:
     Methods are called on the loop, the next one when the one before is done.
     """
 
-    def __init__(self, disk: Disk, snapshot_id: str, index: int, term: int, size: int) -> None:
-        self._disk = disk
+    def __init__(self, disk: Disk, cluster_id: str, snapshot_id: str, index: int, term: int, size: int) -> None:
+        self._disk, self._cluster_id = disk, cluster_id
         self.id, self.index, self.term, self.size = snapshot_id, index, term, size
         mark = hashlib.blake2b(snapshot_id.encode(), digest_size=8).hexdigest()  # the id is a peer's word
         self._name = f"incoming-{index}-{term}-{mark}"
@@ -394,12 +394,12 @@ class Incoming:
 
     def finish(self, done: Callable[[Snapshot | None, Exception | None], None]) -> None:
         """`done(snapshot, None)` when it is verified, durable and has its name; else `done(None, error)`: a ValueError
-        for what is no snapshot, or not the announced one. Then nothing is left of it."""
+        for what is no snapshot, not the announced one, or of another cluster. Then nothing is left of it."""
 
         def work() -> Snapshot:
             try:
                 file = self._open()
-                snapshot = verify(file, f"{self._disk.path}/{self._name}")
+                snapshot = verify(file, f"{self._disk.path}/{self._name}", self._cluster_id)
                 if (snapshot.id, snapshot.index, snapshot.term) != (self.id, self.index, self.term):
                     raise ValueError(f"received snapshot {snapshot.id}, announced was {self.id}")
                 file.sync()

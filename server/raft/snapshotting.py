@@ -447,7 +447,12 @@ class Snapshots:
                 incoming.abandon()
             try:
                 incoming = self._incoming = Incoming(
-                    self._disk, message["id"], message["index"], message["snap_term"], message["size"]
+                    self._disk,
+                    self._cluster_id,
+                    message["id"],
+                    message["index"],
+                    message["snap_term"],
+                    message["size"],
                 )
             except OSError as e:
                 self._incoming = None

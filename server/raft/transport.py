@@ -16,11 +16,10 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
 from rostra.runtime import log as logging
-from rostra.server.raft.core import Timing
+from rostra.server.raft.core import Timing, server
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.members import Member, Members
 from rostra.server.raft.messages import BadMessage, Message, decode, encode
@@ -46,7 +45,7 @@ class Link:
 
     def __init__(self, member: Member) -> None:
         self.member = member
-        self.node = Node(member.id)
+        self.node = server(member.id)
         self.connection: FrameConnection | None = None
         self.is_up = False  # the core may send
         self.heard_s = self.spoke_s = 0.0

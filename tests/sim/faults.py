@@ -382,8 +382,9 @@ class Faults:
         machine = self._victim()
         if machine is None:
             return False
-        machine.disk.next_sync_s = 0.2 + 0.5 * self.chance.random()
-        self.world.note(machine.name, "has a disk that stalls")
+        hangs = self.chance.random() < 0.15  # for longer than a leader with such a disk leads on
+        machine.disk.next_sync_s = 3.2 + self.chance.random() if hangs else 0.2 + 0.5 * self.chance.random()
+        self.world.note(machine.name, f"has a disk that {'hangs' if hangs else 'stalls'}")
         return True
 
     def break_disk(self) -> bool:

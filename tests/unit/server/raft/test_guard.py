@@ -82,6 +82,7 @@ class Server(Transport):  # type: ignore[misc]
             self.membership,
             snapshot=lambda peer_id, message: self.pieces.append(message),
             snapshot_answer=lambda peer_id, message: self.pieces.append(message),
+            has_room=lambda: True,
             send=self.post,
             deliver=self._onMessageReceived,
         )

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from rostra.server.raft import RaftLog
 from rostra.server.raft import core as core_module
+from rostra.server.raft import log as log_module
 from rostra.wire.errors import Internal, NoLeader, RostraError, Timeout, TooLarge
-from tests.support.raft_peers import Machine, Peer
+from tests.support.raft_peers import TIMING, Machine, Peer
 from tests.support.raft_state import Applying
 
 
@@ -191,14 +193,7 @@ async def test_a_vote_is_asked_and_given_only_when_the_disk_knows(machine: Machi
     peer = Peer(raft, "b")
     await asyncio.sleep(0.12)
     release = asyncio.Event()
-    writer: Any = raft._journal._writer
-    loop, write = asyncio.get_running_loop(), writer.write
-
-    def slow(offset: int, data: bytes) -> None:
-        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=5)
-        write(offset, data)
-
-    writer.write = slow
+    hang(raft, release)
     peer.say(type="request_vote", transfer=False, term=7, last_log_index=1, last_log_term=0)
     await asyncio.sleep(0.05)
     assert all(message["type"] in ("pre_vote", "ping") for message in peer.heard)
@@ -210,14 +205,7 @@ async def test_a_follower_answers_heartbeats_while_its_disk_is_slow(machine: Mac
     raft = await machine.start(tmp_path, ["b", "c"])
     peer = Peer(raft, "b")
     release = asyncio.Event()
-    writer: Any = raft._journal._writer
-    loop, write = asyncio.get_running_loop(), writer.write
-
-    def slow(offset: int, data: bytes) -> None:
-        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=5)
-        write(offset, data)
-
-    writer.write = slow
+    hang(raft, release)
     append = {"type": "append_entries", "term": 3, "commit_index": 1, "prevLogIdx": 1, "prevLogTerm": 0}
     peer.say(**append, r=1, entries=[(b"\0\x91\xc4\x01x", 2, 3)])
     peer.say(**{**append, "prevLogIdx": 2, "prevLogTerm": 3}, r=2, entries=[])
@@ -252,11 +240,82 @@ async def test_a_leader_that_hears_nobody_steps_down(machine: Machine, tmp_path:
     await peer.votes()
     peer.answers(await peer.hears("append_entries"))
     write = raft.propose(b"lost?")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         with pytest.raises(Timeout):
             await write
     assert not raft.is_leader
     assert raft.term == 1
+
+
+async def test_a_leader_whose_disk_hangs_lets_another_one_lead(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "HUNG_DISK_S", 0.3)
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    following = asyncio.ensure_future(peer.follows())
+    assert await raft.propose(b"before") == 1
+    release = asyncio.Event()
+    hang(raft, release)
+    try:
+        async with asyncio.timeout(10):
+            with pytest.raises(Timeout, match="may or may not"):
+                await raft.propose(b"held by the disk")
+        assert (raft.is_leader, raft.term) == (False, 1)
+        following.cancel()
+        peer.heard.clear()
+        await asyncio.sleep(3 * TIMING.election_max_s)
+        assert not [message for message in peer.heard if message["type"] in ("pre_vote", "request_vote")]
+    finally:
+        release.set()
+    await peer.votes()  # with its disk back it stands again, as nobody else has
+    await peer.hears_entries()
+    assert (raft.is_leader, raft.term) == (True, 2)
+
+
+def hang(raft: RaftLog, release: asyncio.Event) -> None:
+    """Its disk ends no write until `release`."""
+    writer: Any = raft._journal._writer
+    loop, write = asyncio.get_running_loop(), writer.write
+
+    def hanging(offset: int, data: bytes) -> None:
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=30)
+        write(offset, data)
+
+    writer.write = hanging
+
+
+async def test_a_server_each_of_whose_turns_is_long_works_all_the_same(machine: Machine, tmp_path: Path) -> None:
+    class Dragging:
+        """Whoever asks this loop for the time finds that long has passed: longer than what counts as standing still."""
+
+        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+            self.loop, self.dragged_s = loop, 0.0
+
+        def time(self) -> float:
+            self.dragged_s += 2 * TIMING.election_min_s
+            return self.loop.time() + self.dragged_s
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.loop, name)
+
+    raft = await machine.start(tmp_path)
+    raft._loop = Dragging(raft._loop)  # type: ignore[assignment]
+    async with asyncio.timeout(10):
+        assert await raft.propose(b"x") == 1
+
+
+async def test_the_log_exists_before_a_word_is_said(tmp_path: Path) -> None:
+    machine = Machine()
+    found: list[tuple[list[str], bool]] = []
+
+    def opened() -> None:
+        found.append((sorted(path.name for path in tmp_path.iterdir()), bool(machine.roles)))
+
+    raft = await machine.start(tmp_path, on_opened=opened)
+    await raft.stop()
+    assert [(any(name.startswith("journal") for name in names), spoke) for names, spoke in found] == [(True, False)]
 
 
 async def test_the_lease_ends_while_the_leader_still_believes(machine: Machine, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def write(disk: Any, index: int = 40, term: int = 3, parts: list[bytes] = CHUNKS
 
 def receive(disk: Any, snapshot: Snapshot, image: bytes, *, step: int = 300, stop: int | None = None) -> Incoming:
     """All pieces up to `stop`, from where an earlier attempt ended."""
-    incoming = Incoming(disk, snapshot.id, snapshot.index, snapshot.term, snapshot.size)
+    incoming = Incoming(disk, "c1", snapshot.id, snapshot.index, snapshot.term, snapshot.size)
     end = len(image) if stop is None else stop
     while incoming.offset < end:
         outcome = Outcome()
@@ -327,7 +327,7 @@ def test_receiving_goes_on_where_it_was_after_a_restart(disk: RecordedDisk) -> N
     snapshot, other = write(disk), RecordedDisk()
     image = disk.image(snapshot.name)
     receive(other, snapshot, image, stop=500)
-    again = Incoming(other, snapshot.id, snapshot.index, snapshot.term, snapshot.size)
+    again = Incoming(other, "c1", snapshot.id, snapshot.index, snapshot.term, snapshot.size)
     assert (again.offset, again.size, again.id) == (500, snapshot.size, snapshot.id)
     assert finish(receive(other, snapshot, image)).snapshot == snapshot
 
@@ -335,7 +335,7 @@ def test_receiving_goes_on_where_it_was_after_a_restart(disk: RecordedDisk) -> N
 def test_receiving_was_complete_before_a_restart(disk: RecordedDisk) -> None:
     snapshot, other = write(disk), RecordedDisk()
     receive(other, snapshot, disk.image(snapshot.name))
-    again = Incoming(other, snapshot.id, snapshot.index, snapshot.term, snapshot.size)
+    again = Incoming(other, "c1", snapshot.id, snapshot.index, snapshot.term, snapshot.size)
     assert again.offset == again.size
     assert finish(again).snapshot == snapshot
 
@@ -386,11 +386,21 @@ def test_a_piece_that_the_disk_refused_does_not_count(disk: RecordedDisk) -> Non
     assert incoming.offset == 100
 
 
+def test_a_received_snapshot_of_another_cluster_is_none(disk: RecordedDisk) -> None:
+    snapshot, other = write(disk), RecordedDisk()
+    incoming = Incoming(other, "c2", snapshot.id, snapshot.index, snapshot.term, snapshot.size)
+    incoming.write(0, disk.image(snapshot.name), Outcome())
+    error = finish(incoming).error
+    assert isinstance(error, ValueError)
+    assert "not of cluster 'c2'" in str(error)
+    assert other.names() == []
+
+
 def test_a_partial_file_that_went_away_meanwhile_is_noticed(disk: RecordedDisk) -> None:
     snapshot, other = write(disk), RecordedDisk()
     image = disk.image(snapshot.name)
     receive(other, snapshot, image, stop=100)
-    incoming = Incoming(other, snapshot.id, snapshot.index, snapshot.term, snapshot.size)
+    incoming = Incoming(other, "c1", snapshot.id, snapshot.index, snapshot.term, snapshot.size)
     name = other.names()[0]
     for change in (lambda: other.put(name, image[:90]), lambda: other.remove(name)):
         change()

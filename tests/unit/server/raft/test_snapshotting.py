@@ -13,6 +13,7 @@ import msgpack
 import pytest
 
 from rostra.server.raft import DamagedJournal, Limits, Member, RaftLog, snapshotting
+from rostra.server.raft.core import BATCH
 from rostra.server.raft.disk import JOURNAL, DirectoryDisk
 from rostra.server.raft.messages import Message
 from rostra.server.raft.snapshots import Snapshot, SnapshotWriter
@@ -226,6 +227,28 @@ async def test_at_its_bound_the_log_takes_nothing_more_until_a_snapshot_has_made
     make_room()
     assert await raft.take_snapshot() is not None
     assert await waiting == len(machine.applied)
+
+
+async def test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"], limits=SMALL)
+    make_room = full_for_snapshots(raft)
+    leader, last = Peer(raft, "b"), 1
+
+    async def offer() -> Message:
+        entry = (BATCH + msgpack.packb([b"x" * 500]), last + 1, 3)
+        append = {"prevLogIdx": last, "prevLogTerm": 3 if last > 1 else 0, "entries": [entry], "commit_index": last}
+        leader.say(type="append_entries", term=3, r=1, **append)
+        return await leader.hears("next_node_idx", success=True)
+
+    while (await offer())["next_node_idx"] == last + 2:
+        last += 1
+        assert last < 200
+    assert raft._journal.log_bytes < SMALL.log_bytes_max + 2000
+    assert (await offer())["next_node_idx"] == last + 1  # what it has, and no more
+    make_room()
+    assert await raft.take_snapshot() is not None
+    await until(lambda: raft._journal.log_bytes < SMALL.log_bytes_max)
+    assert (await offer())["next_node_idx"] == last + 2
 
 
 def full_for_snapshots(raft: RaftLog) -> Callable[[], None]:
