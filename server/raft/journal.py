@@ -725,10 +725,12 @@ class Journal(CoreJournal):  # type: ignore[misc]
 
     # -- getting it to the disk
 
-    def start_sync(self) -> None:
-        """Write and sync what is buffered, unless a sync is in flight: then it joins the next one."""
-        if self._buffer:
-            self._sync()
+    def start_sync(self) -> bool:
+        """Write and sync what is buffered, unless a sync is in flight: then it joins the next one. Whether it began."""
+        if not self._buffer or self._is_syncing or self._failed or self._writer is None:
+            return False
+        self._sync()
+        return True
 
     def _sync(self) -> None:
         if self._is_syncing or self._failed or self._writer is None:

@@ -182,7 +182,7 @@ class RaftLog:
         self._timer: asyncio.TimerHandle | None = None
         self._notice: asyncio.TimerHandle | None = None
         self._pumped_s = 0.0
-        self._stood_still = self._disk_hangs = False
+        self._stood_still = self._disk_hangs = self._disk_first = False
         self._disk_lsn, self._disk_moved_s = 0, 0.0  # what the disk has done last, and when that was noticed
         self._led_ns = -(1 << 62)  # when this server last led
         self._role: tuple[bool, str | None, int] = (False, None, 0)
@@ -716,6 +716,12 @@ class RaftLog:
             self._loop.call_later(self._timing.heartbeat_s / 5, self._schedule)
             return
         core, journal, replication = self._core, self._journal, self._replication
+        # A follower's disk first: the leader waits for that, and nobody for its applying. Never twice on end.
+        self._disk_first = not self._disk_first and not core.is_leader() and journal.start_sync()
+        if self._disk_first:
+            self._links.flush()
+            self._report_role()
+            return  # the end of the sync, or the timer, brings the next turn
         replication.release_held()
         commit, last = core.commit_index(), journal.last_index
         # Alone, the core would commit at append: it may look only when the disk has everything.

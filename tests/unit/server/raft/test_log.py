@@ -216,6 +216,27 @@ async def test_a_follower_answers_heartbeats_while_its_disk_is_slow(machine: Mac
     assert (heard["success"], heard["next_node_idx"]) == (True, 3)
 
 
+async def test_a_follower_writes_before_it_applies_and_still_applies_when_appends_never_end(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    writer: Any = raft._journal._writer
+    write, applied_when_written = writer.write, []
+
+    def watched(offset: int, data: bytes) -> None:
+        applied_when_written.append(len(machine.applied))
+        write(offset, data)
+
+    writer.write = watched
+    for index in range(2, 22):  # each tells that the one before is committed
+        about = {"prevLogIdx": index - 1, "prevLogTerm": 3 if index > 2 else 0, "commit_index": index - 1}
+        peer.say(type="append_entries", term=3, r=index, entries=[(b"\0\x91\xc4\x01x", index, 3)], **about)
+        await peer.hears("next_node_idx", r=index, success=True)
+    assert applied_when_written[1] == 0
+    assert applied_when_written[-1] >= 10
+
+
 async def test_writes_on_their_way_are_unknown_when_another_leader_appears(machine: Machine, tmp_path: Path) -> None:
     raft = await machine.start(tmp_path, ["b", "c"])
     peer = Peer(raft, "b")
