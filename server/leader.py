@@ -134,10 +134,10 @@ class Leader:
         if member is None:
             raise NotFound(f"no member is called {name!r}")
         if member.status == "alive":
-            is_heard = self._node.clock() - self._heard.get(name, float("-inf")) < SILENT_S
+            is_heard = node.clock() - self._heard.get(name, float("-inf")) < SILENT_S
             if member.role == "server":  # the leader may be too new to have noted it
                 peer = self._peer(member.node_id)
-                is_heard |= peer is not None and peer.open
+                is_heard |= member.node_id == node.node_id or (peer is not None and peer.open)
             if is_heard or await self._probe(member):
                 how = "stop its agent first"
                 if member.voter:
