@@ -98,6 +98,7 @@ class Leader:
         self._last_report = 0.0
         self._renewed: dict[str, None] = {}
         self._kick = asyncio.Event()
+        self._changing = asyncio.Lock()  # of what is known of a member: a duty's write must not follow its leaving
         self._refused = RateLimited(log, 60.0)
         self._refused_until: dict[str, float] = {}  # of members
 
@@ -146,12 +147,13 @@ class Leader:
         if member.voter:
             await self._remove_server(member.node_id)
         self._heard.pop(name, None)
-        await node.own_write(SetMemberStatus(name=name, status="left", key_hash=member.key_hash), hold_s=2)
-        listed = tables.nodes.get(tables.node_name(name))
-        if listed is not None and listed.id in ("", member.node_id):
-            await node.own_write(Deregister(node=listed.name), hold_s=2)
-        if prune:
-            await node.own_write(ForgetNode(name=name), hold_s=2)
+        async with self._changing:
+            await node.own_write(SetMemberStatus(name=name, status="left", key_hash=member.key_hash), hold_s=2)
+            listed = tables.nodes.get(tables.node_name(name))
+            if listed is not None and listed.id in ("", member.node_id):
+                await node.own_write(Deregister(node=listed.name), hold_s=2)
+            if prune:
+                await node.own_write(ForgetNode(name=name), hold_s=2)
         log.info("node was made to leave", node=name, pruned=prune)
 
     async def run(self) -> None:
@@ -229,11 +231,12 @@ class Leader:
                 is_heard = now - self._heard.get(member.name, float("-inf")) < 1.0
                 was_server = member.role == "server" and not member.voter  # heard or not, it has left
                 if member.status != "alive" and is_heard and not was_server:
-                    await self._mark(member, "alive")
+                    await self._change(member, self._mark, "alive")
                 elif member.status == "alive" and not self._is_registered(member):
-                    await self._register(member, alive=True)
+                    await self._change(member, self._register, True)
                 elif member.status == "failed" and self._passes(member):
-                    await self._register(member, alive=False)  # leadership was lost between the two writes of `_mark`
+                    # leadership was lost between the two writes of `_mark`
+                    await self._change(member, self._register, False)
         silent = plan_silent(members, self._heard, self._leading_since, now)
         if silent:
             await self._judge(silent, len(members))
@@ -289,13 +292,19 @@ class Leader:
                 continue  # the rounds took their time, and it is back
             log.warn("node failed: no server hears it and it does not answer a probe", node=member.name)
             with self._refusals_of(member):
-                await self._mark(member, "failed")
+                await self._change(member, self._mark, "failed")
+
+    async def _change(self, member: MemberRow, write: Callable[[MemberRow, Any], Awaitable[None]], how: Any) -> None:
+        """What was decided about `member` as it was; nothing if it has been made to leave meanwhile."""
+        async with self._changing:
+            if self._node.store.tables.members.get(member.name) == member:
+                await write(member, how)
 
     async def _mark(self, member: MemberRow, status: str) -> None:
         await self._node.own_write(SetMemberStatus(name=member.name, status=status, key_hash=member.key_hash), hold_s=2)
-        await self._register(member, alive=status == "alive")
+        await self._register(member, status == "alive")
 
-    async def _register(self, member: MemberRow, *, alive: bool) -> None:
+    async def _register(self, member: MemberRow, alive: bool) -> None:
         check = {
             "id": SERF_CHECK,
             "name": "Serf Health Status",
