@@ -49,6 +49,11 @@ class Operator:
             wanted = tuple(m for m in leader.raft.members if m.id != server_id)
             leader.loop.run_now(self._propose, leader, wanted)
 
+    def _leader(self) -> Server | None:
+        """Whom the operator's commands reach: one that stands still answers nothing."""
+        leader = self.cluster.leader()
+        return None if leader is None or leader.loop.is_paused else leader
+
     def describe(self) -> str:
         return self._name if self._job is not None else "idle"
 
@@ -68,7 +73,7 @@ class Operator:
         self.begin()
 
     def _begin_job(self) -> None:
-        leader = self.cluster.leader()
+        leader = self._leader()
         if leader is None:
             return
         members = leader.members
@@ -130,7 +135,11 @@ class Operator:
         yield
         machine.start()
         host = machine.name
-        yield from self._change(lambda members: members, lambda members: (machine.id, host) in _addresses(members))
+
+        def is_known(members: Members) -> bool:  # unless it was removed meanwhile
+            return all(m.host == host for m in members if m.id == machine.id)
+
+        yield from self._change(lambda members: members, is_known)
 
     # -- steps
 
@@ -141,10 +150,10 @@ class Operator:
             return members if any(m.id == member.id for m in members) else (*members, member)
 
         yield from self._change(admitted)
-        leader = self.cluster.leader()
+        leader = self._leader()
         while leader is None or not any(m.id == member.id for m in leader.members):
             yield
-            leader = self.cluster.leader()
+            leader = self._leader()
         assert leader is not None
         machine.members = leader.members
         machine.is_gone = False
@@ -152,7 +161,7 @@ class Operator:
 
     def _promote(self, machine: Machine) -> Job:
         while True:
-            leader = self.cluster.leader()
+            leader = self._leader()
             if leader is not None and leader.raft is not None:
                 if leader.raft.members_settled and not any(m.id == machine.id for m in leader.raft.members):
                     return  # it was removed meanwhile
@@ -183,7 +192,7 @@ class Operator:
     def _change(self, edit: Callable[[Members], Members], is_done: Callable[[Members], bool] = lambda _: True) -> Job:
         """Until a leader says that the list is settled and as `edit` makes it, and `is_done` agrees."""
         while True:
-            leader = self.cluster.leader()
+            leader = self._leader()
             if leader is not None and leader.raft is not None and leader.raft.members_settled:
                 members = leader.raft.members
                 wanted = edit(members)
@@ -219,11 +228,7 @@ class Operator:
 
     def _pick(self, fits: Callable[[Any], bool]) -> Machine | None:
         """The machine of some member that fits."""
-        leader = self.cluster.leader()
+        leader = self._leader()
         ids = {m.id for m in leader.members if fits(m)} if leader is not None else set()
         machines = [m for m in self.cluster.machines if m.id in ids and not m.is_gone]
         return self.chance.choice(machines) if machines else None
-
-
-def _addresses(members: Members) -> set[tuple[str, str]]:
-    return {(m.id, m.host) for m in members}

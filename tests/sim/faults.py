@@ -83,6 +83,8 @@ class Faults:
         for each in undo.values():
             each()
         for machine in self.cluster.machines:
+            if machine.name in self.cluster.doomed:  # its disk has failed, it only does not know yet
+                machine.kill()
             machine.disk.fails = None
             machine.disk.when_syncing = None
             if machine.server is not None:
