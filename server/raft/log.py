@@ -295,7 +295,7 @@ class RaftLog:
         self._membership.on_change = self._members_changed
         self._is_running = self._is_started = True
         self._members_changed()
-        self._pumped_s = self._loop.time()
+        self._pumped_s = self._disk_moved_s = self._loop.time()
         committed = self._core.commit_index()
         alone = voters(self.members) == {self._node_id}
         if alone:

@@ -307,6 +307,21 @@ def hang(raft: RaftLog, release: asyncio.Event) -> None:
     writer.write = hanging
 
 
+async def test_a_disk_that_is_at_its_first_write_does_not_hang(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    release = asyncio.Event()
+    hang(raft, release)
+    peer = Peer(raft, "b")
+    peer.say(type="append_entries", term=3, commit_index=1, prevLogIdx=1, prevLogTerm=0, r=1, entries=[])
+    try:
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+            raft._watch_disk()
+            assert not raft._disk_hangs
+    finally:
+        release.set()
+
+
 async def test_a_server_each_of_whose_turns_is_long_works_all_the_same(machine: Machine, tmp_path: Path) -> None:
     class Dragging:
         """Whoever asks this loop for the time finds that long has passed: longer than what counts as standing still."""
