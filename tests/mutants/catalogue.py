@@ -1148,6 +1148,13 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_log.py test_a_leader_whose_disk_hangs_lets_another_one_lead",
     ),
     _mutant(
+        "HANG.3",
+        "a disk at its first write counts as one that hangs",
+        LOG,
+        ("        self._pumped_s = self._disk_moved_s = self._loop.time()\n", "        self._pumped_s = self._loop.time()\n"),
+        by="test_log.py test_a_disk_that_is_at_its_first_write_does_not_hang",
+    ),
+    _mutant(
         "ROOM.1",
         "the log of a follower that applies slowly grows without end",
         GUARD,
