@@ -1151,7 +1151,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "HANG.3",
         "a disk at its first write counts as one that hangs",
         LOG,
-        ("        self._pumped_s = self._disk_moved_s = self._loop.time()\n", "        self._pumped_s = self._loop.time()\n"),
+        (
+            "        self._pumped_s = self._disk_moved_s = self._loop.time()\n",
+            "        self._pumped_s = self._loop.time()\n",
+        ),
         by="test_log.py test_a_disk_that_is_at_its_first_write_does_not_hang",
     ),
     _mutant(
