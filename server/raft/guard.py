@@ -12,7 +12,7 @@ from functools import partial
 
 from pysyncobj.node import Node
 
-from rostra.server.raft.core import Core, server
+from rostra.server.raft.core import BATCH, Core, server
 from rostra.server.raft.elections import Elections
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.membership import Membership
@@ -21,6 +21,9 @@ from rostra.server.raft.replication import Replication
 
 #: No cluster holds so many elections while one of its servers is away.
 TERMS_AHEAD_MAX = 1 << 32
+
+#: A follower whose log is full asks for the entries that it lacks after so many heartbeats only.
+FULL_ASKS_EVERY = 20
 
 
 class BrokenInvariant(Exception):
@@ -61,6 +64,8 @@ class Guard:
         self._round = 0
         self._answer_next: int | None = None
         self._is_news = False
+        self._is_beyond = False  # it begins behind our last entry
+        self._asked_full = 0
         self.dropped = 0
 
     # -- in
@@ -90,6 +95,7 @@ class Guard:
         self._elections.heard_leader()
         self._round, self._answer_next = message["r"], None
         fits = False
+        self._is_beyond = message.get("prevLogIdx", 0) > self._journal.last_index
         if "prevLogIdx" in message:
             fits = self._journal.term_at(message["prevLogIdx"]) == message["prevLogTerm"]
             message = self._only_conflicts(message)
@@ -119,8 +125,10 @@ class Guard:
         known = 0
         while known < len(entries) and journal.term_at(entries[known][1]) == entries[known][2]:
             known += 1
-        # Where apply falls behind, the log in memory must not grow without end: the leader will send it again.
-        is_full = prev + known == last and not self._has_room()
+        # Where apply falls behind, the log in memory must not grow without end: the leader will send it again. No-ops
+        # and lists of members always fit: without them nobody could lead.
+        new = entries[known : known + 1]
+        is_full = new and prev + known == last and new[0][0][:1] == BATCH and not self._has_room()
         if known == len(entries) or is_full:
             end = prev + known
             self._answer_next = end + 1
@@ -199,7 +207,11 @@ class Guard:
         next_index = message["next_node_idx"]
         if message["success"]:
             next_index = self._answer_next or next_index
+        elif message["reset"] and self._is_beyond and not self._has_room() and self._asked_full % FULL_ASKS_EVERY:
+            self._asked_full += 1
+            message = {**message, "reset": False}  # it would be sent again at once, for nothing
         elif message["reset"]:
+            self._asked_full += self._is_beyond and not self._has_room()
             # H11: what is committed here is the leader's for certain: one round trip instead of a search.
             next_index = min(next_index, self._core.commit_index() + 1)
         return {**message, "next_node_idx": next_index, "term": self._core.term(), "r": self._round}

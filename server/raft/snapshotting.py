@@ -174,6 +174,7 @@ class Snapshots:
             core.set_applied_index(self.newest.index)
             if core.commit_index() < self.newest.index:
                 core.set_commit_index(self.newest.index)
+            self._start(self._trim())  # the process may have ended between a snapshot and that
 
     def _adopt(self, snapshot: Snapshot) -> None:
         self.newest = snapshot

@@ -1161,7 +1161,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "ROOM.1",
         "the log of a follower that applies slowly grows without end",
         GUARD,
-        ("not self._has_room()", "False"),
+        ("new[0][0][:1] == BATCH and not self._has_room()", "False"),
         by="test_snapshotting.py test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room",
     ),
     _mutant(
@@ -1170,6 +1170,20 @@ MUTANTS: tuple[Mutant, ...] = (
         LOG,
         ("            and self._snapshots.has_room\n", ""),
         by="test_snapshotting.py test_at_its_bound_the_log_takes_nothing_more_until_a_snapshot_has_made_room",
+    ),
+    _mutant(
+        "ROOM.3",
+        "a log that is full when the server starts stays full",
+        SNAPSHOTTING,
+        ("            self._start(self._trim())  # the process", "            pass  # the process"),
+        by="test_snapshotting.py test_a_process_that_ended_between_a_snapshot_and_the_shortening_of_the_log_shortens_it_when_it_starts",
+    ),
+    _mutant(
+        "ROOM.4",
+        "a follower whose log is full has all that it lacks sent again and again",
+        GUARD,
+        (" and self._asked_full % FULL_ASKS_EVERY:", " and False:"),
+        by="test_snapshotting.py test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room",
     ),
     _mutant(
         "LIBRARY.1",

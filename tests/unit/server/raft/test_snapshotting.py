@@ -13,8 +13,9 @@ import msgpack
 import pytest
 
 from rostra.server.raft import DamagedJournal, Limits, Member, RaftLog, snapshotting
-from rostra.server.raft.core import BATCH
+from rostra.server.raft.core import BATCH, NO_OP
 from rostra.server.raft.disk import JOURNAL, DirectoryDisk
+from rostra.server.raft.guard import FULL_ASKS_EVERY
 from rostra.server.raft.messages import Message
 from rostra.server.raft.snapshots import Snapshot, SnapshotWriter
 from tests.support.raft_peers import Machine, Peer
@@ -245,10 +246,43 @@ async def test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room(mac
         assert last < 200
     assert raft._journal.log_bytes < SMALL.log_bytes_max + 2000
     assert (await offer())["next_node_idx"] == last + 1  # what it has, and no more
+    asks = 0
+    for round_ in range(2, 2 + 2 * FULL_ASKS_EVERY):  # heartbeats that say that there is more
+        said = {"prevLogIdx": last + 1, "prevLogTerm": 3, "entries": [], "commit_index": last}
+        leader.say(type="append_entries", term=3, r=round_, **said)
+        asks += (await leader.hears("next_node_idx", r=round_))["reset"]
+    assert asks == 2  # else all of it would be sent for nothing, again and again
+    noop = {"prevLogIdx": last, "prevLogTerm": 3, "entries": [(NO_OP, last + 1, 3)], "commit_index": last}
+    leader.say(type="append_entries", term=3, r=100, **noop)
+    assert (await leader.hears("next_node_idx", r=100))["next_node_idx"] == last + 2  # or nobody could lead
+    last += 1
     make_room()
     assert await raft.take_snapshot() is not None
     await until(lambda: raft._journal.log_bytes < SMALL.log_bytes_max)
     assert (await offer())["next_node_idx"] == last + 2
+
+
+async def test_a_process_that_ended_between_a_snapshot_and_the_shortening_of_the_log_shortens_it_when_it_starts(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"], limits=SMALL)
+    leader = Peer(raft, "b")
+    for last in range(1, 24):
+        entry = (BATCH + msgpack.packb([b"x" * 700]), last + 1, 3)
+        append = {"prevLogIdx": last, "prevLogTerm": 3 if last > 1 else 0, "entries": [entry], "commit_index": last}
+        leader.say(type="append_entries", term=3, r=1, **append)
+        await leader.hears("next_node_idx", success=True)
+
+    async def cut_off() -> None:
+        return None
+
+    monkeypatch.setattr(raft._snapshots, "_trim", cut_off)
+    assert await raft.take_snapshot() is not None
+    await raft.stop()
+    again = Machine()
+    raft = await again.start(tmp_path, ["b", "c"], limits=SMALL)
+    await until(lambda: raft._journal.log_bytes < SMALL.log_bytes_max // 2)  # or it would take no entry any more
+    await raft.stop()
 
 
 def full_for_snapshots(raft: RaftLog) -> Callable[[], None]:
