@@ -297,7 +297,7 @@ class Leader:
     async def _change(self, member: MemberRow, write: Callable[[MemberRow, Any], Awaitable[None]], how: Any) -> None:
         """What was decided about `member` as it was; nothing if it has been made to leave meanwhile."""
         async with self._changing:
-            if self._node.store.tables.members.get(member.name) == member:
+            if not self._is_leaving(member.name) and self._node.store.tables.members.get(member.name) == member:
                 await write(member, how)
 
     async def _mark(self, member: MemberRow, status: str) -> None:

@@ -54,6 +54,9 @@ PENDING_BYTES_MAX = 64 << 20
 #: A turn of applying ends after this long (looked at after every so many proposals); the rest follows next turn.
 APPLY_TURN_S, APPLY_SLICE = 0.001, 16
 
+#: A follower that writes first applies after this long, if the write has not ended by then.
+APPLY_LATE_S = 0.001
+
 #: The leader takes no more into the log while it has this many entries to apply.
 UNAPPLIED_MAX = 4
 
@@ -181,6 +184,7 @@ class RaftLog:
         self._pump_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._notice: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
         self._pumped_s = 0.0
         self._stood_still = self._disk_hangs = self._disk_first = False
         self._disk_lsn, self._disk_moved_s = 0, 0.0  # what the disk has done last, and when that was noticed
@@ -313,7 +317,7 @@ class RaftLog:
         if not self._is_started:
             return
         self._is_running = self._is_started = False
-        for handle in (self._timer, self._notice):
+        for handle in (self._timer, self._notice, self._late):
             if handle is not None:
                 handle.cancel()
         await self._snapshots.stop()
@@ -721,7 +725,12 @@ class RaftLog:
         if self._disk_first:
             self._links.flush()
             self._report_role()
-            return  # the end of the sync, or the timer, brings the next turn
+            if core.applied_index() < core.commit_index():
+                self._late = self._loop.call_later(APPLY_LATE_S, self._schedule)
+            return  # the end of the sync brings the next turn
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         replication.release_held()
         commit, last = core.commit_index(), journal.last_index
         # Alone, the core would commit at append: it may look only when the disk has everything.
@@ -835,7 +844,11 @@ class RaftLog:
     # -- what the core asks (core.Owner)
 
     def may_campaign(self) -> bool:
-        allowed = not self._disk_hangs and self._elections.may_campaign()
+        if self._disk_hangs:
+            if not self._elections.is_loyal():
+                self._core.forget_leader()
+            return False
+        allowed: bool = self._elections.may_campaign()
         self.counters.elections += allowed
         return allowed
 

@@ -531,6 +531,7 @@ class Snapshots:
             disk, keep = self._disk, self.newest
             assert disk is not None
             await self._in_lane(lambda: remove_older(disk, keep))
+            await self._trim()
         finally:
             self._installing = False
         self._answer(message, snapshot.size, done=True)

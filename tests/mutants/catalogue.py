@@ -1144,7 +1144,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "HANG.2",
         "a server whose disk hangs stands for election",
         LOG,
-        ("not self._disk_hangs and self._elections", "self._elections"),
+        ("        if self._disk_hangs:\n", "        if False:\n"),
         by="test_log.py test_a_leader_whose_disk_hangs_lets_another_one_lead",
     ),
     _mutant(
