@@ -149,8 +149,10 @@ class Roster:
         member = next((m for m in raft.members if m.key_hash == peer.key_hash), None)
         if member is not None:
             self._hint(member.id, said.address, said.rpc_port)
+            answer["membership"] = dump_membership(self._membership(raft))
             if raft.members_settled:
-                return {**answer, "state": MEMBER, "membership": dump_membership(self._membership(raft))}
+                return {**answer, "state": MEMBER}
+            # Whom the list names is told all the same: without hearing them it may never be settled.
             return {**answer, "reason": "it is being let in"}
         if not raft.is_leader:
             leader = next((m for m in raft.members if m.id == raft.leader_id), None)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
-from rostra.server.bootstrap import JOIN, MEMBER, WAITING, Ask, parse_membership, parse_server
+from rostra.server.bootstrap import JOIN, WAITING, Ask, parse_membership, parse_server
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers
 from rostra.server.raft.log import RaftLog
@@ -126,7 +126,7 @@ class Standing:
             if member is None:
                 return  # whoever that is, this server does not know it
             self._peers.hint(member.id, said.address, said.rpc_port)
-            if reply.get("state") == MEMBER:
+            if reply.get("membership") is not None:  # settled or not: who is heard counts for nothing
                 self._learn(parse_membership(reply.get("membership")).members)
             elif reply.get("state") == WAITING:
                 self._say_removed(member, str(reply.get("reason", "")))

@@ -230,7 +230,12 @@ class Snapshots:
             self._is_taking = True
             snapshot = await (self._take_file() if self._disk is not None else self._take_nothing())
         except OSError as e:
-            log.err("no snapshot could be written, the log keeps growing meanwhile", error=str(e))
+            log.err(
+                "no snapshot could be written: when the log has grown to its bound, this server takes no more writes",
+                error=str(e),
+                log_bytes=self._journal.log_bytes,
+                bound=self._limits.log_bytes_max,
+            )
             self._retry_s = self._loop.time() + RETRY_S
             self._applied_bytes += self._taken_bytes  # else a log that is full would wait for news that cannot come
         finally:

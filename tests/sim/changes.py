@@ -54,6 +54,12 @@ class Operator:
         leader = self.cluster.leader()
         return None if leader is None or leader.loop.is_paused else leader
 
+    def _leads_now(self, leader: Server) -> bool:
+        """Whether a majority has answered it just now. (Its lease may be void: leadership may be on offer.)"""
+        raft = leader.raft
+        assert raft is not None
+        return raft._clock() < raft._replication.quorum_round() + raft._lease_ns
+
     def describe(self) -> str:
         return self._name if self._job is not None else "idle"
 
@@ -196,7 +202,7 @@ class Operator:
             if leader is not None and leader.raft is not None and leader.raft.members_settled:
                 members = leader.raft.members
                 wanted = edit(members)
-                if wanted == members and is_done(members) and leader.raft.lease_valid():
+                if wanted == members and is_done(members) and self._leads_now(leader):
                     self.cluster.counts["member changes"] += 1
                     return
                 if wanted != members and self._is_safe(leader, wanted):
