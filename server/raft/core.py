@@ -83,7 +83,7 @@ def server(node_id: str) -> Server:
 
 
 class _NoPoller:
-    """The core has no sockets, so there is nothing to poll."""
+    """The core has no sockets; asking about none would cost a system call, and the interpreter's lock, each turn."""
 
     def subscribe(self, *_: Any) -> None: ...
     def unsubscribe(self, *_: Any) -> None: ...
@@ -131,7 +131,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
             leaderFallbackTimeout=timing.election_min_s,
             journalFile=journal,
             fullDumpFile=None,
-            pollerType="poll",
+            pollerType="poll",  # until it is replaced below: epoll would have a descriptor
             onStateChanged=owner.state_changed,
         )
         super().__init__(server(node_id), [server(peer) for peer in peer_ids], conf, transport=transport)
@@ -187,8 +187,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
     def adopt_term(self, term: int) -> None:
         """Someone knows a higher term: follow it, without a vote and without a leader."""
         self._SyncObj__setCurrentTerm(term, None)
-        self._SyncObj__setState(FOLLOWER)
-        self._SyncObj__raftLeader = None
+        self.step_down()
 
     def step_down(self) -> None:
         """Lead no more, in the same term; the vote of this term stays given."""

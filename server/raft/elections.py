@@ -58,6 +58,7 @@ class Elections:
         self._ask_again_ns = 0
         self._votes: set[tuple[int, str]] = set()
         self._transfer_term = -1  # the leader of this term asked this server to follow it
+        self.disk_hangs = False  # told by the owner
         self.pre_votes = 0
 
     def set_voters(self, voters: Iterable[str]) -> None:
@@ -95,7 +96,7 @@ class Elections:
 
     def may_campaign(self) -> bool:
         """Asked by the core whenever the election deadline is past. True starts an election with a new term."""
-        if not self._votes_itself:  # H21: a learner, a replica, or removed
+        if not self._votes_itself or self.disk_hangs:  # H21: a learner, a replica, or removed
             if not self.is_loyal():
                 self._core.forget_leader()  # so that it is seen to have none, and asks around
             return False

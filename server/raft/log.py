@@ -186,7 +186,7 @@ class RaftLog:
         self._notice: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
         self._pumped_s = 0.0
-        self._stood_still = self._disk_hangs = self._disk_first = False
+        self._stood_still = self._disk_first = False
         self._disk_lsn, self._disk_moved_s = 0, 0.0  # what the disk has done last, and when that was noticed
         self._led_ns = -(1 << 62)  # when this server last led
         self._role: tuple[bool, str | None, int] = (False, None, 0)
@@ -381,20 +381,18 @@ class RaftLog:
 
     def _submit(self) -> None:
         """The next batch into the log."""
-        pending = self._pending
-        if len(pending) <= BATCH_ENTRIES_MAX and self._pending_bytes <= BATCH_BYTES_MAX:
-            taken, self._pending, self._pending_bytes = list(pending), deque(), 0
-        else:
-            taken, size = [], 0
-            while pending and len(taken) < BATCH_ENTRIES_MAX:
-                size += len(pending[0][0])
-                if taken and size > BATCH_BYTES_MAX:
-                    break
-                taken.append(pending.popleft())
-                self._pending_bytes -= len(taken[-1][0])
-        taken = [each for each in taken if not each[1].done()]  # not those given up before they were in the log
-        if taken:
-            entries, outcomes = map(list, zip(*taken))
+        pending, entries, outcomes, size = self._pending, list[bytes](), list[Outcome](), 0
+        while pending and len(entries) < BATCH_ENTRIES_MAX:
+            entry, outcome = pending[0]
+            size += len(entry)
+            if entries and size > BATCH_BYTES_MAX:
+                break
+            pending.popleft()
+            self._pending_bytes -= len(entry)
+            if not outcome.done():  # else it was given up in time
+                entries.append(entry)
+                outcomes.append(outcome)
+        if entries:
             index, term = self._journal.last_index + 1, self._core.term()
             self._journal.add(BATCH + msgpack.packb(entries), index, term)
             self._batches[index] = _Batch(term, entries, outcomes, self._perf())
@@ -767,7 +765,7 @@ class RaftLog:
         if self._stood_still:
             self.counters.pauses += 1
             self._links.forgive_silence()
-            self._disk_moved_s = now
+            self._disk_moved_s += since_s  # the disk had no chance to say so
         return self._stood_still
 
     @_or_stop
@@ -783,15 +781,21 @@ class RaftLog:
 
     def _watch_disk(self) -> None:
         """A leader counts itself only with what its disk has: while that hangs, another server should lead."""
-        journal, now = self._journal, self._loop.time()
+        journal, elections, now = self._journal, self._elections, self._loop.time()
+        still_s = now - self._disk_moved_s
         if journal.is_durable or journal.durable_lsn != self._disk_lsn:
             self._disk_lsn, self._disk_moved_s = journal.durable_lsn, now
-        self._disk_hangs = now - self._disk_moved_s > HUNG_DISK_S
-        if self._disk_hangs and self._core.is_leader() and self._replication.has_other_voters:
+            if elections.disk_hangs:
+                log.warn("the disk of the log is back", seconds=round(still_s, 1))
+            elections.disk_hangs = False
+        elif still_s > HUNG_DISK_S and not elections.disk_hangs:
             log.err(
-                "the disk of the log hangs: this server leaves leadership to the others until the disk is back",
-                seconds=round(now - self._disk_moved_s, 1),
+                "the disk of the log hangs: until it is back, this server acknowledges nothing and leaves leadership to"
+                " the others",
+                seconds=round(still_s, 1),
             )
+            elections.disk_hangs = True
+        if elections.disk_hangs and self._core.is_leader() and self._replication.has_other_voters:
             self._core.step_down()
 
     def tell_commit(self) -> None:
@@ -844,11 +848,7 @@ class RaftLog:
     # -- what the core asks (core.Owner)
 
     def may_campaign(self) -> bool:
-        if self._disk_hangs:
-            if not self._elections.is_loyal():
-                self._core.forget_leader()
-            return False
-        allowed: bool = self._elections.may_campaign()
+        allowed = self._elections.may_campaign()
         self.counters.elections += allowed
         return allowed
 

@@ -45,6 +45,8 @@ TRIM_ENTRIES = 8192
 LOAD_CHUNKS = 4
 #: A snapshot that could not be written (a full disk) is tried again after this long.
 RETRY_S = 5.0
+#: A log that is full for longer than this is worth a line: under load it fills up and is shortened all the time.
+FULL_NOTICE_S = 1.0
 #: A follower that says nothing about its snapshot is asked after this long.
 ASK_AGAIN_S = 5.0
 
@@ -126,6 +128,7 @@ class Snapshots:
         self._is_taking = False
         self._applied_bytes = self._taken_bytes = 0  # of log entries since the newest snapshot; up to the one in work
         self._retry_s = 0.0
+        self._had_room_s, self._told_full = self._loop.time(), False
         self._sending: dict[str, _Sending] = {}
         self._incoming: Incoming | None = None
         self._is_writing = False
@@ -426,11 +429,27 @@ class Snapshots:
         self._disk.submit(SNAPSHOT, file.close, lambda _result, _error: None)
 
     def check(self) -> None:
-        """On a timer: a follower that has said nothing for long is asked again."""
+        """On a timer: is the log full; and a follower that has said nothing for long is asked again."""
         now = self._loop.time()
+        self._watch_room(now)
         for peer_id, sending in self._sending.items():
             if now - sending.spoke_s > ASK_AGAIN_S and not sending.is_reading:
                 self._say(peer_id, sending, 0, b"")
+
+    def _watch_room(self, now: float) -> None:
+        about = {"log_bytes": self._journal.log_bytes, "bound": self._limits.log_bytes_max}
+        if self.has_room:
+            if self._told_full:
+                log.warn("the log has room again", seconds=round(now - self._had_room_s, 1), **about)
+            self._had_room_s, self._told_full = now, False
+        elif now - self._had_room_s > FULL_NOTICE_S and not self._told_full:
+            self._told_full = True
+            log.err(
+                "the log is full: no writes are taken before a snapshot of what is applied has made room",
+                applied=self._core.applied_index(),
+                last=self._journal.last_index,
+                **about,
+            )
 
     def progress(self, peer_id: str) -> float | None:
         """Between 0 and 1 while `peer_id` is sent a snapshot."""

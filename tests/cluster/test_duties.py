@@ -178,6 +178,20 @@ async def test_a_node_made_to_leave_is_left_and_out_of_the_catalog_until_it_come
         await eventually(lambda: status(core, "c1") == ("alive", "passing"))
 
 
+async def test_what_was_decided_about_a_server_is_not_written_once_it_is_made_to_leave(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, leader = server_of(cluster)
+        await enrol(core, "c1")
+        await eventually(lambda: status(core, "c1") == ("alive", "passing"))
+        member = node.store.tables.members.rows["c1"]
+        core._roster.leaving.add("c1")
+        await leader._change(member, leader._mark, "failed")
+        assert status(core, "c1") == ("alive", "passing")
+        core._roster.leaving.discard("c1")
+        await leader._change(member, leader._mark, "failed")
+        assert status(core, "c1") == ("failed", "critical")
+
+
 async def test_a_pruned_node_is_no_member_and_its_name_is_free(tmp_path: Path) -> None:
     async with Cluster(tmp_path, 1) as cluster:
         core, node, _ = server_of(cluster)

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from rostra.server import run
-from rostra.server.bootstrap import FILE_NAME, JOIN
-from rostra.server.raft import Limits, RaftLog
+from rostra.server.bootstrap import FILE_NAME, JOIN, MEMBER
+from rostra.server.endpoint import Peer
+from rostra.server.raft import Limits, Member, RaftLog
+from rostra.server.raft.members import LEARNER, Members
 from rostra.server.run import Core, UnusableData
+from rostra.server.standing import Standing
 from rostra.server.state.kv import SetKey
 from rostra.server.state.operator import SetAutopilot
 from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound, RostraError
@@ -199,7 +202,6 @@ async def test_a_server_that_asks_under_another_name_or_key_than_its_own_is_refu
 
 async def test_the_list_of_who_waits_is_bounded_and_forgets_the_silent(tmp_path: Path) -> None:
     from rostra.server import roster
-    from rostra.server.endpoint import Peer
 
     async with Cluster(tmp_path, size=1) as cluster:
         books = leader(cluster)._roster
@@ -221,6 +223,40 @@ async def test_the_list_of_who_waits_is_bounded_and_forgets_the_silent(tmp_path:
         assert len(books.waiting()) == roster.WAITING_MAX
         now += roster.WAITING_S + 1
         assert books.waiting() == []
+
+
+async def test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_not_committed(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        core, away = leader(cluster), cluster.followers()[0]
+        raft, introduced = core.node.raft, list[Members]()
+        assert raft is not None
+        assert away._raft is not None
+        newcomer = Member("id-s4", "127.0.0.1", 1, "4" * 64, "s4", LEARNER)
+        change = raft.change_members((*raft.members, newcomer))
+        about = away._bootstrap.asking()
+        me = Peer(key_hash=about["key_hash"], address="", name=about["name"], node_id=about["node_id"])
+        reply = core._roster.answer_join(about, me)  # in the turn of the change: nobody has it yet
+        assert not raft.members_settled
+        assert reply["state"] != MEMBER
+
+        async def ask(_address: str, _kind: str, _args: dict[str, Any]) -> tuple[dict[str, Any], str]:
+            return reply, core._identity.key_hash
+
+        standing = Standing(
+            away.node,
+            away._raft,
+            away._peers,
+            host="127.0.0.1",
+            port=1,
+            candidates=list,
+            asking=dict,
+            ask=ask,
+            moved=away._roster.moved,
+            introduce=introduced.append,
+        )
+        await standing._ask_one(f"127.0.0.1:{core.rpc_port}")
+        assert sorted(m.name for m in introduced[0]) == ["s1", "s2", "s3", "s4"]
+        await change
 
 
 async def test_a_new_server_is_caught_up_by_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

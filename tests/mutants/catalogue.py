@@ -676,7 +676,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "H21.4",
         "a removed server and a learner campaign",
         ELECTIONS,
-        ("        if not self._votes_itself:  # H21", "        if False:  # H21"),
+        ("        if not self._votes_itself or self.disk_hangs:  # H21", "        if False:  # H21"),
         by="test_guard.py test_h21_who_does_not_vote_never_campaigns",
     ),
     _mutant(
@@ -1143,9 +1143,10 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "HANG.2",
         "a server whose disk hangs stands for election",
-        LOG,
-        ("        if self._disk_hangs:\n", "        if False:\n"),
-        by="test_log.py test_a_leader_whose_disk_hangs_lets_another_one_lead",
+        ELECTIONS,
+        (" or self.disk_hangs:", ":"),
+        by="""test_log.py test_a_leader_whose_disk_hangs_lets_another_one_lead
+        test_log.py test_a_follower_whose_disk_hangs_says_so_once_and_names_no_leader_that_is_gone""",
     ),
     _mutant(
         "HANG.3",
@@ -1156,6 +1157,13 @@ MUTANTS: tuple[Mutant, ...] = (
             "        self._pumped_s = self._loop.time()\n",
         ),
         by="test_log.py test_a_disk_that_is_at_its_first_write_does_not_hang",
+    ),
+    _mutant(
+        "HANG.4",
+        "a pause of the process counts as one of its disk",
+        LOG,
+        ("            self._disk_moved_s += since_s", "            pass"),
+        by="test_log.py test_a_pause_of_the_process_is_no_pause_of_its_disk",
     ),
     _mutant(
         "ROOM.1",
@@ -1184,6 +1192,13 @@ MUTANTS: tuple[Mutant, ...] = (
         GUARD,
         (" and self._asked_full % FULL_ASKS_EVERY:", " and False:"),
         by="test_snapshotting.py test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room",
+    ),
+    _mutant(
+        "ROOM.5",
+        "a log that goes on behind a received snapshot stays as long as it was",
+        SNAPSHOTTING,
+        ("remove_older(disk, keep))\n            await self._trim()\n", "remove_older(disk, keep))\n"),
+        by="test_snapshotting.py test_a_log_that_fits_the_snapshot_is_shortened_like_any_other",
     ),
     _mutant(
         "LIBRARY.1",

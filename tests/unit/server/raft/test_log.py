@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import time
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from rostra.server.raft import RaftLog
+from rostra.server.raft import RaftLog, Timing
 from rostra.server.raft import core as core_module
 from rostra.server.raft import log as log_module
 from rostra.wire.errors import Internal, NoLeader, RostraError, Timeout, TooLarge
-from tests.support.raft_peers import TIMING, Machine, Peer
+from tests.support.raft_peers import TIMING, Machine, Peer, eventually
 from tests.support.raft_state import Applying
 
 
@@ -237,6 +238,39 @@ async def test_a_follower_writes_before_it_applies_and_still_applies_when_append
     assert applied_when_written[-1] >= 10
 
 
+async def test_a_follower_whose_disk_is_slow_applies_without_it(machine: Machine, tmp_path: Path) -> None:
+    rarely = Timing(heartbeat_s=30.0, election_min_s=100.0, election_max_s=200.0)  # nothing else gives it a turn
+    raft = await machine.start(tmp_path, ["b", "c"], timing=rarely)
+    peer, release = Peer(raft, "b"), asyncio.Event()
+    about = {"type": "append_entries", "term": 3}
+    peer.say(**about, r=1, prevLogIdx=1, prevLogTerm=0, entries=[(b"\0\x91\xc4\x01x", 2, 3)], commit_index=1)
+    await peer.hears("next_node_idx", success=True)
+    hang(raft, release)
+    try:
+        peer.say(**about, r=2, prevLogIdx=2, prevLogTerm=3, entries=[(b"\0\x91\xc4\x01y", 3, 3)], commit_index=2)
+        await eventually(lambda: machine.applied == [b"x"])
+        assert not raft._journal.is_durable
+    finally:
+        release.set()
+
+
+async def test_who_asks_what_is_committed_is_not_kept_waiting_for_the_next_notice(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "COMMIT_NOTICE_S", 30.0)
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer = Peer(raft, "b")
+    await peer.votes()
+    peer.answers(await peer.hears("append_entries"))
+    write = raft.propose(b"x")
+    peer.answers(await peer.hears_entries())
+    assert await write == 1
+    committed = raft.commit_index
+    peer.heard.clear()
+    raft.tell_commit()  # in the same turn: no heartbeat can come in between
+    assert [message["commit_index"] for message in peer.heard] == [committed]
+
+
 async def test_writes_on_their_way_are_unknown_when_another_leader_appears(machine: Machine, tmp_path: Path) -> None:
     raft = await machine.start(tmp_path, ["b", "c"])
     peer = Peer(raft, "b")
@@ -295,6 +329,36 @@ async def test_a_leader_whose_disk_hangs_lets_another_one_lead(
     assert (raft.is_leader, raft.term) == (True, 2)
 
 
+async def test_a_follower_whose_disk_hangs_says_so_once_and_names_no_leader_that_is_gone(
+    machine: Machine, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "HUNG_DISK_S", 0.05)
+    raft = await machine.start(tmp_path, ["b", "c"])
+    peer, release = Peer(raft, "b"), asyncio.Event()
+    hang(raft, release)
+    said = {"prevLogIdx": 1, "prevLogTerm": 0, "entries": [(b"\0\x91\xc4\x01x", 2, 3)], "commit_index": 1}
+    try:
+        peer.say(type="append_entries", term=3, r=1, **said)
+        await eventually(lambda: raft._elections.disk_hangs)
+        assert raft.leader_id == "b"
+        peer.heard.clear()
+        await eventually(lambda: raft.leader_id is None)
+        assert not [message for message in peer.heard if message["type"] in ("pre_vote", "request_vote")]
+    finally:
+        release.set()
+    await peer.hears("pre_vote")
+    lines = [line.split("raft: ")[1] for line in told.getvalue().splitlines()]
+    assert [line.partition(":")[0] for line in lines] == ["the disk of the log hangs", "the disk of the log is back"]
+
+
+async def test_a_pause_of_the_process_is_no_pause_of_its_disk(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path, ["b", "c"])
+    moved = raft._disk_moved_s
+    raft._pumped_s -= 5.0
+    assert raft._was_paused()
+    assert 5.0 <= raft._disk_moved_s - moved < 6.0, "what it stood still before the pause still counts"
+
+
 def hang(raft: RaftLog, release: asyncio.Event) -> None:
     """Its disk ends no write until `release`."""
     writer: Any = raft._journal._writer
@@ -307,7 +371,9 @@ def hang(raft: RaftLog, release: asyncio.Event) -> None:
     writer.write = hanging
 
 
-async def test_a_disk_that_is_at_its_first_write_does_not_hang(machine: Machine, tmp_path: Path) -> None:
+async def test_a_disk_that_is_at_its_first_write_does_not_hang(
+    machine: Machine, tmp_path: Path, told: io.StringIO
+) -> None:
     raft = await machine.start(tmp_path, ["b", "c"])
     release = asyncio.Event()
     hang(raft, release)
@@ -317,9 +383,10 @@ async def test_a_disk_that_is_at_its_first_write_does_not_hang(machine: Machine,
         for _ in range(5):
             await asyncio.sleep(0.01)
             raft._watch_disk()
-            assert not raft._disk_hangs
+            assert not raft._elections.disk_hangs
     finally:
         release.set()
+    assert "hangs" not in told.getvalue()
 
 
 async def test_a_server_each_of_whose_turns_is_long_works_all_the_same(machine: Machine, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from rostra.server.raft.disk import JOURNAL, DirectoryDisk
 from rostra.server.raft.guard import FULL_ASKS_EVERY
 from rostra.server.raft.messages import Message
 from rostra.server.raft.snapshots import Snapshot, SnapshotWriter
-from tests.support.raft_peers import Machine, Peer
+from tests.support.raft_peers import Machine, Peer, eventually
 from tests.support.raft_state import AppliedEntries, Applying, Loading
 
 MEMBERS = tuple(Member(node, "127.0.0.1", 0, node, node) for node in "abc")
@@ -31,12 +32,6 @@ async def machine() -> AsyncIterator[Machine]:
     yield machine
     for raft in machine.logs:
         await raft.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def verdict(raft: RaftLog) -> None:
@@ -135,7 +130,7 @@ async def test_h9_a_log_whose_snapshot_is_damaged_is_not_started_from_an_empty_s
         await raft.propose(b"%02d" % number * 500)
     snapshot = await raft.take_snapshot()
     assert snapshot is not None
-    await until(lambda: raft._journal.first_index > 1)
+    await eventually(lambda: raft._journal.first_index > 1)
     await raft.stop()
     path = tmp_path / snapshot.name
     data = bytearray(path.read_bytes())
@@ -156,7 +151,7 @@ async def test_h9_a_snapshot_from_before_the_log_does_not_stand_in_for_a_lost_on
         await raft.propose(b"%02d" % number * 500)
     snapshot = await raft.take_snapshot()
     assert snapshot is not None
-    await until(lambda: raft._journal.first_index > 5)
+    await eventually(lambda: raft._journal.first_index > 5)
     await raft.stop()
     (tmp_path / snapshot.name).unlink()
     written(tmp_path, 3, 1, [b"00" * 500])
@@ -218,16 +213,20 @@ async def test_a_snapshot_is_never_taken_in_the_middle_of_an_entry(machine: Mach
 
 
 async def test_at_its_bound_the_log_takes_nothing_more_until_a_snapshot_has_made_room(
-    machine: Machine, tmp_path: Path
+    machine: Machine, tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(snapshotting, "FULL_NOTICE_S", 0.05)
     raft = await machine.start(tmp_path, limits=SMALL)
     make_room = full_for_snapshots(raft)
     waiting = await fill(raft)
     assert raft._journal.log_bytes < SMALL.log_bytes_max + 2000
     assert raft._journal.first_index == 1
+    await eventually(lambda: "the log is full: no writes are taken" in told.getvalue())
     make_room()
     await until_taken(raft)
     assert await waiting == len(machine.applied)
+    await eventually(lambda: "the log has room again" in told.getvalue())
+    assert told.getvalue().count("the log is full") == 1
 
 
 async def test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room(machine: Machine, tmp_path: Path) -> None:
@@ -258,7 +257,7 @@ async def test_a_followers_log_is_bounded_too_and_goes_on_when_there_is_room(mac
     last += 1
     make_room()
     await until_taken(raft)
-    await until(lambda: raft._journal.log_bytes < SMALL.log_bytes_max)
+    await eventually(lambda: raft._journal.log_bytes < SMALL.log_bytes_max)
     assert (await offer())["next_node_idx"] == last + 2
 
 
@@ -281,7 +280,7 @@ async def test_a_process_that_ended_between_a_snapshot_and_the_shortening_of_the
     await raft.stop()
     again = Machine()
     raft = await again.start(tmp_path, ["b", "c"], limits=SMALL)
-    await until(lambda: raft._journal.log_bytes < SMALL.log_bytes_max // 2)  # or it would take no entry any more
+    await eventually(lambda: raft._journal.log_bytes < SMALL.log_bytes_max // 2)  # or it would take no entry any more
     await raft.stop()
 
 
@@ -365,8 +364,8 @@ async def test_h22_a_snapshot_leaves_a_part_of_the_log_for_followers_that_lag_a_
     assert before > SMALL.log_bytes_max // 2
     snapshot = await raft.take_snapshot()
     assert snapshot is not None
-    await until(lambda: raft._journal.first_index > 1)
-    await until(lambda: raft._journal.log_bytes <= SMALL.log_bytes_max // 3)
+    await eventually(lambda: raft._journal.first_index > 1)
+    await eventually(lambda: raft._journal.log_bytes <= SMALL.log_bytes_max // 3)
     assert raft._journal.first_index < snapshot.index - 10
 
 
@@ -382,7 +381,7 @@ async def test_a_snapshot_is_installed_whole_and_found_again_after_a_restart(mac
     assert machine.applied == everything
     assert (raft.applied_index, raft.commit_index, raft.members) == (900, 900, MEMBERS)
     leader.append(900, 2, (b"\0\x91\xc4\x04more", 901, 3), commit=901)
-    await until(lambda: machine.applied[-1] == b"more")
+    await eventually(lambda: machine.applied[-1] == b"more")
     await raft.stop()
     again = Machine()
     raft = await again.start(tmp_path / "a", ["b", "c"])
@@ -402,7 +401,7 @@ async def test_a_snapshot_is_acknowledged_only_when_the_disk_knows_of_it(machine
 
     raft._disk.submit = slow  # type: ignore[method-assign, union-attr]
     leader.piece(answer["offset"], leader.data)
-    await until(lambda: raft.applied_index == 900)
+    await eventually(lambda: raft.applied_index == 900)
     await asyncio.sleep(0.01)
     assert not [said for said in leader.peer.heard if said["type"] == "snapshot_answer"]
     go.set()
@@ -417,7 +416,19 @@ async def test_h3_entries_that_fit_the_snapshot_stay_behind_it(machine: Machine,
     assert raft._journal.last_index == 7
     assert (raft.applied_index, machine.applied) == (4, [b"s"])
     leader.append(7, 3, commit=7)
-    await until(lambda: machine.applied == [b"s", b"x", b"x", b"x"])
+    await eventually(lambda: machine.applied == [b"s", b"x", b"x", b"x"])
+
+
+async def test_a_log_that_fits_the_snapshot_is_shortened_like_any_other(machine: Machine, tmp_path: Path) -> None:
+    raft = await machine.start(tmp_path / "a", ["b", "c"], limits=SMALL)
+    leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(100)], index=30, term=3)
+    for index in range(2, 41):
+        entry = (BATCH + msgpack.packb([b"x" * 500]), index, 3)
+        leader.append(index - 1, 3 if index > 2 else 0, entry)
+    await leader.sends_all()
+    assert raft.applied_index == 30 < raft._journal.last_index  # what was in the log already stays
+    assert raft._journal.log_bytes < SMALL.log_bytes_max // 2  # or it would take few entries more
+    assert raft._journal.first_index > 1
 
 
 async def test_h2_entries_that_contradict_the_snapshot_are_replaced_by_it(machine: Machine, tmp_path: Path) -> None:
@@ -510,7 +521,7 @@ async def test_what_was_complete_before_a_restart_is_installed_when_the_leader_a
     leader = Leader(raft, tmp_path / "b", [b"%d" % number for number in range(600)])
     raft._snapshots._finish = lambda incoming, message: None  # type: ignore[method-assign]  # the power goes here
     leader.piece(0, leader.data)
-    await until(lambda: raft._snapshots._incoming and raft._snapshots._incoming.offset == len(leader.data))
+    await eventually(lambda: raft._snapshots._incoming and raft._snapshots._incoming.offset == len(leader.data))
     await raft.stop()
     again = Machine()
     raft = await again.start(tmp_path / "a", ["b", "c"])
@@ -544,7 +555,7 @@ async def test_a_snapshot_that_the_log_has_overtaken_meanwhile_takes_nothing_bac
     raft = await machine.start(tmp_path / "a", ["b", "c"])
     leader = Leader(raft, tmp_path / "b", [b"s%d" % number for number in range(300)], index=4, term=3)
     assert (await leader.sends_all(1 << 20))["done"]
-    await until(lambda: raft.applied_index == 7)
+    await eventually(lambda: raft.applied_index == 7)
     assert machine.applied == [b"x"] * 6
 
 
@@ -570,7 +581,7 @@ async def test_a_snapshot_of_what_this_server_has_already_changes_nothing(machin
     raft = await machine.start(tmp_path / "a", ["b", "c"])
     leader = Leader(raft, tmp_path / "b", [b"old"], index=3, term=3)
     leader.append(1, 0, *((b"\0\x91\xc4\x01x", index, 3) for index in range(2, 6)), commit=5)
-    await until(lambda: raft.applied_index == 5)
+    await eventually(lambda: raft.applied_index == 5)
     answer = await leader.says(0, leader.data)
     assert (answer["done"], answer["index"]) == (True, 3)
     assert machine.applied == [b"x"] * 4
@@ -586,7 +597,7 @@ async def sending(machine: Machine, directory: Path) -> tuple[RaftLog, Peer, Sna
         await raft.propose(b"%02d" % number * 500)
     snapshot = await raft.take_snapshot()
     assert snapshot is not None
-    await until(lambda: raft._journal.first_index > 1)
+    await eventually(lambda: raft._journal.first_index > 1)
     await raft.change_members((*raft.members, Member("b", "127.0.0.1", 0, "b", "b", "learner")))
     peer = Peer(raft, "b")
     append = await peer.hears("append_entries")
