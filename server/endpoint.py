@@ -18,6 +18,7 @@ import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -406,7 +407,7 @@ class Endpoint:
             self._node.propose_for(proposed, _origin(origin), kind, args, actor, source)
         elif verb == "index":
             (mode,) = arguments
-            self._spawn(self._settle(served, request_id, self._node.leader_index(mode)))
+            self._spawn(self._settle(served, request_id, partial(self._node.leader_index, mode)))
         elif verb == "act":
             kind, args = arguments
             self._act(served, request_id, kind, args)
@@ -457,12 +458,12 @@ class Endpoint:
     ) -> None:
         """Through the next leader, or the one that this server follows."""
         peer = served.peer
-        write = self._node.write(origin, kind, args, actor=peer.name, source=peer.address, is_unknown=is_unknown)
-        work = self._settle(served, request_id, write)
+        write = partial(
+            self._node.write, origin, kind, args, actor=peer.name, source=peer.address, is_unknown=is_unknown
+        )
         try:
-            self._spawn(work)
+            self._spawn(self._settle(served, request_id, write))
         except RostraError as e:  # this server is stopping
-            write.close()
             served.fail(request_id, Timeout(UNKNOWN) if is_unknown else e)
 
     def _read(self, served: Served, request_id: int, query: Any, min_index: int) -> None:
@@ -533,11 +534,12 @@ class Endpoint:
             raise BadRequest(f"unknown act {str(kind)[:64]!r}")
         if not isinstance(args, dict):
             raise BadRequest(f"{kind}: the arguments are a map")
-        self._spawn(self._settle(served, request_id, act(served.peer, args)))
+        self._spawn(self._settle(served, request_id, partial(act, served.peer, args)))
 
-    async def _settle(self, served: Served, request_id: int, work: Awaitable[Any]) -> None:
+    async def _settle(self, served: Served, request_id: int, work: Callable[[], Awaitable[Any]]) -> None:
+        """Reply with what becomes of `work`, which is begun only here: at a stop this may never run."""
         try:
-            served.reply(request_id, await work)
+            served.reply(request_id, await work())
         except RostraError as e:
             served.fail(request_id, e)
         except (TypeError, ValueError, LookupError) as e:
