@@ -137,12 +137,16 @@ class Endpoint:
         self._sockets.append(listener)
         self._spawn(self._accept(listener, self._local))
 
+    def hang_up(self) -> None:
+        """This server stops: who is connected goes on elsewhere at once, where a refusal would be an answer."""
+        for connection in list(self._connections):
+            connection.close()
+
     def close(self) -> None:
         self._timer.cancel()
         for listener in self._sockets:
             listener.close()
-        for connection in list(self._connections):
-            connection.close()
+        self.hang_up()
 
     @property
     def connections(self) -> int:

@@ -176,6 +176,7 @@ class Core:
             with contextlib.suppress(RostraError, TimeoutError):
                 async with asyncio.timeout(HAND_OVER_S):
                     await self._raft.transfer()
+        self._endpoint.hang_up()
         await self._tasks.stop(1.0)
         self._endpoint.close()
         if self._raft is not None:

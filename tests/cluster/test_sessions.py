@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import io
 import time
@@ -177,6 +178,30 @@ async def test_a_lost_session_does_not_hold_up_the_loop_until_there_is_another(
         session._connection.abort("test")
         async with asyncio.timeout(2):
             assert await write is True
+
+
+async def test_what_is_asked_while_a_server_stops_is_done_by_another(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        session = cluster.session(cluster.followers()[0], "a1")
+        await session.barrier("default")
+        core = cluster.cores[session.server_hello["name"]]
+        may_end = asyncio.Event()
+
+        async def long_goodbye() -> None:
+            while not may_end.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await may_end.wait()
+
+        core._tasks.start("long goodbye", long_goodbye())
+        stopping = asyncio.create_task(cluster.stop(core.settings.node_name))
+        await eventually(lambda: core._tasks.stopped)
+        try:
+            assert await session.write(SetKey("k", b"x"), timeout_s=5.0) is True
+            await session.barrier("default")
+            assert not stopping.done()
+        finally:
+            may_end.set()
+            await stopping
 
 
 async def test_each_write_is_done_once_whatever_is_lost_on_its_way(tmp_path: Path) -> None:
