@@ -33,7 +33,7 @@ from rostra.runtime import log as _log
 from rostra.runtime.identity import write_durably
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import explain
-from rostra.server.raft.members import LEARNER, MEMBERS_MAX, REPLICA, VOTER
+from rostra.server.raft.members import LEARNER, MEMBERS_MAX, REPLICA, VOTER, Member, Members
 from rostra.wire.errors import BadRequest, Conflict, Denied, Internal, RostraError, TooLarge
 
 log = _log.get("bootstrap")
@@ -95,6 +95,10 @@ class Membership:
 
     def has_key(self, key_hash: str) -> bool:
         return any(m.key_hash == key_hash for m in self.members)
+
+    def as_members(self) -> Members:
+        """The same as the log has it."""
+        return tuple(Member(m.node_id, m.address, m.rpc_port, m.key_hash, m.name, m.suffrage) for m in self.members)
 
 
 @dataclass(frozen=True, slots=True)

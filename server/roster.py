@@ -18,11 +18,12 @@ from rostra.runtime.log import RateLimited, get
 from rostra.server.bootstrap import MEMBER, WAITING, Membership, ServerInfo, dump_membership, parse_server
 from rostra.server.endpoint import Peer, about_node
 from rostra.server.enrolment import enrolment_problem
+from rostra.server.introduction import introduce, introduced
 from rostra.server.node import ServerNode
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import LEARNER, REPLICA, VOTER, Member, Members, voters
 from rostra.server.state.catalog import Deregister
-from rostra.server.state.cluster import BindNode, SetMemberStatus, SetVoter
+from rostra.server.state.cluster import CLUSTER_CA_KEY, BindNode, SetMemberStatus, SetVoter
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, NotFound, Timeout
 
 log = get("servers")
@@ -106,7 +107,8 @@ def removal_problem(members: Collection[Member], reachable: Collection[str], lea
 
 
 class Roster:
-    """`hello` says what this server says of itself; `hint(id, host, port)` is told where a server was heard from."""
+    """`hello` says what this server says of itself; `hint(id, host, port)` is told where a server was heard from;
+    `introduce(members)` has these heard as well."""
 
     def __init__(
         self,
@@ -116,10 +118,11 @@ class Roster:
         version: str,
         hello: Callable[[], dict[str, Any]],
         hint: Callable[[str, str, int], None],
+        introduce: Callable[[Members], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._serf_port, self._version = node, serf_port, version
-        self._hello, self._hint, self._now = hello, hint, now
+        self._hello, self._hint, self._introduce, self._now = hello, hint, introduce, now
         self._waiting: dict[str, Waiting] = {}
         self._change = ""  # the one that is on its way
         self._removing = asyncio.Lock()  # one at a time from its first step: its steps must not be another's
@@ -154,10 +157,30 @@ class Roster:
                 return {**answer, "state": MEMBER}
             # Whom the list names is told all the same: without hearing them it may never be settled.
             return {**answer, "reason": "it is being let in"}
+        if raft.leader_id is None and self._hear(args, peer):
+            return {**answer, "reason": f"{self._node.name} did not know of this server, and hears it from now on"}
         if not raft.is_leader:
             leader = next((m for m in raft.members if m.id == raft.leader_id), None)
             return {**answer, "state": WAITING, "leader": address_of(leader) if leader is not None else ""}
         return {**answer, "state": WAITING, "leader": said_by(answer), "reason": self._note(said, args)}
+
+    def introduction(self) -> dict[str, Any]:
+        """What this server adds to its question while it hears of no leader: they may not know it yet."""
+        raft, ca_key_pem = self._node.raft, self._node.store.secret(CLUSTER_CA_KEY)
+        if raft is None or not ca_key_pem:
+            return {}
+        return introduce(self._membership(raft), self._hello()["key_hash"], ca_key_pem)
+
+    def _hear(self, args: dict[str, Any], peer: Peer) -> bool:
+        """Whether the peer has proved that it is a server: then its list is heard. Raises BadRequest."""
+        ca_key_pem = self._node.store.secret(CLUSTER_CA_KEY)
+        if not ca_key_pem:
+            return False
+        me, cluster_id = self._hello()["key_hash"], self._node.cluster_id
+        shown = introduced(args, peer.key_hash, me=me, cluster_id=cluster_id, ca_key_pem=ca_key_pem)
+        if shown is not None:
+            self._introduce(shown.as_members())
+        return shown is not None
 
     def _note(self, said: ServerInfo, args: dict[str, Any]) -> str:
         """Put it on the list. Why it will not be let in as it is, or ""."""

@@ -39,7 +39,7 @@ from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, ask, dial
 from rostra.server.raft.journal import has_journal
 from rostra.server.raft.log import RaftLog, Timing
-from rostra.server.raft.members import LEARNER, REPLICA, Member, Members, voters
+from rostra.server.raft.members import LEARNER, REPLICA, Members, voters
 from rostra.server.raft.recovery_disk import peers_files
 from rostra.server.roster import Roster
 from rostra.server.settings import CoreSettings
@@ -80,7 +80,6 @@ class Core:
         self._temporary: Path | None = None
         self._candidates: list[str] = list(settings.candidates)
         self._members: Members = ()
-        self._introduced: Members = ()  # servers that are not in this one's list, see `standing.py`
         self._server_ids: dict[str, str] = {}
         self._stranger_ids: dict[str, str] = {}
         self._raft: RaftLog | None = None
@@ -122,7 +121,12 @@ class Core:
         )
         node.peer = self._peers.caller
         self._roster = Roster(
-            node, serf_port=s.serf_port, version=s.version, hello=self._bootstrap.hello, hint=self._peers.hint
+            node,
+            serf_port=s.serf_port,
+            version=s.version,
+            hello=self._bootstrap.hello,
+            hint=self._peers.hint,
+            introduce=self._introduce,
         )
         self._autopilot = Autopilot(node, self._roster, heartbeat_s=s.heartbeat_s)
         self._leader = Leader(
@@ -265,9 +269,7 @@ class Core:
         s = self.settings
         self._cluster_id = membership.cluster_id
         self.node.cluster_id = membership.cluster_id
-        members = tuple(
-            Member(m.node_id, m.address, m.rpc_port, m.key_hash, m.name, m.suffrage) for m in membership.members
-        )
+        members = membership.as_members()
         self._members_changed(members)
         raft = RaftLog(
             directory=None if s.dev else self._directory / "server" / "raft",
@@ -285,7 +287,6 @@ class Core:
         if any(m.id == self._identity.node_id and not m.votes for m in members):
             # It was let in later. The log puts older lists in force while it is read, of servers that may be gone:
             # those that let it in are heard as well, until `standing.py` finds that the list in force needs no help.
-            self._introduced = members
             raft.introduce(members)
         try:
             await raft.start()
@@ -307,7 +308,7 @@ class Core:
             host=s.advertise,
             port=self.rpc_port,
             candidates=lambda: self._candidates,
-            asking=self._bootstrap.asking,
+            asking=lambda: {**self._bootstrap.asking(), **self._roster.introduction()},
             ask=self._call_bootstrap,
             moved=self._roster.moved,
             introduce=self._introduce,
@@ -329,14 +330,10 @@ class Core:
     def _introduce(self, members: Members) -> None:
         """A server of this one's list says that these are its servers now. Only the log changes the list, but whoever
         leads may be one that it does not have yet, and is heard."""
-        known = {m.id for m in self._members}
         for member in members:
             self._peers.hint(member.id, member.host, member.port)
-        strangers = tuple(m for m in members if m.id not in known)
-        if strangers != self._introduced:
-            self._introduced = strangers
-            if self._raft is not None:
-                self._raft.introduce(strangers)  # and comes back through `_members_changed`
+        if self._raft is not None:
+            self._raft.introduce(members)  # and comes back through `_members_changed`
 
     def _follow_servers(self) -> None:
         ids, keys = {m.id for m in self._members}, {m.key_hash for m in self._members}

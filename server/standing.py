@@ -3,7 +3,8 @@
 A server keeps its place by its key, not by its address. So one that was started with another address tells the leader;
 one that hears of no leader asks around, at the addresses of the list, at those of `retry_join` and wherever others were
 heard from, and learns from the answers where they are, who else belongs to the cluster by now, and whether it still
-does. What such an answer says counts only if it comes from a key in this server's list; addresses are hints at most.
+does. What such an answer says counts only if it comes from a key in this server's list; addresses are hints at most. As
+their list may be older still, the question introduces who asks (`introduction.py`).
 """
 
 from __future__ import annotations
@@ -127,14 +128,11 @@ class Standing:
                 return  # whoever that is, this server does not know it
             self._peers.hint(member.id, said.address, said.rpc_port)
             if reply.get("membership") is not None:  # settled or not: who is heard counts for nothing
-                self._learn(parse_membership(reply.get("membership")).members)
+                self._introduce(parse_membership(reply.get("membership")).as_members())
             elif reply.get("state") == WAITING:
                 self._say_removed(member, str(reply.get("reason", "")))
         except Exception as e:  # a network, another program, another version: all of it means "not now"
             log.debug("no answer about the cluster", address=address, reason=str(e))
-
-    def _learn(self, infos: Sequence[Any]) -> None:
-        self._introduce(tuple(Member(i.node_id, i.address, i.rpc_port, i.key_hash, i.name, i.suffrage) for i in infos))
 
     def _say_removed(self, by: Member, reason: str) -> None:
         self._limited.warn(

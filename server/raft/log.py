@@ -32,7 +32,7 @@ from rostra.server.raft.disk import DirectoryDisk, Disk
 from rostra.server.raft.elections import LEASE, Elections, boottime_ns
 from rostra.server.raft.guard import Guard
 from rostra.server.raft.journal import Journal
-from rostra.server.raft.members import MEMBERSHIP, Member, Members, check_change, encode_members, voters
+from rostra.server.raft.members import MEMBERS_MAX, MEMBERSHIP, Member, Members, check_change, encode_members, voters
 from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
 from rostra.server.raft.metrics import Durations
@@ -533,13 +533,17 @@ class RaftLog:
         return self._snapshots.take()
 
     def introduce(self, strangers: Members) -> None:
-        """Hear these as well: a member named them, and this server's list may be old. They count for nothing.
+        """Hear these as well: a server named them, and this one's list may be old. They count for nothing.
 
-        Without it a server that was away while the others changed could not hear a leader that came meanwhile.
+        Without it a server that was away while the others changed could not hear a leader that came meanwhile. Whoever
+        was introduced before is still heard; none at all: nobody but the members is.
         """
-        self._strangers = tuple(strangers)
-        if self._is_running:
-            self._members_changed()
+        found = {m.id: m for m in (*self._strangers, *strangers)} if strangers else {}
+        newest = tuple(found.values())[-MEMBERS_MAX:]
+        if newest != self._strangers:
+            self._strangers = newest
+            if self._is_running:
+                self._members_changed()
 
     def _members_changed(self) -> None:
         """Another list is in force: everyone who counts or talks follows it at once."""

@@ -259,6 +259,25 @@ async def test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_n
         await change
 
 
+async def test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that_is_left(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        away, gone = (core.settings.node_name for core in cluster.followers())
+        first = leader(cluster).settings.node_name
+        await cluster.stop(away)
+        await cluster.grow("s4")
+        await votes(cluster, "s1", "s2", "s3", "s4")
+        await cluster.act("raft.remove-peer", {"id": cluster.cores[gone]._identity.node_id}, at=first)
+        await votes(cluster, first, away, "s4")
+        await cluster.stop(gone)
+        await cluster.stop(first)
+        await cluster.start(away)  # its list has nobody that is there but itself
+        await eventually(cluster.leader)
+        assert leader(cluster).settings.node_name == "s4"
+        await write(leader(cluster), "k")
+        await eventually(lambda: "k" in cluster.cores[away].node.store.tables.kv.rows)
+
+
 async def test_a_new_server_is_caught_up_by_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Limits(segment_bytes=64 << 10, snapshot_log_bytes=64 << 10, log_bytes_max=128 << 10)
     monkeypatch.setattr(run, "RaftLog", partial(RaftLog, limits=small))

@@ -711,6 +711,30 @@ MUTANTS: tuple[Mutant, ...] = (
         by="test_promises.py test_h21_who_may_still_be_a_member_is_heard_until_the_list_without_it_is_committed",
     ),
     _mutant(
+        "H21.9",
+        "who is not known is heard although it proves nothing",
+        "server/introduction.py",
+        ("or not hmac.compare_digest(", "or False and hmac.compare_digest("),
+        by="tests/unit/server/test_introduction.py test_a_proof_is_of_no_use_to_another_key_or_cluster_and_none_without_the_key",
+    ),
+    _mutant(
+        "H21.10",
+        "who was away hears nobody that was let in meanwhile",
+        "server/roster.py",
+        ("        if raft.leader_id is None and self._hear(args, peer):\n", "        if False:\n"),
+        by="tests/cluster/test_membership.py test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that_is_left",
+    ),
+    _mutant(
+        "H21.11",
+        "a list that is not committed is told to nobody",
+        "server/roster.py",
+        (
+            '            answer["membership"] = dump_membership(self._membership(raft))\n',
+            '            if raft.members_settled:\n                answer["membership"] = dump_membership(self._membership(raft))\n',
+        ),
+        by="tests/cluster/test_membership.py test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_not_committed",
+    ),
+    _mutant(
         "H22.1",
         "entries are applied while the tables are copied for a snapshot",
         LOG,

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 CLUSTER_ID = "5c1f7f0e-4c5e-4f2b-9a57-0f6d6f1f7a10"
 PORT = 8300
 DATACENTER = "dc1"
+#: Nothing is encrypted here; that servers alone have it counts.
+CA_KEY = "the key of the cluster CA"
 #: When every run begins.
 EPOCH_S = 1_700_000_000.0
 
@@ -142,7 +144,6 @@ class Server:
         self._starting: RaftLog | None = None
         self.is_up = False  # has applied what it knew to be committed
         self.members: Members = ()
-        self._introduced: Members = ()
         self._server_ids: dict[str, str] = {}
         self._stranger_ids: dict[str, str] = {}
         #: what clients have asked of this process: told when it dies
@@ -171,7 +172,13 @@ class Server:
         self.peers = Peers(me=self.id, context=lambda: self, about=self._about, spawn=self.spawn)  # type: ignore[arg-type,return-value]
         self.node.peer = self.peers.caller
         self.roster = Roster(
-            self.node, serf_port=8301, version="1", hello=self._hello, hint=self.peers.hint, now=self.loop.time
+            self.node,
+            serf_port=8301,
+            version="1",
+            hello=self._hello,
+            hint=self.peers.hint,
+            introduce=self._introduce,
+            now=self.loop.time,
         )
         self.endpoint = Endpoint(
             self.node,
@@ -210,7 +217,6 @@ class Server:
         )
         self._starting = raft
         if any(m.id == self.id and not m.votes for m in self.machine.members):
-            self._introduced = self.machine.members
             raft.introduce(self.machine.members)
         try:
             await raft.start()
@@ -227,7 +233,7 @@ class Server:
             host=self.host,
             port=PORT,
             candidates=list,
-            asking=lambda: {**self._hello(), "suffrage": "learner", "version": "1"},
+            asking=lambda: {**self._hello(), **self.roster.introduction(), "suffrage": "learner", "version": "1"},
             ask=self._call_bootstrap,
             moved=self.roster.moved,
             introduce=self._introduce,
@@ -293,15 +299,13 @@ class Server:
             connection.close()
 
     def _introduce(self, members: Members) -> None:
-        known = {m.id for m in self.members}
         for member in members:
             self.peers.hint(member.id, member.host, member.port)
-        strangers = tuple(m for m in members if m.id not in known)
-        if strangers != self._introduced:
-            self.world.note(self.host, "hears of " + " ".join(m.host for m in strangers))
-            self._introduced = strangers
-            if self.raft is not None:
-                self.raft.introduce(strangers)
+        if self.raft is not None:
+            before = self.raft.heard
+            self.raft.introduce(members)
+            if self.raft.heard != before:
+                self.world.note(self.host, "hears " + " ".join(m.host for m in self.raft.heard))
 
     def _follow_servers(self) -> None:
         listed = {m.id for m in self.members}
@@ -350,7 +354,7 @@ class Server:
     async def _found(self) -> None:
         members = tuple((m.id, m.name, m.host, m.key_hash) for m in self.members)
         try:
-            await self.node.own_write(cluster.Bootstrap(CLUSTER_ID, members, DATACENTER, "", "", 0))
+            await self.node.own_write(cluster.Bootstrap(CLUSTER_ID, members, DATACENTER, "", CA_KEY, 0))
         except RostraError:
             pass  # the next leader will
 
