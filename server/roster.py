@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from rostra.wire.errors import BadRequest, Conflict, NoLeader, NotFound, Timeout
 log = get("servers")
 
 WAITING_MAX = 64
+#: A leader is missed for this long before others are asked, or strangers heard: an election is over sooner.
+ALONE_S = 2.0
 #: Who waits asks every half second; who was silent for this long does not wait any more.
 WAITING_S = 10.0
 #: A change is one round through the log, and that of a majority of the new list.
@@ -152,12 +154,12 @@ class Roster:
         member = next((m for m in raft.members if m.key_hash == peer.key_hash), None)
         if member is not None:
             self._hint(member.id, said.address, said.rpc_port)
-            answer["membership"] = dump_membership(self._membership(raft))
+            answer |= self.introduction() or {"membership": dump_membership(self._membership(raft))}
             if raft.members_settled:
                 return {**answer, "state": MEMBER}
             # Whom the list names is told all the same: without hearing them it may never be settled.
             return {**answer, "reason": "it is being let in"}
-        if raft.leader_id is None and self._hear(args, peer):
+        if raft.leader_id is None and raft.last_heard_age_s() > ALONE_S and self.hear(said, args, peer.key_hash):
             return {**answer, "reason": f"{self._node.name} did not know of this server, and hears it from now on"}
         if not raft.is_leader:
             leader = next((m for m in raft.members if m.id == raft.leader_id), None)
@@ -165,22 +167,25 @@ class Roster:
         return {**answer, "state": WAITING, "leader": said_by(answer), "reason": self._note(said, args)}
 
     def introduction(self) -> dict[str, Any]:
-        """What this server adds to its question while it hears of no leader: they may not know it yet."""
+        """What this server adds to what it asks and answers about its cluster: the other may not know it yet."""
         raft, ca_key_pem = self._node.raft, self._node.store.secret(CLUSTER_CA_KEY)
         if raft is None or not ca_key_pem:
             return {}
         return introduce(self._membership(raft), self._hello()["key_hash"], ca_key_pem)
 
-    def _hear(self, args: dict[str, Any], peer: Peer) -> bool:
-        """Whether the peer has proved that it is a server: then its list is heard. Raises BadRequest."""
+    def hear(self, said: ServerInfo, shown: Mapping[str, Any], key_hash: str) -> bool:
+        """Whether the server that TLS knows by `key_hash` has proved to be one: then its list is heard. For who lacks a
+        leader only. Raises BadRequest."""
         ca_key_pem = self._node.store.secret(CLUSTER_CA_KEY)
         if not ca_key_pem:
             return False
         me, cluster_id = self._hello()["key_hash"], self._node.cluster_id
-        shown = introduced(args, peer.key_hash, me=me, cluster_id=cluster_id, ca_key_pem=ca_key_pem)
-        if shown is not None:
-            self._introduce(shown.as_members())
-        return shown is not None
+        membership = introduced(shown, key_hash, me=me, cluster_id=cluster_id, ca_key_pem=ca_key_pem)
+        if membership is None:
+            return False
+        self._introduce(membership.as_members())
+        self._hint(said.node_id, said.address, said.rpc_port)  # it may have moved since that list was made
+        return True
 
     def _note(self, said: ServerInfo, args: dict[str, Any]) -> str:
         """Put it on the list. Why it will not be let in as it is, or ""."""

@@ -312,6 +312,7 @@ class Core:
             ask=self._call_bootstrap,
             moved=self._roster.moved,
             introduce=self._introduce,
+            hear=self._roster.hear,
         )
         self._tasks.start("standing", standing.keep())
 
@@ -328,8 +329,8 @@ class Core:
         self._follow_servers()
 
     def _introduce(self, members: Members) -> None:
-        """A server of this one's list says that these are its servers now. Only the log changes the list, but whoever
-        leads may be one that it does not have yet, and is heard."""
+        """A server says that these are the servers now. Only the log changes the list, but whoever leads may be one
+        that it does not have yet, and is heard."""
         for member in members:
             self._peers.hint(member.id, member.host, member.port)
         if self._raft is not None:
@@ -362,7 +363,8 @@ class Core:
         return self._bootstrap.handle(kind, args, peer.key_hash)
 
     def _role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
-        name = next((m.name for m in self._members if m.id == leader_id), "")
+        heard = self._raft.heard if self._raft is not None else self._members  # it may be a stranger still
+        name = next((m.name for m in heard if m.id == leader_id), "")
         log.info("leadership", leader=name or "none", term=term, mine=is_leader)
         self.node.role_changed(is_leader, leader_id, term)
         self._leader.kick()

@@ -3,31 +3,29 @@
 A server keeps its place by its key, not by its address. So one that was started with another address tells the leader;
 one that hears of no leader asks around, at the addresses of the list, at those of `retry_join` and wherever others were
 heard from, and learns from the answers where they are, who else belongs to the cluster by now, and whether it still
-does. What such an answer says counts only if it comes from a key in this server's list; addresses are hints at most. As
-their list may be older still, the question introduces who asks (`introduction.py`).
+does. What such an answer says counts only if it comes from a key that this server hears already, or from one that
+proves to be a server's (`introduction.py`), as the question does too; addresses are hints at most.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
-from rostra.server.bootstrap import JOIN, WAITING, Ask, parse_membership, parse_server
+from rostra.server.bootstrap import JOIN, WAITING, Ask, ServerInfo, parse_membership, parse_server
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import Member, Members
-from rostra.server.roster import address_of, join_address
+from rostra.server.roster import ALONE_S, address_of, join_address
 from rostra.wire.errors import Conflict, NoLeader, RostraError, Timeout
 
 log = get("servers")
 
 LOOK_EVERY_S = 0.5
-#: A leader is missed for this long before others are asked: an election is over sooner.
-ALONE_S = 2.0
 ASK_EVERY_S = 1.0
 ASKED_MAX = 64
 #: Who was introduced is heard until this server has followed a leader of its own list for this long.
@@ -50,12 +48,13 @@ class Standing:
         ask: Ask,
         moved: Callable[[str, str, int], Awaitable[None]],
         introduce: Callable[[Members], None],
+        hear: Callable[[ServerInfo, Mapping[str, Any], str], bool],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._raft, self._peers = node, raft, peers
         self._host, self._port = host, port
         self._candidates, self._asking, self._ask = candidates, asking, ask
-        self._moved, self._introduce, self._now = moved, introduce, now
+        self._moved, self._introduce, self._hear, self._now = moved, introduce, hear, now
         self._lacks_leader_since: float | None = None
         self._follows_since = now()
         self._limited = RateLimited(log, 30.0)
@@ -125,7 +124,8 @@ class Standing:
             said = parse_server(reply)
             member = next((m for m in self._raft.heard if m.key_hash == key_hash and m.id == said.node_id), None)
             if member is None:
-                return  # whoever that is, this server does not know it
+                self._hear(said, reply, key_hash)  # whoever that is, this server does not know it
+                return
             self._peers.hint(member.id, said.address, said.rpc_port)
             if reply.get("membership") is not None:  # settled or not: who is heard counts for nothing
                 self._introduce(parse_membership(reply.get("membership")).as_members())

@@ -18,7 +18,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
@@ -414,8 +414,7 @@ class RaftLog:
         And those that were introduced.
         """
         before = () if self.members_settled else self._membership.before
-        found = {m.id: m for m in (*self._strangers, *before, *self.members)}
-        return tuple(found.values())
+        return _latest((*self._strangers, *before, *self.members))
 
     @property
     def members_index(self) -> int:
@@ -538,12 +537,13 @@ class RaftLog:
         Without it a server that was away while the others changed could not hear a leader that came meanwhile. Whoever
         was introduced before is still heard; none at all: nobody but the members is.
         """
-        found = {m.id: m for m in (*self._strangers, *strangers)} if strangers else {}
-        newest = tuple(found.values())[-MEMBERS_MAX:]
-        if newest != self._strangers:
-            self._strangers = newest
-            if self._is_running:
-                self._members_changed()
+        known = self.heard
+        self._strangers = _latest((*self._strangers, *strangers))[-MEMBERS_MAX:] if strangers else ()
+        heard = self.heard
+        if set(heard) != set(known) and self._is_running:
+            unlisted = [f"{m.name} ({m.host}:{m.port})" for m in heard if m not in self.members]
+            log.warn("who is heard besides the listed servers has changed", servers=unlisted)
+            self._members_changed()
 
     def _members_changed(self) -> None:
         """Another list is in force: everyone who counts or talks follows it at once."""
@@ -793,9 +793,9 @@ class RaftLog:
                 log.warn("the disk of the log is back", seconds=round(still_s, 1))
             elections.disk_hangs = False
         elif still_s > HUNG_DISK_S and not elections.disk_hangs:
+            meanwhile = " and leaves leadership to the others" if self._replication.has_other_voters else ""
             log.err(
-                "the disk of the log hangs: until it is back, this server acknowledges nothing and leaves leadership to"
-                " the others",
+                f"the disk of the log hangs: until it is back, this server acknowledges nothing{meanwhile}",
                 seconds=round(still_s, 1),
             )
             elections.disk_hangs = True
@@ -1004,6 +1004,15 @@ def _unpack_batch(index: int, command: bytes) -> list[bytes]:
     if not isinstance(proposals, list) or not all(type(proposal) is bytes for proposal in proposals):
         raise Internal(f"log entry {index} is not a batch of proposals")
     return proposals
+
+
+def _latest(members: Sequence[Member]) -> Members:
+    """Each once, as it was named last, and in that order."""
+    found: dict[str, Member] = {}
+    for member in members:
+        found.pop(member.id, None)
+        found[member.id] = member
+    return tuple(found.values())
 
 
 def _fail_all(futures: Any, error: Callable[[], RostraError]) -> None:

@@ -129,6 +129,7 @@ class Snapshots:
         self._applied_bytes = self._taken_bytes = 0  # of log entries since the newest snapshot; up to the one in work
         self._retry_s = 0.0
         self._had_room_s, self._told_full = self._loop.time(), False
+        self._full = logging.RateLimited(log, 60.0, now=self._loop.time)
         self._sending: dict[str, _Sending] = {}
         self._incoming: Incoming | None = None
         self._is_writing = False
@@ -437,18 +438,17 @@ class Snapshots:
                 self._say(peer_id, sending, 0, b"")
 
     def _watch_room(self, now: float) -> None:
-        about = {"log_bytes": self._journal.log_bytes, "bound": self._limits.log_bytes_max}
         if self.has_room:
             if self._told_full:
-                log.warn("the log has room again", seconds=round(now - self._had_room_s, 1), **about)
+                log.warn("the log has room again", seconds=round(now - self._had_room_s, 1))
             self._had_room_s, self._told_full = now, False
         elif now - self._had_room_s > FULL_NOTICE_S and not self._told_full:
-            self._told_full = True
-            log.err(
-                "the log is full: no writes are taken before a snapshot of what is applied has made room",
+            self._told_full = self._full.err(
+                "the log is full: it takes nothing more before a snapshot of what is applied has made room",
                 applied=self._core.applied_index(),
                 last=self._journal.last_index,
-                **about,
+                log_bytes=self._journal.log_bytes,
+                bound=self._limits.log_bytes_max,
             )
 
     def progress(self, peer_id: str) -> float | None:

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from rostra.server import run
-from rostra.server.bootstrap import FILE_NAME, JOIN, MEMBER
+from rostra.server import roster, run
+from rostra.server.bootstrap import FILE_NAME, JOIN, MEMBER, WAITING, Membership, ServerInfo
 from rostra.server.endpoint import Peer
+from rostra.server.introduction import introduce
 from rostra.server.raft import Limits, Member, RaftLog
 from rostra.server.raft.members import LEARNER, Members
 from rostra.server.run import Core, UnusableData
 from rostra.server.standing import Standing
+from rostra.server.state.cluster import CLUSTER_CA_KEY
 from rostra.server.state.kv import SetKey
 from rostra.server.state.operator import SetAutopilot
 from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound, RostraError
@@ -201,8 +203,6 @@ async def test_a_server_that_asks_under_another_name_or_key_than_its_own_is_refu
 
 
 async def test_the_list_of_who_waits_is_bounded_and_forgets_the_silent(tmp_path: Path) -> None:
-    from rostra.server import roster
-
     async with Cluster(tmp_path, size=1) as cluster:
         books = leader(cluster)._roster
         said = {
@@ -253,6 +253,7 @@ async def test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_n
             ask=ask,
             moved=away._roster.moved,
             introduce=introduced.append,
+            hear=away._roster.hear,
         )
         await standing._ask_one(f"127.0.0.1:{core.rpc_port}")
         assert sorted(m.name for m in introduced[0]) == ["s1", "s2", "s3", "s4"]
@@ -276,6 +277,58 @@ async def test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that
         assert leader(cluster).settings.node_name == "s4"
         await write(leader(cluster), "k")
         await eventually(lambda: "k" in cluster.cores[away].node.store.tables.kv.rows)
+
+
+async def test_h21_who_comes_back_to_a_cluster_of_none_that_it_knows_follows_it(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        away, *known = (core.settings.node_name for core in cluster.followers())
+        known.append(leader(cluster).settings.node_name)
+        await cluster.stop(away)
+        for name in ("s4", "s5"):
+            await cluster.grow(name)
+        await votes(cluster, "s1", "s2", "s3", "s4", "s5")
+        for name in known:
+            await eventually(cluster.leader)
+            at = next(n for n in ("s4", "s5", *known) if n in cluster.cores and n != name)
+            await cluster.act("raft.remove-peer", {"id": cluster.cores[name]._identity.node_id}, at=at)
+            await cluster.stop(name)
+        await votes(cluster, away, "s4", "s5")
+        core = await cluster.start(away)
+        core.learn([f"127.0.0.1:{cluster.cores['s4'].rpc_port}"])  # `retry_join`
+        await write(leader(cluster), "k")
+        await eventually(lambda: "k" in core.node.store.tables.kv.rows)
+        assert "s4" in members(core)
+
+
+async def test_h21_nobody_is_introduced_to_who_has_a_leader_or_has_only_just_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path) as cluster:
+        core, other = cluster.followers()
+        raft, ca_key_pem = core.node.raft, core.node.store.secret(CLUSTER_CA_KEY)
+        assert raft is not None
+        assert ca_key_pem
+        former = ServerInfo("id-s9", "s9", "127.0.0.1", 1, "9" * 64, "dc1")
+        listed = sorted((*core._roster._membership(raft).members, former))
+        shown = introduce(Membership(core.node.cluster_id, "dc1", tuple(listed)), former.key_hash, ca_key_pem)
+        about = {**other._bootstrap.asking(), "node_id": "id-s9", "name": "s9", "key_hash": former.key_hash}
+        peer = Peer(key_hash=former.key_hash, address="", name="s9", node_id="id-s9")
+
+        def is_heard() -> bool:
+            reply = core._roster.answer_join({**about, **shown}, peer)
+            return reply["state"] != WAITING and "s9" in [m.name for m in raft.heard]
+
+        monkeypatch.setattr(roster, "ALONE_S", 0.0)
+        await eventually(lambda: raft.leader_id)
+        assert not is_heard()
+        monkeypatch.setattr(roster, "ALONE_S", 3600.0)
+        for name in set(cluster.cores) - {core.settings.node_name}:
+            await cluster.stop(name)
+        await eventually(lambda: raft.leader_id is None)
+        assert not is_heard()
+        monkeypatch.setattr(roster, "ALONE_S", 0.0)
+        assert is_heard()
 
 
 async def test_a_new_server_is_caught_up_by_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -721,7 +721,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "H21.10",
         "who was away hears nobody that was let in meanwhile",
         "server/roster.py",
-        ("        if raft.leader_id is None and self._hear(args, peer):\n", "        if False:\n"),
+        (
+            "if raft.leader_id is None and raft.last_heard_age_s() > ALONE_S and self.hear(",
+            "if False and (lambda *_: _)(",
+        ),
         by="tests/cluster/test_membership.py test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that_is_left",
     ),
     _mutant(
@@ -729,10 +732,32 @@ MUTANTS: tuple[Mutant, ...] = (
         "a list that is not committed is told to nobody",
         "server/roster.py",
         (
-            '            answer["membership"] = dump_membership(self._membership(raft))\n',
-            '            if raft.members_settled:\n                answer["membership"] = dump_membership(self._membership(raft))\n',
+            "            answer |= self.introduction()",
+            "            answer |= raft.members_settled and self.introduction()",
         ),
+        ('or {"membership": dump_membership(self._membership(raft))}', "or {}"),
         by="tests/cluster/test_membership.py test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_not_committed",
+    ),
+    _mutant(
+        "H21.12",
+        "a stranger is heard although there is a leader",
+        "server/roster.py",
+        ("if raft.leader_id is None and raft", "if raft"),
+        by="tests/cluster/test_membership.py test_h21_nobody_is_introduced_to_who_has_a_leader_or_has_only_just_lost_it",
+    ),
+    _mutant(
+        "H21.13",
+        "a stranger is heard in the moment of an election",
+        "server/roster.py",
+        ("is None and raft.last_heard_age_s() > ALONE_S and", "is None and"),
+        by="tests/cluster/test_membership.py test_h21_nobody_is_introduced_to_who_has_a_leader_or_has_only_just_lost_it",
+    ),
+    _mutant(
+        "H21.14",
+        "who comes back and knows none of the members believes none of them",
+        "server/standing.py",
+        ("                self._hear(said, reply, key_hash)  # whoever", "                pass  # whoever"),
+        by="tests/cluster/test_membership.py test_h21_who_comes_back_to_a_cluster_of_none_that_it_knows_follows_it",
     ),
     _mutant(
         "H22.1",

@@ -237,6 +237,7 @@ class Server:
             ask=self._call_bootstrap,
             moved=self.roster.moved,
             introduce=self._introduce,
+            hear=self.roster.hear,
             now=self.loop.time,
         )
         await standing.keep()
