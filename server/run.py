@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -442,9 +443,13 @@ class Core:
             return False
         if time.time() >= identity.renew_at or cluster.ca_cert_pem not in identity.anchors_pem:
             answer = await self._acts.certificate_for(member, identity.public_key)
-            await asyncio.to_thread(
-                identity.install_certificate, answer["cert_pem"], answer["anchors_pem"], trust_enrolment=True
-            )
+            pems = answer["cert_pem"], answer["anchors_pem"]
+            install = partial(identity.install_certificate, *pems, trust_enrolment=True)
+            installing = asyncio.ensure_future(asyncio.to_thread(install))
+            try:
+                await asyncio.shield(installing)
+            finally:
+                await installing  # nothing stops a thread: a server that has stopped writes no more files
             log.info("has a new certificate of the cluster CA", renew_at=_date(identity.renew_at))
         await self._acts.report(member, identity.anchor_hashes)
         return True

@@ -8,6 +8,8 @@ import base64
 import contextlib
 import os
 import ssl
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -560,3 +562,26 @@ async def test_the_join_port_tells_a_stranger_nothing_and_survives_him(tmp_path:
             writer.close()
         finally:
             await listener.stop()
+
+
+async def test_a_server_that_has_stopped_writes_no_certificate_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core = cluster.cores["s1"]
+        await eventually(lambda: core._identity.renew_at > time.time())
+        begun, may_end, written = threading.Event(), threading.Event(), []
+
+        def install(*_: Any, **__: Any) -> None:
+            begun.set()
+            may_end.wait(10)
+            written.append(True)
+
+        monkeypatch.setattr(core._identity, "install_certificate", install)
+        core._identity.renew_at = 0.0
+        certifying = asyncio.create_task(core._certify())
+        await eventually(begun.is_set)
+        certifying.cancel()
+        asyncio.get_running_loop().call_later(0.05, may_end.set)
+        await asyncio.wait([certifying])
+        assert (certifying.cancelled(), written) == (True, [True])
