@@ -306,9 +306,9 @@ async def test_h21_nobody_is_introduced_to_who_has_a_leader_or_has_only_just_los
 ) -> None:
     async with Cluster(tmp_path) as cluster:
         core, other = cluster.followers()
-        raft, ca_key_pem = core.node.raft, core.node.store.secret(CLUSTER_CA_KEY)
+        raft = core.node.raft
         assert raft is not None
-        assert ca_key_pem
+        ca_key_pem = await eventually(lambda: core.node.store.secret(CLUSTER_CA_KEY))
         former = ServerInfo("id-s9", "s9", "127.0.0.1", 1, "9" * 64, "dc1")
         listed = sorted((*core._roster._membership(raft).members, former))
         shown = introduce(Membership(core.node.cluster_id, "dc1", tuple(listed)), former.key_hash, ca_key_pem)
