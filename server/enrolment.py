@@ -15,7 +15,7 @@ from rostra.server.node import ServerNode
 from rostra.server.settings import CoreSettings
 from rostra.server.state.cluster import BindNode
 from rostra.server.state.tables import Tables
-from rostra.wire.errors import BadRequest, Conflict, RostraError
+from rostra.wire.errors import BadRequest, Conflict
 
 #: A refused node comes again and again; it is answered from memory for this long.
 REFUSED_S = 1.0
@@ -35,7 +35,8 @@ class Enrolment:
     ) -> None:
         self._node, self._settings = node, settings
         self._server_id, self._on_enrolled = server_id, on_enrolled
-        self._refused: dict[tuple[str, str], tuple[float, RostraError]] = {}  # (name, key) -> (until, why)
+        # (name, key) -> (until, why): not the exception, whose frames would keep the connection, and the one before it
+        self._refused: dict[tuple[str, str], tuple[float, str]] = {}
 
     async def enrol(self, peer: Peer) -> None:
         """Bind a node's name to its key the first time it is seen; refuse another key. Raises Conflict, NoLeader."""
@@ -52,7 +53,7 @@ class Enrolment:
             return
         refused = self._refused.get((peer.name, peer.key_hash))
         if refused is not None and time.monotonic() < refused[0]:
-            raise refused[1]
+            raise Conflict(refused[1])
         role = "client" if self._server_id(peer.key_hash) is None else "server"
         known = self._node.store.tables.members.get(peer.name)
         if known is not None and known.key_hash == peer.key_hash and known.status == "alive":
@@ -78,7 +79,7 @@ class Enrolment:
         except Conflict as e:
             if len(self._refused) >= REFUSED_MAX:
                 self._refused.clear()
-            self._refused[peer.name, peer.key_hash] = (time.monotonic() + REFUSED_S, e)
+            self._refused[peer.name, peer.key_hash] = (time.monotonic() + REFUSED_S, e.message)
             raise
         self._on_enrolled()
 

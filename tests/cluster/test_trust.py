@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import os
 import ssl
 import threading
@@ -22,6 +23,8 @@ from rostra.agent.servers import ServerAddress, ServerSession
 from rostra.runtime.identity import NodeIdentity, parse_secrets
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import peer_key_hash
+from rostra.server import enrolment
+from rostra.server.endpoint import Peer
 from rostra.server.peers import dial
 from rostra.server.run import Core, UnusableData
 from rostra.server.settings import CoreSettings
@@ -585,3 +588,19 @@ async def test_a_server_that_has_stopped_writes_no_certificate_any_more(
         asyncio.get_running_loop().call_later(0.05, may_end.set)
         await asyncio.wait([certifying])
         assert (certifying.cancelled(), written) == (True, [True])
+
+
+async def test_who_is_refused_again_and_again_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core = cluster.cores["s1"]
+        await eventually(lambda: core.node.store.tables.members.get("s1"))
+        for refused_s in (0.0, 0.0, 60.0, 60.0):
+            monkeypatch.setattr(enrolment, "REFUSED_S", refused_s)
+            with pytest.raises(Conflict, match="belongs to another node key"):
+                await core._endpoint._enrol(
+                    Peer(key_hash="0" * 64, address="127.0.0.1", name="s1", node_id="an impostor")
+                )
+        gc.collect()
+        assert not [o for o in gc.get_objects() if type(o) is Peer and o.node_id == "an impostor"]
