@@ -239,12 +239,13 @@ async def test_a_follower_writes_before_it_applies_and_still_applies_when_append
 
 
 async def test_a_follower_whose_disk_is_slow_applies_without_it(machine: Machine, tmp_path: Path) -> None:
-    rarely = Timing(heartbeat_s=30.0, election_min_s=100.0, election_max_s=200.0)  # nothing else gives it a turn
+    rarely = Timing(heartbeat_s=300.0, election_min_s=1000.0, election_max_s=2000.0)  # nothing else gives it a turn
     raft = await machine.start(tmp_path, ["b", "c"], timing=rarely)
     peer, release = Peer(raft, "b"), asyncio.Event()
     about = {"type": "append_entries", "term": 3}
     peer.say(**about, r=1, prevLogIdx=1, prevLogTerm=0, entries=[(b"\0\x91\xc4\x01x", 2, 3)], commit_index=1)
     await peer.hears("next_node_idx", success=True)
+    await eventually(lambda: not raft._disk_first and not raft._pump_scheduled)  # the next turn writes
     hang(raft, release)
     try:
         peer.say(**about, r=2, prevLogIdx=2, prevLogTerm=3, entries=[(b"\0\x91\xc4\x01y", 3, 3)], commit_index=2)
