@@ -1,0 +1,105 @@
+"""A reader's share of the loop: so much per turn, then reading is paused and the rest waits its turn.
+
+One piece for everything that reads what others send: RPC and Raft frames, DNS, HTTP, check targets, proxies' snapshots.
+All readers of a loop share one `Turns`, so that eight hostile connections hold a loop no longer than one.
+A reader asks `begin` when bytes arrive and `room` before each further unit; where the answer is no, it pauses its
+transport, keeps the rest, and gives `queue` the function that goes on. Knows no transport, and no loop but `call_soon`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+#: What all readers of a loop may take of one turn, and what one of them may take before the next one has its turn.
+TURN_S = 0.001
+SLICE_S = 0.00025
+
+
+class Turns:
+    """`call_soon(f)` calls `f` in the next turn of the loop; `clock()` is in seconds and only ever grows."""
+
+    __slots__ = ("_armed", "_call_soon", "_clock", "_queue", "_slice_ends", "_slice_s", "_turn_ends", "_turn_s")
+
+    def __init__(
+        self,
+        call_soon: Callable[[Callable[[], None]], Any],
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        turn_s: float = TURN_S,
+        slice_s: float = SLICE_S,
+    ) -> None:
+        self._call_soon = call_soon
+        self._clock = clock
+        self._turn_s = turn_s
+        self._slice_s = slice_s
+        self._queue: deque[Callable[[], None]] = deque()
+        self._armed = False
+        self._turn_ends = 0.0
+        self._slice_ends = 0.0
+
+    def begin(self) -> bool:
+        """Whether a reader may handle something now. False: others wait already, or this turn is used up; queue."""
+        now = self._clock()
+        if not self._armed:
+            self._armed = True
+            self._turn_ends = now + self._turn_s
+            self._call_soon(self._next_turn)
+        elif self._queue or now >= self._turn_ends:
+            return False
+        self._slice_ends = min(now + self._slice_s, self._turn_ends)
+        return True
+
+    def room(self) -> bool:
+        """Whether the reader that began last may handle one more unit before it queues."""
+        return self._clock() < self._slice_ends
+
+    def queue(self, go_on: Callable[[], None]) -> None:
+        """Call `go_on` when its turn has come, after those that wait. It may use `room` at once, and queue again.
+
+        A reader queues at most once at a time: the queue is as long as there are readers.
+        """
+        self._queue.append(go_on)
+        if not self._armed:
+            self._armed = True
+            self._turn_ends = 0.0
+            self._call_soon(self._next_turn)
+
+    async def turn(self) -> None:
+        """For tasks: come back at once where there is room, else when the turn has come."""
+        if self.begin():
+            return
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.queue(lambda: None if mine.done() else mine.set_result(None))
+        await mine
+
+    def _next_turn(self) -> None:
+        queue = self._queue
+        if not queue:
+            self._armed = False
+            return
+        self._call_soon(self._next_turn)  # first, so that a reader that raises stops nobody
+        now = self._clock()
+        self._turn_ends = now + self._turn_s
+        for _ in range(len(queue)):
+            if now >= self._turn_ends:
+                return
+            self._slice_ends = min(now + self._slice_s, self._turn_ends)
+            queue.popleft()()
+            now = self._clock()
+
+
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+
+
+def turns() -> Turns:
+    """The one `Turns` of the running loop."""
+    loop = asyncio.get_running_loop()
+    found = _of_loop.get(loop)
+    if found is None:
+        found = _of_loop[loop] = Turns(loop.call_soon)
+    return found
