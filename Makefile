@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test sim torture mutants check bench venv clean
+.PHONY: demo test attack sim torture mutants check bench venv clean
 
 demo: venv  ## the whole product on this machine, step by step, each step verified
 	@$(VENV)/bin/python -P deploy/local/demo.py
 
 test: venv  ## every test that this machine can run
 	@$(VENV)/bin/pytest -q -n 4 --dist loadfile
+
+attack: venv  ## every attack of tests/attack, the long forms too; about ten minutes
+	@$(VENV)/bin/pytest -q -m "long or not long" tests/attack
 
 torture: venv  ## real processes, MINUTES=10 of kill -9, stops, partitions, torn tails, full and slow disks; SEED=, SERVERS=3,5
 	@$(VENV)/bin/python -m tests.torture --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(SERVERS),--servers $(SERVERS))
