@@ -203,6 +203,7 @@ class Resolver:
     ) -> None:
         self.hot: dict[bytes, Draw] = {}
         self.hot_hits = 0
+        self.dropped = 0  # datagrams for which the shell had no room
         self._config = config
         self._zones = config.zones
         if not self._zones:
@@ -280,6 +281,9 @@ class Resolver:
             self._add("queries", self.hot_hits)
             self._add("hot_queries", self.hot_hits)
             self.hot_hits = 0
+        if self.dropped:
+            self._add("dropped_queries", self.dropped)
+            self.dropped = 0
         if self._source.age_s > STALE_AFTER_S and "queries" in self._counts:
             self._add("stale_queries", self._counts["queries"])
         for name, n in self._counts.items():

@@ -1,8 +1,9 @@
 """The sockets: UDP and TCP on one port, for as many addresses as configured.
 
-A query that `Resolver.hot` knows is answered in three lines; everything else goes through `Resolver.resolve`. Queries
-that wait for a view are parked together, one task per view. All is bounded: parked queries, connections, what one
-connection may send and leave unread. No packet can raise past this module.
+A query that `Resolver.hot` knows is answered in three lines; everything else goes through `Resolver.resolve`, and only
+so much of it per turn of the loop (`wire/turns.py`): then a connection is read no further, and datagrams wait in line.
+Queries that wait for a view are parked together, one task per view. All is bounded: parked queries, datagrams in line,
+connections, what one connection may send and leave unread. No packet can raise past this module.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from rostra.dns.resolver import Count, Draw, Forward, Resolver, Wait
 from rostra.dns.source import Source, View
 from rostra.runtime import log as logging
 from rostra.wire.errors import Conflict
+from rostra.wire.turns import Turns, turns
 
 log = logging.get("dns")
 
@@ -30,7 +33,9 @@ TCP_QUERY_BYTES_MAX = 4096
 TCP_WAITING_MAX = 32
 TCP_UNREAD_BYTES_MAX = 256 << 10
 UDP_BUFFER_BYTES = 4 << 20
-_SLICE = 100  # parked queries answered per turn of the loop
+#: Datagrams that may stand in line, by their bytes and what it costs to keep each; the kernel drops no sooner.
+LINE_BYTES_MAX = 2 << 20
+_KEPT_BYTES = 300
 
 Reply = Callable[[bytes], None]
 
@@ -56,6 +61,9 @@ class DnsServer:
         self._recursor = Recursor(config.recursors) if config.recursors else None
         self._parked: dict[int, list[tuple[bytes, Reply, bool]]] = {}
         self._parked_count = 0
+        self._line: deque[tuple[bytes, Reply]] = deque()
+        self._line_bytes = 0
+        self.turns: Turns  # the loop's, from `start` on
         self._tasks: set[asyncio.Task[None]] = set()
         self._udp: list[asyncio.BaseTransport] = []
         self._tcp: list[asyncio.Server] = []
@@ -64,6 +72,7 @@ class DnsServer:
     async def start(self) -> None:
         """Bind and serve. Raises Conflict with a line for the operator where an address cannot be had."""
         loop = asyncio.get_running_loop()
+        self.turns = turns()
         pairs = bind_pairs(self._hosts, self.port)
         self.port = pairs[0][0].getsockname()[1]
         try:
@@ -109,6 +118,30 @@ class DnsServer:
         except Exception:
             log.err("DNS query failed", query=packet[:300].hex(), exc_info=True)
 
+    def receive(self, packet: bytes, reply: Reply) -> None:
+        """A datagram: answered at once while there is room in this turn of the loop, else in its turn, else dropped."""
+        if not self._line and self.turns.begin():
+            self.answer(packet, reply, tcp=False)
+            return
+        size = len(packet) + _KEPT_BYTES
+        if self._line_bytes + size > LINE_BYTES_MAX:
+            self.resolver.dropped += 1
+            return
+        if not self._line:
+            self.turns.queue(self._answer_line)
+        self._line.append((packet, reply))
+        self._line_bytes += size
+
+    def _answer_line(self) -> None:
+        line, room = self._line, self.turns.room
+        while line:
+            packet, reply = line.popleft()
+            self._line_bytes -= len(packet) + _KEPT_BYTES
+            self.answer(packet, reply, tcp=False)
+            if line and not room():
+                self.turns.queue(self._answer_line)
+                return
+
     def _park(self, view: View, packet: bytes, reply: Reply, tcp: bool) -> None:
         if self._parked_count >= PARKED_MAX:
             self._fail(packet, reply)
@@ -130,14 +163,15 @@ class DnsServer:
             is_ready = False
         finally:
             waiting = self._parked.pop(id(view))
-            self._parked_count -= len(waiting)
-        for at in range(0, len(waiting), _SLICE):
-            for packet, reply, tcp in waiting[at : at + _SLICE]:
-                if is_ready and view.is_ready:
-                    self.answer(packet, reply, tcp=tcp)
-                else:
-                    self._fail(packet, reply)
-            await asyncio.sleep(0)
+        await self.turns.turn()
+        for packet, reply, tcp in waiting:
+            if not self.turns.room():
+                await self.turns.turn()
+            self._parked_count -= 1
+            if is_ready and view.is_ready:
+                self.answer(packet, reply, tcp=tcp)
+            else:
+                self._fail(packet, reply)
 
     def _forward(self, found: Forward, packet: bytes, reply: Reply, tcp: bool) -> None:
         if self._recursor is None or not self._recursor.has_room:
@@ -194,7 +228,7 @@ class _UdpProtocol(asyncio.DatagramProtocol):
             except OSError:
                 pass  # an address that nothing can be sent to
         else:
-            self._server.answer(data, lambda reply: self._reply(reply, addr), tcp=False)
+            self._server.receive(data, lambda reply: self._reply(reply, addr))
 
     def _reply(self, reply: bytes, addr: Any) -> None:
         if self._blocked or self._transport.is_closing():
@@ -215,15 +249,22 @@ class _UdpProtocol(asyncio.DatagramProtocol):
 
 
 class _TcpConnection(asyncio.Protocol):
-    """Frames of two length bytes; queries may be pipelined, and answers come in any order (RFC 7766)."""
+    """Frames of two length bytes; queries may be pipelined, and answers come in any order (RFC 7766).
+
+    Reading is paused while whole queries wait: for the loop's next turn, for answers, for the client to read.
+    """
 
     def __init__(self, server: DnsServer) -> None:
         self._server = server
+        self._turns = server.turns
         self._buffer = bytearray()
         self._waiting = 0
+        self._is_in_line = False
         self._paused = False
         self._ended = False
-        self._last = asyncio.get_running_loop().time()
+        self._lost = False
+        self._clock = asyncio.get_running_loop().time
+        self._last = self._clock()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -235,7 +276,7 @@ class _TcpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._ended = True
+        self._lost = True
         self._buffer.clear()
 
     def abort(self) -> None:
@@ -244,11 +285,11 @@ class _TcpConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        self._pump()
+        self._go_on()
 
     def eof_received(self) -> bool:
         self._ended = True
-        self._pump()
+        self._go_on()
         return True  # stay until what was asked is answered
 
     def pause_writing(self) -> None:
@@ -256,7 +297,7 @@ class _TcpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._pump()
+        self._go_on()
 
     def close_if_idle(self, now: float, idle_s: float) -> None:
         """Counted from the last whole query, so that a client cannot stay by sending a byte now and then."""
@@ -266,7 +307,24 @@ class _TcpConnection(asyncio.Protocol):
             else:
                 self._transport.close()
 
-    def _pump(self) -> None:
+    def _go_on(self) -> None:
+        """Something changed: handle what came, now or in this connection's turn."""
+        if self._is_in_line:
+            return
+        if self._turns.begin():
+            self._handle()
+        else:
+            self._wait_in_line()
+
+    def _wait_in_line(self) -> None:
+        self._is_in_line = True
+        self._transport.pause_reading()
+        self._turns.queue(self._handle)
+
+    def _handle(self) -> None:
+        self._is_in_line = False
+        if self._lost or self._transport.is_closing():
+            return
         buffer, at = self._buffer, 0
         while not self._paused and self._waiting < TCP_WAITING_MAX and len(buffer) - at >= 2:
             size = buffer[at] << 8 | buffer[at + 1]
@@ -276,37 +334,37 @@ class _TcpConnection(asyncio.Protocol):
                 return
             if len(buffer) - at < 2 + size:
                 break
+            if at and not self._turns.room():
+                del buffer[:at]
+                self._wait_in_line()
+                return
             packet = bytes(buffer[at + 2 : at + 2 + size])
             at += 2 + size
-            self._last = asyncio.get_running_loop().time()
+            self._last = self._clock()
             self._ask(packet)
         del buffer[:at]
         if self._ended and not self._waiting and not self._paused:
             self._transport.close()
         elif len(buffer) > TCP_QUERY_BYTES_MAX + 2:
             self._transport.pause_reading()
-        elif not self._ended and not self._transport.is_closing():
+        elif not self._ended:
             self._transport.resume_reading()
 
     def _ask(self, packet: bytes) -> None:
-        is_now = True
+        is_now, answered = True, False
 
         def reply(answer: bytes) -> None:
+            nonlocal answered
+            if answered:
+                return
+            answered = True
             if not self._transport.is_closing():
                 self._transport.write(len(answer).to_bytes(2, "big") + answer)
             if not is_now:
                 self._waiting -= 1
-                self._pump()
+                self._go_on()
 
-        answered = False
-
-        def reply_once(answer: bytes) -> None:
-            nonlocal answered
-            if not answered:
-                answered = True
-                reply(answer)
-
-        self._server.answer(packet, reply_once, tcp=True)
+        self._server.answer(packet, reply, tcp=True)
         is_now = False
         if not answered:
             self._waiting += 1

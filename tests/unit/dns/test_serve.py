@@ -12,13 +12,18 @@ from typing import Any
 
 import dnslib
 import pytest
+import uvloop
 
 from rostra.dns import serve
 from rostra.dns.answer import DnsConfig
 from rostra.dns.serve import DnsServer
 from rostra.dns.source import Instance
 from rostra.wire.errors import Conflict
+from rostra.wire.turns import SLICE_S, TURN_S, Turns
 
+both_loops = pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
 QTYPES = ("A", "AAAA", "SRV", "ANY", "TXT", "SOA", "NS")
 needs_dig = pytest.mark.skipif(shutil.which("dig") is None, reason="dig is not installed")
 
@@ -72,10 +77,13 @@ def framed(packet: bytes) -> bytes:
     return struct.pack(">H", len(packet)) + packet
 
 
-async def read_framed(reader: asyncio.StreamReader) -> dnslib.DNSRecord:
+async def read_raw(reader: asyncio.StreamReader) -> bytes:
     async with asyncio.timeout(3):
-        size = int.from_bytes(await reader.readexactly(2), "big")
-        return dnslib.DNSRecord.parse(await reader.readexactly(size))
+        return await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+
+
+async def read_framed(reader: asyncio.StreamReader) -> dnslib.DNSRecord:
+    return dnslib.DNSRecord.parse(await read_raw(reader))
 
 
 async def assert_closed(reader: asyncio.StreamReader) -> None:
@@ -203,7 +211,7 @@ async def test_tcp_answers_all_before_it_closes_when_the_client_half_closes(web:
         writer.write(framed(question("big.service.consul", "SRV")) * 300)
         writer.write_eof()
         for _ in range(300):
-            assert len((await read_framed(reader)).rr) == 200
+            assert (await read_raw(reader))[6:8] == struct.pack(">H", 200)
         await assert_closed(reader)
         writer.close()
 
@@ -258,6 +266,175 @@ async def test_a_client_that_does_not_read_is_not_answered_further(web: Any) -> 
         assert connection._transport.get_write_buffer_size() < serve.TCP_UNREAD_BYTES_MAX + 2 * 65536
         client.close()
         writer.close()
+
+
+# -- a reader's share of the loop ---------------------------------------------------------------------------------
+
+
+UNIT_S = SLICE_S / 4  # what a query costs by the clock of these tests: 16 in one turn of the loop, 4 for each reader
+
+
+class Shares:
+    """Counts what a server answers in each turn of the loop, by a clock that grows with each query."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.turn = 0
+        self.answered: list[tuple[int, bytes]] = []  # (turn of the loop, packet)
+        loop = asyncio.get_running_loop()
+        shared = Turns(loop.call_soon, lambda: self.now)
+        monkeypatch.setattr(serve, "turns", lambda: shared)
+        answer = DnsServer.answer
+
+        def counted(server: DnsServer, packet: bytes, reply: Any, *, tcp: bool) -> None:
+            self.now += UNIT_S
+            self.answered.append((self.turn, packet))
+            answer(server, packet, reply, tcp=tcp)
+
+        monkeypatch.setattr(DnsServer, "answer", counted)
+        self.counter = asyncio.create_task(self._count())
+
+    async def _count(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.turn += 1
+
+    def of_turns(self) -> list[int]:
+        counts: dict[int, int] = {}
+        for turn, _ in self.answered:
+            counts[turn] = counts.get(turn, 0) + 1
+        return list(counts.values())
+
+
+def numbered(name: str, count: int, qtype: str = "A") -> list[bytes]:
+    packet = question(name, qtype)[2:]
+    return [struct.pack(">H", n) + packet for n in range(count)]
+
+
+@both_loops
+def test_a_connection_that_pipelines_gets_its_share_of_each_turn_and_its_answers_in_order(
+    new_loop: Any, web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        shares = Shares(monkeypatch)
+        async with serving(web) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"".join(map(framed, numbered("web.service.consul", 3000))))
+            writer.write_eof()
+            assert [int.from_bytes((await read_raw(reader))[:2], "big") for _ in range(3000)] == list(range(3000))
+            await assert_closed(reader)
+            assert max(shares.of_turns()) <= 4 + 1
+            writer.close()
+        shares.counter.cancel()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(body())
+
+
+@both_loops
+def test_a_second_connection_is_answered_while_the_first_one_still_waits(
+    new_loop: Any, web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        shares = Shares(monkeypatch)
+        async with serving(web) as server:
+            _, first = await asyncio.open_connection("127.0.0.1", server.port)
+            reader, second = await asyncio.open_connection("127.0.0.1", server.port)
+            first.write(b"".join(map(framed, numbered("web.service.consul", 4000))))
+            while not shares.answered:
+                await asyncio.sleep(0)
+            second.write(framed(question("n1.node.consul")))
+            assert len((await read_framed(reader)).rr) == 1
+            assert len(shares.answered) < 1000
+            first.close()
+            second.close()
+        shares.counter.cancel()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(body())
+
+
+@both_loops
+def test_a_client_that_reads_late_does_not_get_all_its_answers_in_one_turn(
+    new_loop: Any, web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        web.set("big", [Instance(f"m{i}", "dc1", f"10.0.{i >> 8}.{i & 255}", port=i) for i in range(600)])
+        shares = Shares(monkeypatch)
+        async with serving(web) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1 << 10)
+            writer.write(b"".join(map(framed, numbered("big.service.consul", 300, "SRV"))))
+            (connection,) = server.connections
+            async with asyncio.timeout(5):
+                while not connection._paused:
+                    await asyncio.sleep(0)
+            for n in range(300):
+                assert (await read_raw(reader))[:2] == struct.pack(">H", n)
+            assert max(shares.of_turns()) <= 4 + 1
+            writer.close()
+        shares.counter.cancel()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(body())
+
+
+@both_loops
+def test_datagrams_beyond_a_turns_share_stand_in_line_and_all_are_answered(
+    new_loop: Any, web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        shares = Shares(monkeypatch)
+        async with serving(web) as server:
+            client = await UdpClient.connect(server)
+            for packet in numbered("none.service.consul", 500):
+                client.send(packet)
+            assert {(await client.next()).header.id for _ in range(500)} == set(range(500))
+            assert max(shares.of_turns()) <= TURN_S / UNIT_S + 1
+            assert not server._line
+            assert not server._line_bytes
+            client.close()
+        shares.counter.cancel()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(body())
+
+
+async def test_the_line_of_datagrams_is_bounded_and_what_does_not_fit_is_counted(
+    web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "LINE_BYTES_MAX", 3000)
+    shares = Shares(monkeypatch)
+    async with serving(web) as server:
+        answered: list[bytes] = []
+        for packet in numbered("none.service.consul", 100):
+            server.receive(packet, answered.append)  # one turn of the loop, as many datagrams as the kernel had
+        assert server._line_bytes <= 3000
+        while server._line:
+            await asyncio.sleep(0)
+        assert len(answered) + server.resolver.dropped == 100
+        assert server.resolver.dropped > 0
+    shares.counter.cancel()
+
+
+async def test_queries_that_waited_for_a_view_are_answered_turn_by_turn(
+    web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = Shares(monkeypatch)
+    view = web.services["web"]
+    view.is_ready = False
+    async with serving(web) as server:
+        replies: list[bytes] = []
+        for packet in numbered("web.service.consul", 200):
+            server.answer(packet, replies.append, tcp=False)
+        shares.answered.clear()
+        view.is_ready = True
+        view.arrived.set()
+        async with asyncio.timeout(5):
+            while len(replies) < 200:
+                await asyncio.sleep(0)
+        assert max(shares.of_turns()) <= (TURN_S + SLICE_S) / UNIT_S + 1
+        assert server._parked_count == 0
+    shares.counter.cancel()
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
