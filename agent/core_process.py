@@ -1,8 +1,8 @@
 """The core of a server agent: attach to the one that runs on this data directory, else spawn one and keep it running.
 
 In service mode the core is a unit of its own and outlives agents; in child mode it hangs on this agent's lifeline. Its
-local socket's path is in `<data dir>/server/socket`. A core that stopped itself because a promise could not be kept
-(exit 70) is started again with back-off; one whose data is damaged (78) is not.
+local socket's path is in `<data dir>/server/socket`. A core that has ended, or cannot be started, is tried again with
+back-off for as long as the agent lives; only one whose data is damaged (exit 78) is not.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rostra.runtime import log as logging
+from rostra.runtime.identity import read_node_id
 from rostra.runtime.lifeline import Child, LifelineClosed, spawn
-from rostra.wire.errors import Internal, RostraError, from_wire
+from rostra.runtime.service import Ended
+from rostra.wire.errors import Conflict, Internal, RostraError, from_wire
 
 log = logging.get("core")
 
 EXIT_DAMAGED = 78
 READY_S = 60.0
-RESTART_MIN_S, RESTART_MAX_S = 0.2, 10.0
+COMMAND = (sys.executable, "-P", "-m", "rostra.server")
 
 
 class CoreProcess:
@@ -32,7 +32,7 @@ class CoreProcess:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._child: Child | None = None
-        self._stopping = False
+        self._is_up = False
         self._path = ""
         self.pid = 0
         self.node_id = ""
@@ -44,21 +44,43 @@ class CoreProcess:
         """Where the core answers, "" before `ready`. One that is not our child may have moved when it started anew."""
         return (self.attached and _noted_path(self._settings["data_dir"])) or self._path
 
+    @property
+    def is_up(self) -> bool:
+        """Whether our child listens. One that is not our child is up while there is a session with it."""
+        return self._is_up
+
     def begin(self) -> None:
         """Spawn the core now, before the rest of the agent is imported; or find one that runs already."""
         path = _running_core(self._settings["data_dir"])
         if path:
+            self.node_id = read_node_id(self._settings["data_dir"])
+            if not self.node_id:
+                raise Conflict(
+                    f"{self._settings['data_dir']}/node-id is missing while a core runs on this data directory: stop"
+                    " the core; it says at its next start what else is lost"
+                )
             self._path, self.attached = path, True
-            self.node_id = (Path(self._settings["data_dir"]) / "node-id").read_text().strip()
             log.info("attached to the core that runs on this data directory", socket=path)
         else:
-            self._child = spawn([sys.executable, "-P", "-m", "rostra.server"])
+            try:
+                self._child = spawn(COMMAND)
+            except OSError as e:
+                raise Internal(f"cannot start the core ({COMMAND[0]}): {e.strerror}") from None
 
     async def ready(self) -> None:
-        """Wait until the core listens. Raises the error that it could not start for."""
+        """Wait until the core listens. Raises the error that it could not start for; then it has ended."""
         child = self._child
         if child is None:
             return
+        try:
+            await self._hear(child)
+        except BaseException:
+            self._child = None
+            self.exit_status = await child.stop(grace_s=1.0)
+            raise
+        self._is_up = True
+
+    async def _hear(self, child: Child) -> None:
         try:
             await child.send(self._settings)
             async with asyncio.timeout(READY_S):
@@ -70,40 +92,41 @@ class CoreProcess:
         except TimeoutError:
             raise Internal(f"the core did not become ready in {READY_S:.0f} s") from None
         if "error" in message:
-            self.exit_status = await child.wait()
+            await child.wait()
             raise from_wire(*message["error"])
         about = message["ready"]
         self._path, self.pid, self.node_id = about["socket"], about["pid"], about["node_id"]
 
-    async def keep(self, on_restart: Callable[[], None]) -> None:
-        """Restart the core when it ends by itself. Ends when it must not be started again, or by cancellation."""
-        delay = RESTART_MIN_S
-        while self._child is not None:
-            started = time.monotonic()
-            status = await self._child.wait()
-            if self._stopping:
-                return
-            self._child.close()
-            if status == EXIT_DAMAGED:
-                log.err(
-                    "the core refused its data and is not started again; HTTP answers `No cluster leader`",
-                    status=status,
-                )
-                return
-            if time.monotonic() - started > 30:
-                delay = RESTART_MIN_S
-            log.err("the core ended, starting it again", status=status, in_s=round(delay, 1))
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, RESTART_MAX_S)
-            self._child = spawn([sys.executable, "-P", "-m", "rostra.server"])
+    async def live(self) -> None:
+        """One life of the core, begun here unless it runs already: raises how it ended. To be run again (`Tasks.keep`).
+
+        Does not come back where it must not be started again: it is not our child, or it refuses its data.
+        """
+        if self.attached:
+            await asyncio.Event().wait()
+        if self._child is None:
+            self._child = spawn(COMMAND)
             try:
                 await self.ready()
-            except RostraError as e:
-                log.err("the core did not start", error=e.message)
-            on_restart()
+            except RostraError:
+                await self._not_again_if_damaged(self.exit_status)
+                raise
+            log.info("the core runs again", pid=self.pid)
+        child = self._child
+        status = await child.wait()
+        self._child, self._is_up = None, False
+        child.close()
+        await self._not_again_if_damaged(status)
+        raise Ended(f"exit status {status}")
+
+    async def _not_again_if_damaged(self, status: int) -> None:
+        if status == EXIT_DAMAGED:
+            log.err(
+                "the core refused its data and is not started again; HTTP answers `No cluster leader`", status=status
+            )
+            await asyncio.Event().wait()
 
     async def stop(self) -> None:
-        self._stopping = True
         if self._child is not None:
             await self._child.stop(grace_s=3.0)  # a leader hands leadership over first
 

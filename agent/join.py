@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from rostra.runtime import log as _log
@@ -105,7 +106,7 @@ class JoinListener:
         if self._tasks is None:
             self._tasks = Tasks("join")
         bound: int = listener.getsockname()[1]
-        self._tasks.start(f"accept {host}:{bound}", self._accept(listener, self._tasks))
+        self._tasks.keep(f"accept {host}:{bound}", partial(self._accept, listener, self._tasks))
         return bound
 
     async def stop(self) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ from rostra.agent.definition import (
 )
 from rostra.agent.local_files import Files
 from rostra.runtime import log as _log
-from rostra.runtime.service import Tasks
+from rostra.runtime.service import AGAIN_MAX_S, Tasks
 from rostra.server.state.rows import CheckRow, ServiceRow
 from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound
 
@@ -153,7 +154,7 @@ class LocalAgent:
             self._restore("service", kept, self._restore_service)
         for kept in await self._files.load("checks"):
             self._restore("check", kept, self._restore_check)
-        self._tasks.start("reap critical services", self._reap())
+        self._tasks.keep("reap critical services", self._reap)
         self._refresh_aliases(None)
         self._started.set()
 
@@ -387,8 +388,9 @@ class LocalAgent:
             if spec.alias_node and spec.alias_node != self.node:
                 check.stop = self._follow_remote(check, spec)
         else:
-            task = self._tasks.start(f"check {spec.id}", self._run_periodically(check, spec))
-            check.task = task
+            work = partial(self._run_periodically, check, spec)
+            most_s = max(AGAIN_MAX_S, spec.interval_s)
+            check.task = self._tasks.keep(f"check {spec.id}", work, first_s=spec.interval_s, most_s=most_s)
 
     def _stop_check(self, check: LocalCheck) -> None:
         check.stop()
@@ -495,7 +497,11 @@ class LocalAgent:
         due = loop.time()
         pause_s = spec.interval_s if spec.type == "script" else FIRST_PAUSE_S
         while True:
-            result = await _probe(spec)
+            try:
+                result = await _probe(spec)
+            except Exception as error:
+                self._observe(check, Result(CRITICAL, f"the check could not be run: {error!r}"))
+                raise
             self._observe(check, result)
             if result.status != CRITICAL or check.row.status != CRITICAL:
                 pause_s = spec.interval_s

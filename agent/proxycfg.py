@@ -26,7 +26,7 @@ from rostra.server.state.ca import Roots
 from rostra.server.state.health import ConnectInstances
 from rostra.server.state.intention import IntentionsFor
 from rostra.server.state.rows import CheckRow, IntentionRow, NodeRow, RootRow, ServiceRow
-from rostra.wire.errors import BadRequest, NotFound, RostraError, Timeout
+from rostra.wire.errors import BadRequest, Internal, NotFound, RostraError, Timeout
 
 if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
@@ -305,9 +305,10 @@ class ProxyConfigs:
     async def _start(self, proxy_id: str, proxy: _Proxy) -> None:
         try:
             await proxy.start()
-        except RostraError as error:
-            log.warn("cannot follow what a proxy needs", proxy=proxy_id, error=error.message)
-            proxy.failure = error
+        except Exception as error:
+            failure = error if isinstance(error, RostraError) else Internal(repr(error))
+            log.warn("cannot follow what a proxy needs", proxy=proxy_id, error=failure.message)
+            proxy.failure = failure
             if self._proxies.get(proxy_id) is proxy:
                 self._end(proxy_id)  # the next question starts anew
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rostra.agent.servers_port import Answer, Barrier, Delta, Key, Mode, Row, Servers
+from rostra.runtime.service import Tasks
 from rostra.wire.errors import RostraError
 
 log = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ class Live(RowSet):
         self._waiters: dict[asyncio.Future[bool], int] = {}  # → the version that it has seen
         self._waking = False
         self._building: tuple[bool, list[tuple[Key, Row]], list[Key]] | None = None
-        self._task = asyncio.create_task(self._follow(), name="watch")
+        self._task = results.tasks.keep(f"watch {type(query).__name__}", self._follow)
 
     # -- for readers ----------------------------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ class Live(RowSet):
     # -- the watch ------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        pause_s = 0.2
+        self._building, pause_s = None, 0.2
         while True:
             try:
                 async for delta in self._results.servers.watch(self._query, token=self._token):
@@ -312,8 +313,6 @@ class Live(RowSet):
                 self.error = e
                 self._ready_or_error.set()
                 self._schedule_wake()
-            except Exception:
-                log.exception("a watch failed", extra={"query": type(self._query).__name__})
             self._building = None
             await asyncio.sleep(pause_s)
             pause_s = min(5.0, pause_s * 2)
@@ -442,6 +441,7 @@ class Results:
         self._lives: dict[tuple[Any, bytes], Live] = {}
         self._token_keys: dict[str, bytes] = {"": b""}
         self._janitor: asyncio.Task[None] | None = None
+        self.tasks = Tasks("agent.results")
         servers.on_touched(self._on_touched)
 
     # -- one answer -----------------------------------------------------------------------------------------------
@@ -574,7 +574,7 @@ class Results:
                 self._end_one()
             found = self._lives[key] = Live(self, query, token)
             if self._janitor is None:
-                self._janitor = asyncio.create_task(self._sweep(), name="watch janitor")
+                self._janitor = self.tasks.keep("watch janitor", self._sweep)
         found.touch()
         return found
 

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from rostra import __version__
 from rostra.agent.config import Config, ConfigErrors, load
 from rostra.agent.core_process import CoreProcess
 from rostra.runtime import log as logging
+from rostra.runtime.service import end_with_threads
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
 
 if TYPE_CHECKING:
@@ -149,6 +151,7 @@ def _run(config: Config) -> int:
         except OSError as e:
             raise BadRequest(f"cannot write the pid file {pid_file}: {e.strerror}; change it with -pid-file") from None
     _raise_fd_limit()
+    end_with_threads()
     core: CoreProcess | None = None
     if config.server or config.dev:
         core = CoreProcess(core_settings(config))
@@ -334,8 +337,9 @@ class RunningAgent:
         if not config.dev:
             await self._open_join_port()
         if self._core is not None:
-            self._tasks.start("core", self._core.keep(lambda: None))
-        self._tasks.start("session with a server", session.run())
+            self._tasks.keep("core", self._core.live)
+            agent.parts["core"] = self._core
+        self._tasks.keep("session with a server", session.run)
         session.on_connected.append(self._connected)
         if self._core is None:
             from rostra.agent.enrolment import Certificate
@@ -343,7 +347,7 @@ class RunningAgent:
             assert self._identity is not None
             certificate = Certificate(self._identity, session)
             session.on_connected.append(certificate.kick)
-            self._tasks.start("node certificate", certificate.keep())
+            self._tasks.keep("node certificate", certificate.keep)
 
         await local.start()
         self._ends.append(("local state", local.stop))
@@ -398,7 +402,7 @@ class RunningAgent:
         await sidecars.start()
         self._ends.append(("sidecars", sidecars.stop))
         if self._core is not None and not config.dev and (config.retry_join or config.start_join):
-            self._tasks.start("tell the core where to join", self._tell_core_where())
+            self._tasks.keep("tell the core where to join", self._tell_core_where)
         gc.collect()
         gc.freeze()
         # A collection is a step of the loop that walks all young objects: 300 parked watchers have 40,000 (8 ms). What
@@ -537,7 +541,7 @@ class RunningAgent:
         if is_server:
             from rostra.agent.enrolment import follow_core
 
-            self._tasks.start("node certificate", follow_core(identity))
+            self._tasks.keep("node certificate", partial(follow_core, identity))
         info = AgentInfo(
             node_id=identity.node_id,
             name=config.node_name,
@@ -575,6 +579,7 @@ class RunningAgent:
             await asyncio.sleep(min(1.0, self.config.retry_interval_s))
             with contextlib.suppress(RostraError):
                 await self._learn_servers()
+        await asyncio.Event().wait()
 
     async def _listen_http(self, http: Any) -> str:
         """Open every HTTP address; the URL under which this host's own proxies reach the API."""
@@ -613,6 +618,8 @@ class RunningAgent:
     def _gauges(self, metrics: Any, session: Any, results: Any) -> None:
         metrics.gauge("session.connected", lambda: int(session.connected))
         metrics.gauge("session.reconnects", lambda: session.reconnects)
+        if (core := self._core) is not None:
+            metrics.gauge("core.up", lambda: int(session.connected if core.attached else core.is_up))
         metrics.gauge("runtime.rss_bytes", _rss_bytes)
 
 

@@ -12,14 +12,14 @@ import asyncio
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from rostra.agent.local import LocalAgent, LocalService
 from rostra.runtime import log as _log
 from rostra.runtime.lifeline import Child, spawn
-from rostra.runtime.service import Tasks, backoff
+from rostra.runtime.service import Ended, Tasks
 
 STOP_WITHIN_S = 1.0
-STEADY_AFTER_S = 10.0  # a process that ran this long starts its back-off anew
 
 log = _log.get("agent.sidecars")
 
@@ -91,25 +91,15 @@ class Sidecars:
                     supervised.task.cancel()
         for proxy_id in wanted - self._running.keys():
             supervised = self._running[proxy_id] = _Supervised()
-            supervised.task = self._tasks.start(f"sidecar {proxy_id}", self._supervise(proxy_id, supervised))
-
-    async def _supervise(self, proxy_id: str, supervised: _Supervised) -> None:
-        """Runs the process again and again, until this task is cancelled."""
-        loop = asyncio.get_running_loop()
-        delays = backoff(self._first_delay_s, self._most_delay_s)
-        while True:
-            started = loop.time()
-            status = await self._run_once(proxy_id, supervised)
-            if loop.time() - started >= STEADY_AFTER_S:
-                delays = backoff(self._first_delay_s, self._most_delay_s)
-            delay_s = next(delays)
-            log.warn(
-                "a sidecar proxy ended, starting it again", proxy=proxy_id, status=status, delay_s=round(delay_s, 2)
+            supervised.task = self._tasks.keep(
+                f"sidecar {proxy_id}",
+                partial(self._run_once, proxy_id, supervised),
+                first_s=self._first_delay_s,
+                most_s=self._most_delay_s,
             )
-            await asyncio.sleep(delay_s)
 
-    async def _run_once(self, proxy_id: str, supervised: _Supervised) -> int | str:
-        """The exit status. When cancelled, the process is stopped before this returns."""
+    async def _run_once(self, proxy_id: str, supervised: _Supervised) -> None:
+        """One life of the process: raises how it ended. When cancelled, the process is stopped before this returns."""
         argv = [*self._command, "-proxy-id", proxy_id, "-http-addr", self._http_addr]
         if self._log_level:
             argv += ["-log-level", self._log_level]
@@ -119,9 +109,7 @@ class Sidecars:
         try:
             child = supervised.child = await asyncio.shield(starting)
             log.info("sidecar proxy started", proxy=proxy_id, pid=child.pid)
-            return await child.wait()
-        except OSError as error:
-            return str(error)
+            raise Ended(f"exit status {await child.wait()}")
         except asyncio.CancelledError:
             child = child or await starting
             await child.stop(STOP_WITHIN_S)

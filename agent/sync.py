@@ -206,16 +206,17 @@ class Sync:
         self._synced = asyncio.Event()
         self._tasks = Tasks("agent.sync")
         self._removers: list[Callable[[], None]] = []
+        self._unfollow: list[Callable[[], None]] = []
         self._refused: dict[str, str] = {}  # step -> the refusal that was logged
         self._behind = _log.RateLimited(log, BEHIND_TELL_S)
 
     async def start(self) -> None:
         self._removers.append(self._local.on_change(self.trigger))
-        self._tasks.start("sync", self._run())
-        self._tasks.start("full sync", self._full_timer())
+        self._tasks.keep("sync", self._run)
+        self._tasks.keep("full sync", self._full_timer)
 
     async def stop(self) -> None:
-        for remove in self._removers:
+        for remove in (*self._removers, *self._unfollow):
             remove()
         self._removers.clear()
         await self._tasks.stop()
@@ -238,7 +239,10 @@ class Sync:
         # Watches hold rows of this one node only; they also tell when a reconnection brought another picture.
         services = self._results.live(NodeServices(self._identity.name), token=self._token)
         checks = self._results.live(NodeChecks(self._identity.name), token=self._token)
-        self._removers += [services.on_change(self._wake.set), checks.on_change(self._wake.set)]
+        for remove in self._unfollow:
+            remove()
+        self._unfollow = [services.on_change(self._wake.set), checks.on_change(self._wake.set)]
+        self._full_due = True
         while True:
             try:
                 if await services.ready(60.0) and await checks.ready(60.0):
@@ -254,10 +258,6 @@ class Sync:
                 self._behind.warn("the catalog could not be brought up to date, trying again", error=error.message)
                 self._full_due = True
                 await self._sleep(min(1.0, self._retry_pause_s()))
-            except Exception as error:  # a defect here must not leave the catalog stale for ever
-                log.err("anti-entropy failed, trying again", exc_info=error)
-                self._full_due = True
-                await asyncio.sleep(min(1.0, self._retry_pause_s()))
 
     async def _read(self) -> Picture:
         services = await self._results.fetch(NodeServices(self._identity.name), token=self._token)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rostra.connect_proxy.admin import serve_admin
@@ -160,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"rostra connect proxy: -admin-addr={options.admin_addr}: {error}", file=sys.stderr)
             return 1
+    threading.excepthook = partial(_thread_died, log)
     gc.freeze()  # what exists now stays: not worth looking at again
     source.start(fail)
     proxy.run()
@@ -196,6 +198,18 @@ def _source(options: Options, log: Log, proxy: Proxy) -> AgentSource | FileSourc
         sidecar_for=options.sidecar_for,
         read_token=read_token if options.token_file and not options.token else None,
     )
+
+
+def _thread_died(log: Log, args: threading.ExceptHookArgs) -> None:
+    """Nobody would miss it: end, and let whoever supervises this proxy start it again.
+
+    (`runtime.service.end_with_threads` is the same for the other programs.)
+    """
+    name = args.thread.name if args.thread is not None else "?"
+    try:
+        log.error("a thread has died, stopping at once", thread=name, error=repr(args.exc_value))
+    finally:
+        os._exit(70)
 
 
 def _die_with(fd: int) -> None:

@@ -313,6 +313,7 @@ class Proxy:
 
     def _watch_idle(self) -> None:
         """Twice per timeout: a link that has moved nothing since the last look but one is closed."""
+        self.loop.call_later(self._limits.idle_timeout_s / 2, self._watch_idle)
         for link in list(self.links):
             if not link.is_relaying:
                 continue
@@ -321,7 +322,6 @@ class Proxy:
                 link.close("idle")
             else:
                 link.marked_bytes = -moved if link.marked_bytes == moved else moved
-        self.loop.call_later(self._limits.idle_timeout_s / 2, self._watch_idle)
 
     def _fault(self, error: Exception, culprit: Callable[..., None] | None) -> None:
         """A defect of ours: it costs one connection, not the proxy."""

@@ -20,6 +20,7 @@ from rostra.dns.recurse import Recursor
 from rostra.dns.resolver import Count, Draw, Forward, Resolver, Wait
 from rostra.dns.source import Source, View
 from rostra.runtime import log as logging
+from rostra.runtime.service import Tasks
 from rostra.wire.errors import Conflict
 from rostra.wire.turns import Turns, turns
 
@@ -64,7 +65,7 @@ class DnsServer:
         self._line: deque[tuple[bytes, Reply]] = deque()
         self._line_bytes = 0
         self.turns: Turns  # the loop's, from `start` on
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("dns")
         self._udp: list[asyncio.BaseTransport] = []
         self._tcp: list[asyncio.Server] = []
         self._ticker: asyncio.TimerHandle | None = None
@@ -98,9 +99,7 @@ class DnsServer:
             connection.abort()
         if self._recursor is not None:
             self._recursor.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         self.resolver.close()
 
     def answer(self, packet: bytes, reply: Reply, *, tcp: bool) -> None:
@@ -152,7 +151,7 @@ class DnsServer:
             waiting.append((packet, reply, tcp))
             return
         self._parked[id(view)] = [(packet, reply, tcp)]
-        self._spawn(self._answer_when_ready(view), "dns: wait for a view")
+        self._tasks.start("wait for a view", self._answer_when_ready(view))
 
     async def _answer_when_ready(self, view: View) -> None:
         waiting: list[tuple[bytes, Reply, bool]] = []
@@ -177,7 +176,7 @@ class DnsServer:
         if self._recursor is None or not self._recursor.has_room:
             self._fail(packet, reply)
             return
-        self._spawn(self._recurse(self._recursor, packet, reply, tcp), "dns: recurse")
+        self._tasks.start("recurse", self._recurse(self._recursor, packet, reply, tcp))
 
     async def _recurse(self, recursor: Recursor, packet: bytes, reply: Reply, tcp: bool) -> None:
         answer = await recursor.ask(packet, tcp=tcp)
@@ -190,11 +189,6 @@ class DnsServer:
         answer = self.resolver.fail(packet)
         if answer is not None:
             reply(answer)
-
-    def _spawn(self, work: Any, name: str) -> None:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

@@ -118,8 +118,9 @@ def die_with_parent_thread() -> None:
 class Child:
     """A running child. Its life hangs on `self`: `close` (or the end of this process) ends it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], end: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], end: socket.socket, pidfd: int) -> None:
         self._process = process
+        self._pidfd = pidfd
         self._socket = end
         self._decoder = FrameDecoder(RPC_FRAME_BYTES_MAX)
         self._received: deque[bytes] = deque()
@@ -164,18 +165,14 @@ class Child:
         # A pidfd works on every loop and in every thread; child watchers need the main one.
         loop = asyncio.get_running_loop()
         exited: asyncio.Future[int] = loop.create_future()
-        if (status := self._process.poll()) is not None:
-            exited.set_result(status)
-            return exited
-        pidfd = os.pidfd_open(self.pid)
 
         def ended() -> None:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
+            loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
             if not exited.done():
                 exited.set_result(self._process.wait())
 
-        loop.add_reader(pidfd, ended)
+        loop.add_reader(self._pidfd, ended)
         return exited
 
     def signal(self, number: int) -> None:
@@ -200,7 +197,10 @@ class Child:
 
 
 def spawn(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None) -> Child:
-    """Start `argv` with `-lifeline-fd N` added. stdout and stderr are ours, stdin is empty. Raises OSError."""
+    """Start `argv` with `-lifeline-fd N` added. stdout and stderr are ours, stdin is empty.
+
+    Raises OSError, and then nothing runs: a child that exists can be waited for, whatever runs out later.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     # SIGINT stays blocked in the child until it ignores it: Ctrl-C during its imports must not kill it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -212,6 +212,12 @@ def spawn(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str
             env=dict(env) if env is not None else None,
             cwd=cwd,
         )
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
     except BaseException:
         ours.close()
         raise
@@ -219,4 +225,4 @@ def spawn(argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
     ours.setblocking(False)
-    return Child(process, ours)
+    return Child(process, ours, pidfd)

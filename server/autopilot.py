@@ -198,7 +198,7 @@ class Autopilot:
                 log.err("a duty of autopilot was refused", error=e.message)
             except Exception as e:
                 # A defect in a duty breaks no promise of the log: say so, and go on.
-                log.err("a duty of autopilot failed", exc_info=e)
+                self._refused.err("a duty of autopilot failed", key=repr(e), exc_info=e)
             await asyncio.sleep(TICK_S)
 
     async def tick(self) -> None:

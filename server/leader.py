@@ -166,7 +166,7 @@ class Leader:
                 log.err("a duty of the leader was refused", error=e.message)
             except Exception as e:
                 # A defect in a duty breaks no promise of the log: say so, and lead on.
-                log.err("a duty of the leader failed", exc_info=e)
+                self._refused.err("a duty of the leader failed", key=repr(e), exc_info=e)
                 await asyncio.sleep(1.0)
             try:
                 async with asyncio.timeout(TICK_S):

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NewerFormat, NodeIdentity, parse_secrets, read_node_id
-from rostra.runtime.service import Tasks
+from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, end_with_threads
 from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
 from rostra.server.autopilot import Autopilot
@@ -54,7 +54,6 @@ from rostra.wire.rpc import Caller, hello
 log = logging.get("server")
 
 EXIT_CANNOT = 1
-EXIT_FAIL_STOP = 70
 EXIT_DAMAGED = 78
 
 #: How often this server looks whether its certificate is due and its report still true.
@@ -170,7 +169,7 @@ class Core:
         (directory / "server" / "socket").write_text(str(path))
         self._steps.start()
         self._tasks.start("join the cluster", self._join())
-        self._tasks.start("own certificate", self._keep_certificate())
+        self._tasks.keep("own certificate", self._keep_certificate)
         if self._temporary is not None:
             self._tasks.start("remove stale directories", asyncio.to_thread(remove_stale, self._temporary.parent))
         return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
@@ -300,8 +299,8 @@ class Core:
         gc.collect()
         gc.freeze()
         gc.disable()
-        self._tasks.start("leader duties", self._leader.run())
-        self._tasks.start("autopilot", self._autopilot.run())
+        self._tasks.keep("leader duties", self._leader.run)
+        self._tasks.keep("autopilot", self._autopilot.run)
         standing = Standing(
             self.node,
             raft,
@@ -315,7 +314,7 @@ class Core:
             introduce=self._introduce,
             hear=self._roster.hear,
         )
-        self._tasks.start("standing", standing.keep())
+        self._tasks.keep("standing", standing.keep)
 
     # -- who the servers are ------------------------------------------------------------------------------------
 
@@ -600,6 +599,7 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
     import uvloop
 
     logging.configure(settings.log_level, as_json=settings.log_json)
+    end_with_threads()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

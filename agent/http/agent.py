@@ -437,6 +437,10 @@ def _stats(agent: Agent, is_server: bool, leader: str, raft: Json) -> Json:
             "version": f"python{platform.python_version()}",
         },
     }
+    core = agent.parts.get("core")
+    if core is not None:
+        is_up = agent.servers.connected if core.attached else core.is_up
+        stats["core"] = {"state": "up" if is_up else "away", "pid": str(core.pid)}
     if raft:
         stats["raft"] = {k: str(v).lower() for k, v in raft.items() if isinstance(v, str | int | float)}
     return stats

@@ -19,6 +19,7 @@ from typing import Any
 from pysyncobj.transport import Transport
 
 from rostra.runtime import log as logging
+from rostra.runtime.service import Tasks
 from rostra.server.raft.core import Timing, server
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.members import Member, Members
@@ -81,6 +82,7 @@ class Links(Transport):  # type: ignore[misc]
         self._unflushed: dict[FrameConnection, None] = {}
         self._started = self._closed = False
         self.reconnects = 0
+        self._tasks = Tasks("raft")
 
     # -- the life of links
 
@@ -111,14 +113,11 @@ class Links(Transport):  # type: ignore[misc]
                 self._dial_for_ever(link)
 
     def _dial_for_ever(self, link: Link) -> None:
-        link.dialer = self._loop.create_task(self._keep_dialled(link), name=f"raft-dial-{link.member.name}")
+        link.dialer = self._tasks.keep(f"dial {link.member.name}", partial(self._keep_dialled, link))
 
     async def stop(self) -> None:
         self._closed = True
-        dialers = [link.dialer for link in self.links.values() if link.dialer is not None]
-        for task in dialers:
-            task.cancel()
-        await asyncio.gather(*dialers, return_exceptions=True)
+        await self._tasks.stop()
         self._waiting.clear()
         for link in self.links.values():
             connection = link.connection
