@@ -2,7 +2,7 @@
 
 A connection of the application gets an endpoint from the balancer; one that cannot be reached, fails its handshake or
 turns out to be someone else is put to rest and the next is tried, a few times. The peer is right only if its verified
-certificate says exactly the identity that the snapshot names for this upstream. Nothing here does IO.
+certificate says the identity that the snapshot names for this upstream, in whatever case. Nothing here does IO.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ class OutboundPolicy:
 
 
 def _comparable(uri: str) -> str:
-    """SPIFFE: the trust domain is compared without regard to case, the path with it."""
+    """SPIFFE compares the trust domain without regard to case; services of the catalog do not differ by case either."""
     scheme, _, rest = uri.partition("://")
     domain, slash, path = rest.partition("/")
-    return f"{scheme.lower()}://{domain.lower()}{slash}{path}"
+    before, mark, service = path.rpartition("/svc/")
+    return f"{scheme.lower()}://{domain.lower()}{slash}{before}{mark}{service.lower() if mark else service}"
 
 
 def _server_name(upstream: Upstream, trust_domain: str) -> str:

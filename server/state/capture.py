@@ -132,6 +132,8 @@ class Loader:
             self._fill_keys(rows)
         elif table is self.tables.tombstones:
             self._fill_tombstones(rows)
+        elif table is self.tables.granules:
+            self._fill_granules(rows)
         elif table.make is None:
             for key, row in rows:
                 table.put(key, row)
@@ -152,6 +154,13 @@ class Loader:
             if made.session:
                 tables.locks_of.setdefault(made.session, set()).add(key)
             raise_directories(key, made.modify_index)
+
+    def _fill_granules(self, rows: Any) -> None:
+        """Destinations of intentions were noted as they were spelled before their case ceased to matter."""
+        granules = self.tables.granules.rows
+        for name, index in rows:
+            folded = name.lower() if name.startswith("intention:") else name
+            granules[folded] = max(index, granules.get(folded, 0))
 
     def _fill_tombstones(self, rows: Any) -> None:
         tables = self.tables

@@ -2,7 +2,8 @@
 
 Everything enters by `Register` and leaves by `Deregister`. Registering what is there already changes nothing and
 moves no index. A change to a node or to a check of a node touches every service on it, because health answers join
-the three. Names of nodes and services do not differ by case; a node keeps the spelling under which it came first.
+the three. Names of nodes and services, and ids of services and checks, do not differ by case: a node keeps the
+spelling under which it came first, an id has that of its last registration.
 """
 
 from __future__ import annotations
@@ -120,11 +121,11 @@ class Deregister:
         tables = tx.tables
         node = tables.node_name(self.node)
         if self.service_id:
-            if (node, self.service_id) in tables.services.rows:
-                remove_service(tx, node, self.service_id)
+            for _, service_id in tables.services_like(node, self.service_id):
+                remove_service(tx, node, service_id)
         elif self.check_id:
-            if (node, self.check_id) in tables.checks.rows:
-                remove_check(tx, node, self.check_id)
+            for _, check_id in tables.checks_like(node, self.check_id):
+                remove_check(tx, node, check_id)
         elif node in tables.nodes.rows:
             remove_node(tx, node)
         return True
@@ -234,18 +235,19 @@ def check_fields(tables: Tables, node: str, given: dict[str, Any]) -> dict[str, 
     fields["id"] = check_id
     service_id = fields.get("service_id")
     if service_id:
-        service = tables.services.get((node, service_id))
-        if service is None:
+        like = tables.services_like(node, service_id)
+        if not like:
             raise BadRequest(
                 f'Missing service registration: check {check_id!r} names service {service_id!r} on node "{node}"'
             )
-        fields["service_name"], fields["service_tags"] = service.name, service.tags
+        service = tables.services.rows[like[0]]
+        fields["service_id"], fields["service_name"], fields["service_tags"] = service.id, service.name, service.tags
     else:
         fields["service_name"], fields["service_tags"] = "", ()
     status = fields.get("status")
     if not status:
-        old = tables.checks.get((node, check_id))
-        fields["status"] = old.status if old is not None else "critical"
+        like = tables.checks_like(node, check_id)
+        fields["status"] = tables.checks.rows[like[0]].status if like else "critical"
     elif status not in STATUSES:
         raise BadRequest(f"check {check_id!r}: status {status!r} is none of {', '.join(STATUSES)}")
     if "definition" in fields:
@@ -272,35 +274,52 @@ def put_service(tx: Tx, fields: dict[str, Any]) -> None:
     """Create or change a service instance; its checks follow its name and tags."""
     tables = tx.tables
     key = (fields["node"], fields["id"])
-    old = tables.services.get(key)
+    like = tables.services_like(*key)
+    old = tables.services.rows[like[0]] if like else None
     row = _row(ServiceRow, tx, fields, old)
     if row is None:
-        return
-    names = (row.name,) if old is None or old.name == row.name else (old.name, row.name)
+        if old is None or len(like) == 1:
+            return
+        row = old
+    former = [tables.services.rows[pair] for pair in like]
+    names = dict.fromkeys([*[one.name for one in former], row.name])
     before = {name: _name_row(tables, name) for name in names}
-    if old is not None:
-        touch_instance(tx, old)
+    checks = [check for pair in like for check in tables.checks_for.get(pair, ())]
+    for one in former:
+        touch_instance(tx, one)
+        if one.id != row.id:
+            tx.touch("node:" + one.node.lower(), ("s", one.id))
+            tx.delete(tables.services, (one.node, one.id))
     tx.put(tables.services, key, row)
     touch_instance(tx, row)
     tx.touch("node:" + row.node.lower(), ("s", row.id))
     for name in names:
         if before[name] != _name_row(tables, name):
             tx.touch("table:service-names", name)
-    if old is not None and (old.name != row.name or old.tags != row.tags):
-        for check in tables.checks_for.get(key, ()):
-            put_check(tx, check._replace(service_name=row.name, service_tags=row.tags)._asdict())
+    owner = (row.id, row.name, row.tags)
+    for check in checks:
+        if (check.service_id, check.service_name, check.service_tags) != owner:
+            put_check(tx, check._replace(service_id=row.id, service_name=row.name, service_tags=row.tags)._asdict())
 
 
 def put_check(tx: Tx, fields: dict[str, Any]) -> None:
     """Create or change a check; a critical one ends the sessions that rely on it."""
     tables = tx.tables
     key = (fields["node"], fields["id"])
-    old = tables.checks.get(key)
+    like = tables.checks_like(*key)
+    old = tables.checks.rows[like[0]] if like else None
     row = _row(CheckRow, tx, fields, old)
     if row is None:
-        return
-    if old is not None and old.service_id != row.service_id:
-        touch_check(tx, old)
+        if old is None or len(like) == 1:
+            return
+        row = old
+    for pair in like:
+        one = tables.checks.rows[pair]
+        if pair != key:  # the same check, spelled otherwise
+            touch_check(tx, one)
+            tx.delete(tables.checks, pair)
+        elif one.service_id != row.service_id:
+            touch_check(tx, one)
     tx.put(tables.checks, key, row)
     touch_check(tx, row)
     if row.status == "critical":

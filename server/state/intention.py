@@ -1,6 +1,8 @@
 """Intentions: which service may connect to which. One per (source, destination), either may be "*".
 
-Who wins is decided in `acl.intention`, by the proxies and by the API alike; here they are only kept.
+Names that differ by case only are the same source and destination here: a second intention for them is refused or
+takes the place of the first. They are kept as they were spelled, since case still tells who connects. Who wins is
+decided in `acl.intention`, by the proxies and by the API alike.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from rostra.server.state.catalog import canonical
 from rostra.server.state.rows import IntentionRow
 from rostra.server.state.tables import Pair
 from rostra.server.state.transaction import Tx, View
-from rostra.wire.errors import BadRequest
+from rostra.wire.errors import BadRequest, Conflict
 
 
 @dataclass(frozen=True, slots=True)
 class SetIntention:
-    """Create or change the intention of that source and destination; its id."""
+    """Create or change the intention of that source and destination; its id.
+
+    With an `id` that exists, that intention becomes this one, also where it was another pair's. With a new one, or
+    another one than that pair has, the pair must be free. Without, the intention of that pair is replaced.
+    """
 
     kind: ClassVar[str] = "intention.set"
     source: str
@@ -29,6 +35,8 @@ class SetIntention:
     description: str = ""
     meta: dict[str, str] = field(default_factory=dict)
     id: str = ""
+    default_addr: str = ""
+    default_port: int = 0
 
     def allowed(self, can: Authorizer) -> bool:
         return can.intention_write(self.destination)
@@ -41,8 +49,14 @@ class SetIntention:
                 raise BadRequest(f"{label}: wildcard character '*' cannot be used with partial values")
         if self.action not in ("allow", "deny"):
             raise BadRequest("Action must be set to 'allow' or 'deny'")
-        key = (self.source, self.destination)
-        old = tx.tables.intentions.get(key)
+        key, table = (self.source, self.destination), tx.tables.intentions
+        former = tx.tables.intentions_like(*key)
+        if self.id:
+            for other in [table.rows[pair] for pair in former]:
+                if other.id != self.id:
+                    raise Conflict(duplicate(other))
+            former = sorted(tx.tables.intentions_by_id.get(self.id, ()), key=lambda pair: pair != key)
+        old = table.rows[former[0]] if former else None
         row = IntentionRow(
             self.source,
             self.destination,
@@ -55,18 +69,28 @@ class SetIntention:
             old.updated_at_ms if old is not None else tx.at_ms,
             old.create_index if old is not None else tx.index,
             old.modify_index if old is not None else tx.index,
+            self.default_addr,
+            self.default_port,
         )
         if row != old:
             if old is not None:
                 row = row._replace(updated_at_ms=tx.at_ms, modify_index=tx.index)
-            tx.put(tx.tables.intentions, key, row)
+            tx.put(table, key, row)
             _touch(tx, key)
+        for pair in former:
+            if pair != key:
+                tx.delete(table, pair)
+                _touch(tx, pair)
         return row.id
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteIntention:
-    """Delete an intention. True as well when there is none."""
+    """Delete an intention, spelled exactly so. True as well when there is none.
+
+    Whoever asks for it finds out first how it is spelled: so an update that respells it, in a cluster with older
+    servers, can be followed by the deletion of the former spelling.
+    """
 
     kind: ClassVar[str] = "intention.delete"
     source: str
@@ -110,18 +134,26 @@ class IntentionsFor:
         return can.intention_read(self.destination)
 
     def keys(self, view: View) -> list[Pair]:
-        found = []
-        for destination in sorted({self.destination, ANY}):
+        found: list[Pair] = []
+        for destination in sorted({self.destination.lower(), ANY}):
             view.reads("intention:" + destination)
-            found += [(source, destination) for source in view.tables.sources_for.get(destination, ())]
+            found += view.tables.intentions_for.get(destination, ())
         return sorted(found)
 
     def row(self, view: View, key: Pair) -> IntentionRow | None:
-        return view.tables.intentions.get(key) if key[1] in (self.destination, ANY) else None
+        return view.tables.intentions.get(key) if key[1].lower() in (self.destination.lower(), ANY) else None
+
+
+def duplicate(row: IntentionRow) -> str:
+    """Says that this one is there already, in the words that clients know."""
+    return (
+        f"duplicate intention found: {row.action.upper()} default/{row.source} => default/{row.destination} "
+        f"(ID: {row.id}, Precedence: {row.precedence})"
+    )
 
 
 def _touch(tx: Tx, key: Pair) -> None:
-    tx.touch("intention:" + key[1], key)
+    tx.touch("intention:" + key[1].lower(), key)
     tx.touch("table:intentions", key)
 
 

@@ -77,6 +77,9 @@ class SessionRow(NamedTuple):
     service_checks: tuple[str, ...] = ()
     create_index: int = 0
     modify_index: int = 0
+    checks: tuple[str, ...] = ()  # more checks to rely on, under the name that they had before Consul 1.7
+    ttl: str = ""  # as it was given, where `ttl_ms` would be shown otherwise
+    lock_delay_ns: int = -1  # as it was given, where `lock_delay_ms` is rounded or bounded
 
 
 class IntentionRow(NamedTuple):
@@ -91,6 +94,8 @@ class IntentionRow(NamedTuple):
     updated_at_ms: int = 0
     create_index: int = 0
     modify_index: int = 0
+    default_addr: str = ""  # kept for who wrote it, without effect
+    default_port: int = 0
 
 
 class RootRow(NamedTuple):

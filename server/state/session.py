@@ -34,6 +34,10 @@ class CreateSession:
     ttl_ms: int = 0
     node_checks: tuple[str, ...] = ("serfHealth",)
     service_checks: tuple[str, ...] = ()
+    # What follows is sent only where it says more than the fields above: older servers cannot apply it.
+    checks: tuple[str, ...] = ()
+    ttl: str = ""
+    lock_delay_ns: int = -1
 
     def allowed(self, can: Authorizer) -> bool:
         return can.session_write(self.node)
@@ -51,11 +55,11 @@ class CreateSession:
         node = tables.node_name(self.node)
         if node not in tables.nodes.rows:
             raise BadRequest("Missing node registration")
-        for check_id in (*self.node_checks, *self.service_checks):
-            check = tables.checks.get((node, check_id))
-            if check is None:
+        for check_id in (*self.node_checks, *self.checks, *self.service_checks):
+            like = tables.checks_like(node, check_id)
+            if not like:
                 raise BadRequest(f"Missing check '{check_id}' registration")
-            if check.status == "critical":
+            if any(tables.checks.rows[key].status == "critical" for key in like):
                 raise BadRequest(f"Check '{check_id}' is in critical state")
         row = SessionRow(
             self.id,
@@ -68,6 +72,9 @@ class CreateSession:
             self.service_checks,
             tx.index,
             tx.index,
+            self.checks,
+            self.ttl,
+            self.lock_delay_ns,
         )
         tx.put(tables.sessions, self.id, row)
         _touch(tx, self.id)
@@ -208,7 +215,7 @@ def end_session(tx: Tx, session_id: str) -> None:
 
 def end_sessions_of_check(tx: Tx, node: str, check_id: str) -> None:
     """The check is critical or gone: so are the sessions that rely on it."""
-    for session_id in list(tx.tables.sessions_by_check.get((node, check_id), ())):
+    for session_id in list(tx.tables.sessions_by_check.get((node, check_id.lower()), ())):
         end_session(tx, session_id)
 
 

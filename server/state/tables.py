@@ -109,8 +109,12 @@ class Tables:
         self.checks_on: dict[str, list[Pair]] = {}  # node -> (node, check id)
         self.checks_for: dict[Pair, tuple[CheckRow, ...]] = {}  # (node, service id or "") -> checks by id
         self.sessions_on: dict[str, list[str]] = {}
-        self.sessions_by_check: dict[Pair, list[str]] = {}
-        self.sources_for: dict[str, list[str]] = {}  # intention's destination -> sources
+        self.sessions_by_check: dict[Pair, list[str]] = {}  # (node, folded check id) -> sessions
+        self.odd_services: dict[Pair, list[Pair]] = {}  # (node, folded id) -> keys of ids that have capital letters
+        self.odd_checks: dict[Pair, list[Pair]] = {}
+        self.intentions_for: dict[str, list[Pair]] = {}  # folded destination -> (source, destination)
+        self.intentions_by_fold: dict[Pair, list[Pair]] = {}  # folded source and destination -> how they are spelled
+        self.intentions_by_id: dict[str, list[Pair]] = {}
 
         # Replicated.
         self.kv: Table[str, KVRow] = Table("kv", KVRow, self._kv_changed)
@@ -222,6 +226,22 @@ class Tables:
         """The name under which that node is registered; `name` itself when there is none."""
         return name if name in self.nodes.rows else self.node_by_fold.get(name.lower(), name)
 
+    def services_like(self, node: str, service_id: str) -> list[Pair]:
+        """The keys of services on `node` whose ids differ from this one by case only; the one spelled so first.
+
+        More than one only where an older version, to which they were different, has written them.
+        """
+        return _like(self.services.rows, self.odd_services, node, service_id)
+
+    def checks_like(self, node: str, check_id: str) -> list[Pair]:
+        """As `services_like`, of checks."""
+        return _like(self.checks.rows, self.odd_checks, node, check_id)
+
+    def intentions_like(self, source: str, destination: str) -> list[Pair]:
+        """The intentions of a source and a destination that differ from these by case only; the exact one first."""
+        key = (source, destination)
+        return sorted(self.intentions_by_fold.get((source.lower(), destination.lower()), ()), key=lambda k: k != key)
+
     def check_pairs(self) -> list[Pair]:
         """The keys of all checks, sorted."""
         checks_on = self.checks_on
@@ -252,8 +272,10 @@ class Tables:
                 self._count(new)
         if old is None:
             add(self.services_on, key[0], key[1])
+            _note_odd(self.odd_services, key, add)
         elif new is None:
             take(self.services_on, key[0], key[1])
+            _note_odd(self.odd_services, key, take)
         self._move(self.instances_of, key, old.name.lower() if old else "", new.name.lower() if new else "")
         self._move(
             self.meshed_for,
@@ -304,8 +326,10 @@ class Tables:
         node, check_id = key
         if old is None:
             add(self.checks_on, node, key)
+            _note_odd(self.odd_checks, key, add)
         elif new is None:
             take(self.checks_on, node, key)
+            _note_odd(self.odd_checks, key, take)
         if old is not None and (new is None or new.service_id != old.service_id):
             owner = (node, old.service_id)
             rest = tuple([c for c in self.checks_for[owner] if c.id != check_id])
@@ -334,11 +358,14 @@ class Tables:
                 add(self.sessions_by_check, (new.node, check), key)
 
     def _intention_changed(self, key: Pair, old: IntentionRow | None, new: IntentionRow | None) -> None:
-        source, destination = key
+        source, destination = key[0].lower(), key[1].lower()
         if old is None:
-            add(self.sources_for, destination, source)
+            add(self.intentions_for, destination, key)
+            add(self.intentions_by_fold, (source, destination), key)
         elif new is None:
-            take(self.sources_for, destination, source)
+            take(self.intentions_for, destination, key)
+            take(self.intentions_by_fold, (source, destination), key)
+        self._move(self.intentions_by_id, key, old.id if old else "", new.id if new else "")
 
     # -- granules -------------------------------------------------------------------------------------------------
 
@@ -362,7 +389,7 @@ class Tables:
             case "session":
                 return name in self.sessions.rows
             case "intention":
-                return name in self.sources_for
+                return name in self.intentions_for
         return True
 
 
@@ -374,11 +401,31 @@ def mesh_destination(row: ServiceRow) -> str:
 
 
 def session_checks(row: SessionRow) -> set[str]:
-    return {*row.node_checks, *row.service_checks}
+    """The folded ids of the checks that a session relies on."""
+    return {check.lower() for check in (*row.node_checks, *row.service_checks, *row.checks)}
 
 
 def _check_id(row: CheckRow) -> str:
     return row.id
+
+
+# -- ids that differ by case only ---------------------------------------------------------------------------------
+
+
+def _like(rows: dict[Pair, Any], odd: dict[Pair, list[Pair]], node: str, name: str) -> list[Pair]:
+    key, folded = (node, name), (node, name.lower())
+    found = [key] if key in rows else []
+    if folded != key and folded in rows:
+        found.append(folded)
+    if odd:
+        found += [other for other in odd.get(folded, ()) if other != key]
+    return found
+
+
+def _note_odd(odd: dict[Pair, list[Pair]], key: Pair, change: Callable[[Any, Any, Any], None]) -> None:
+    folded = key[1].lower()
+    if folded != key[1]:
+        change(odd, (key[0], folded), key)
 
 
 # -- groups: sorted lists by name, absent when empty --------------------------------------------------------------

@@ -5,6 +5,7 @@ import pytest
 from rostra.server.state.catalog import Deregister, Nodes, NodeServices, Register, ServiceNames, canonical
 from rostra.server.state.health import Checks, ConnectInstances, NodeChecks, ServiceInstances
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
+from rostra.server.state.session import CreateSession, Sessions
 from rostra.wire.errors import BadRequest, Conflict
 
 ID1 = "aaaaaaaa-0000-0000-0000-000000000001"
@@ -252,3 +253,40 @@ def test_canonical_maps_do_not_depend_on_the_order_of_insertion():
     one = canonical({"b": {"y": 1, "x": [1, {"q": 1, "p": 2}]}, "a": 2})
     other = canonical({"a": 2, "b": {"x": (1, {"p": 2, "q": 1}), "y": 1}})
     assert repr(one) == repr(other)
+
+
+def test_ids_of_services_and_checks_do_not_differ_by_case(log):
+    log.register(
+        "n1", {"id": "App-1", "name": "app", "port": 1}, {"id": "C1", "service_id": "app-1", "status": "passing"}
+    )
+    created = log.store.index
+    log.register("n1", {"id": "app-1", "name": "app", "port": 2}, {"id": "c1", "service_id": "APP-1"})
+    ((key, (_, service, checks)),) = log.ask(ServiceInstances("app")).items()
+    assert (key, service.id, service.port, service.create_index) == (("n1", "app-1"), "app-1", 2, created)
+    assert [(c.id, c.service_id, c.status, c.create_index) for c in checks] == [("c1", "app-1", "passing", created)]
+    log.do(Deregister("n1", check_id="C1"))
+    assert log.ask(NodeChecks("n1")) == {}
+    log.do(Deregister("n1", service_id="APP-1"))
+    assert log.ask(ServiceInstances("app")) == {}
+
+
+def test_a_new_spelling_of_an_id_takes_the_checks_along_and_keeps_the_sessions(log):
+    log.register("n1", {"id": "App", "name": "app"}, {"id": "C1", "service_id": "App", "status": "passing"})
+    log.do(CreateSession("s", "n1", node_checks=("c1",)))
+    log.register("n1", {"id": "app", "name": "app"}, {"id": "c1", "status": "passing", "service_id": "app"})
+    assert log.touched() >= {"service:app", "node:n1"}
+    assert [(c.id, c.service_id) for c in log.ask(NodeChecks("n1")).values()] == [("c1", "app")]
+    assert list(log.ask(Sessions())) == ["s"]
+    log.do(Deregister("n1", check_id="C1"))
+    assert log.ask(Sessions()) == {}
+
+
+def test_instances_that_an_older_version_kept_apart_become_one(log, reloaded):
+    log.register("n1", {"id": "App", "name": "app"}, {"id": "c1", "service_id": "App"})
+    services = log.store.tables.services
+    for service_id in ("app", "aPP"):
+        services.put(("n1", service_id), services.rows["n1", "App"]._replace(id=service_id))
+    log.store = reloaded(log.store)
+    log.register("n1", {"id": "app", "name": "app"})
+    assert list(log.ask(ServiceInstances("app"))) == [("n1", "app")]
+    assert log.ask(NodeChecks("n1"))["c1"].service_id == "app"

@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 
 from rostra.server.state.intention import DeleteIntention, Intentions, IntentionsFor, SetIntention
-from rostra.wire.errors import BadRequest
+from rostra.wire.errors import BadRequest, Conflict
 
 
 def test_an_intention_is_created_and_changed_under_one_id(log):
     first = log.do(SetIntention("web", "db", "allow", id="chosen"), at_ms=5)
     assert first == "chosen"
     created = log.store.index
-    assert log.do(SetIntention("web", "db", "deny", id="ignored"), at_ms=9) == "chosen"
+    assert log.do(SetIntention("web", "db", "deny"), at_ms=9) == "chosen"
     row = log.ask(Intentions())["web", "db"]
     assert (row.action, row.precedence, row.created_at_ms, row.updated_at_ms) == ("deny", 9, 5, 9)
     assert (row.create_index, row.modify_index) == (created, log.store.index)
@@ -61,3 +61,51 @@ def test_a_deletion_leaves_its_index(log):
     assert log.index_of(IntentionsFor("db")) == log.index_of(Intentions()) == log.store.index
     log.do(DeleteIntention("web", "db"))
     assert log.last.touched == ()
+
+
+@pytest.mark.parametrize(("source", "destination"), [("web", "DB"), ("Web", "db"), ("WEB", "Db")])
+def test_names_that_differ_by_case_are_the_same_intention(log, source, destination):
+    log.do(SetIntention("web", "DB", "deny", id="x"))
+    before = log.ask(Intentions())
+    with pytest.raises(Conflict, match="duplicate intention found: DENY default/web => default/DB "):
+        log.do(SetIntention(source, destination, "allow", id="y"))
+    assert log.ask(Intentions()) == before
+    log.do(SetIntention(source, destination, "allow"))
+    assert [(*key, row.action, row.id) for key, row in log.ask(Intentions()).items()] == [
+        (source, destination, "allow", "x")
+    ]
+
+
+def test_a_destination_is_found_in_any_spelling(log):
+    log.do(SetIntention("web", "DB", "deny"))
+    index = log.index_of(IntentionsFor("db"))
+    assert list(log.ask(IntentionsFor("dB"))) == [("web", "DB")]
+    log.do(SetIntention("api", "Db", "deny"))
+    assert log.index_of(IntentionsFor("db")) > index
+
+
+def test_an_update_by_id_moves_the_intention_and_never_takes_the_place_of_another(log):
+    created = log.do(SetIntention("u1", "ud", "deny", id="x")) and log.store.index
+    log.do(SetIntention("u2", "ud", "allow", id="y"))
+    for name in ("u2", "U2"):
+        with pytest.raises(Conflict, match="duplicate intention found: ALLOW default/u2 => default/ud "):
+            log.do(SetIntention(name, "ud", "deny", id="x"))
+    assert {row.id: row.action for row in log.ask(Intentions()).values()} == {"x": "deny", "y": "allow"}
+    log.do(SetIntention("u3", "ud", "deny", id="x"))
+    log.do(SetIntention("U3", "UD", "deny", id="x"))
+    assert list(log.ask(Intentions())) == [("U3", "UD"), ("u2", "ud")]
+    assert log.ask(Intentions())["U3", "UD"].create_index == created
+
+
+def test_intentions_that_an_older_version_kept_apart_are_all_found_and_replaced_by_one(log, reloaded):
+    """What its snapshot holds: rows and the index of a destination, each as they were spelled."""
+    log.do(SetIntention("web", "DB", "deny", id="x"))
+    table, granules = log.store.tables.intentions, log.store.tables.granules
+    table.put(("web", "db"), table.rows["web", "DB"]._replace(destination="db", action="allow", id="y"))
+    index = granules.rows.pop("intention:db")
+    granules.put("intention:DB", index)
+    log.store = reloaded(log.store)
+    assert list(log.ask(IntentionsFor("db"))) == [("web", "DB"), ("web", "db")]
+    assert log.index_of(IntentionsFor("db")) == index
+    log.do(SetIntention("web", "db", "deny"))
+    assert list(log.ask(Intentions())) == [("web", "db")]

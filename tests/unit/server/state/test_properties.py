@@ -37,8 +37,8 @@ keys, sessions, nodes = st.sampled_from(KEYS), st.sampled_from(SESSIONS), st.sam
 values = st.sampled_from((b"", b"1", b"2"))
 small = st.integers(0, 14)
 statuses = st.sampled_from(("passing", "warning", "critical", ""))
-check_ids = st.sampled_from(("serfHealth", "c1", "c2"))
-service_ids = st.sampled_from(("", "i1", "i2"))
+check_ids = st.sampled_from(("serfHealth", "c1", "C1", "c2"))
+service_ids = st.sampled_from(("", "i1", "I1", "i2"))
 
 kv_commands = st.one_of(
     st.builds(SetKey, keys, values, st.sampled_from((0, 1))),
@@ -53,14 +53,19 @@ kv_commands = st.one_of(
         sessions,
         nodes,
         behavior=st.sampled_from(("release", "delete")),
-        node_checks=st.sampled_from(((), ("c1",))),
+        node_checks=st.sampled_from(((), ("c1",), ("C1",))),
     ),
     st.builds(DestroySession, sessions),
     st.builds(ExpireSession, sessions, small),
     st.builds(RenewSessions, st.tuples(sessions)),
-    st.builds(lambda n, s: Register(n, "1.1.1.1", checks=({"id": "c1", "status": s},)), nodes, statuses),
+    st.builds(
+        lambda n, c, s: Register(n, "1.1.1.1", checks=({"id": c, "status": s},)),
+        nodes,
+        st.sampled_from(("c1", "C1")),
+        statuses,
+    ),
     st.builds(Deregister, nodes),
-    st.builds(Deregister, nodes, check_id=st.just("c1")),
+    st.builds(Deregister, nodes, check_id=st.sampled_from(("c1", "C1"))),
 )
 
 
@@ -80,7 +85,10 @@ services = st.builds(
     st.sampled_from(("", "", "native", "proxy")),
 )
 checks = st.builds(
-    lambda i, s, o: {"id": i, "status": s, "service_id": o}, check_ids, statuses, st.sampled_from(("", "", "i1", "web"))
+    lambda i, s, o: {"id": i, "status": s, "service_id": o},
+    check_ids,
+    statuses,
+    st.sampled_from(("", "", "i1", "I1", "web")),
 )
 catalog_commands = st.one_of(
     st.builds(
@@ -92,12 +100,12 @@ catalog_commands = st.one_of(
         checks=st.lists(checks, max_size=2).map(tuple),
     ),
     st.builds(Deregister, nodes),
-    st.builds(Deregister, nodes, service_id=st.sampled_from(("i1", "i2", "web"))),
+    st.builds(Deregister, nodes, service_id=st.sampled_from(("i1", "I1", "i2", "web"))),
     st.builds(Deregister, nodes, check_id=check_ids),
 )
-names = st.sampled_from(("web", "db", "*"))
+names = st.sampled_from(("web", "db", "DB", "*"))
 other_commands = st.one_of(
-    st.builds(SetIntention, names, names, st.sampled_from(("allow", "deny"))),
+    st.builds(SetIntention, names, names, st.sampled_from(("allow", "deny")), id=st.sampled_from(("", "x", "y"))),
     st.builds(DeleteIntention, names, names),
     st.builds(BindNode, nodes, st.sampled_from(("k1", "k2")), st.just("client"), st.just("1.1.1.1")),
     st.builds(SetMemberStatus, nodes, st.sampled_from(("alive", "failed"))),
@@ -117,7 +125,7 @@ QUERIES = (
     Sessions(),
     *map(SessionInfo, SESSIONS),
     Intentions(),
-    *map(IntentionsFor, ("web", "db", "*")),
+    *map(IntentionsFor, ("web", "db", "DB", "*")),
     Members(),
 )
 
@@ -194,9 +202,9 @@ class Model:
                 checks = self.nodes.get(node.lower())
                 if name in self.sessions or checks is None:
                     return "refused"
-                if any(checks.get(c, "critical") == "critical" for c in needed):
+                if any(checks.get(c.lower(), "critical") == "critical" for c in needed):
                     return "refused"
-                self.sessions[name] = (node.lower(), needed, behavior)
+                self.sessions[name] = (node.lower(), [c.lower() for c in needed], behavior)
                 self.seen[name] = index
                 return name
             case DestroySession(name):
@@ -212,17 +220,18 @@ class Model:
                 return None
             case Register(node, checks=(check,)):
                 known = self.nodes.setdefault(node.lower(), {})
-                known[check["id"]] = status = check["status"] or known.get(check["id"], "critical")
+                check_id = check["id"].lower()
+                known[check_id] = status = check["status"] or known.get(check_id, "critical")
                 if status == "critical":
-                    self.end(lambda _, n, needed, __: n == node.lower() and check["id"] in needed, index)
+                    self.end(lambda _, n, needed, __: n == node.lower() and check_id in needed, index)
                 return True
             case Deregister(node, check_id=None):
                 if self.nodes.pop(node.lower(), None) is not None:
                     self.end(lambda _, n, *__: n == node.lower(), index)
                 return True
             case Deregister(node, check_id=check_id):
-                if self.nodes.get(node.lower(), {}).pop(check_id, None):
-                    self.end(lambda _, n, needed, __: n == node.lower() and check_id in needed, index)
+                if self.nodes.get(node.lower(), {}).pop(check_id.lower(), None):
+                    self.end(lambda _, n, needed, __: n == node.lower() and check_id.lower() in needed, index)
                 return True
         raise AssertionError(command)
 

@@ -179,3 +179,18 @@ def test_sessions_of_a_node_are_listed_alone(node):
     assert list(node.ask(NodeSessions("n2"))) == ["s2"]
     assert NodeSessions("n2").row(node.store.view(), "s1") is None
     assert list(node.ask(Sessions())) == ["s1", "s2"]
+
+
+def test_checks_are_relied_on_beside_those_of_the_node(node):
+    node.register("n1", None, {"id": "c1", "status": "passing"})
+    node.do(CreateSession("s", "n1", checks=("c1",)))
+    node.do(CreateSession("t", "n1", node_checks=("C1",)))
+    node.register("n1", None, {**PASSING, "status": "critical"})
+    assert list(node.ask(Sessions())) == ["t"]
+    node.register("n1", None, {"id": "c1", "status": "critical"})
+    assert node.ask(Sessions()) == {}
+
+
+def test_what_is_shown_of_a_session_is_what_was_given(node):
+    node.do(CreateSession("s", "n1", lock_delay_ms=1, ttl_ms=3600_000, ttl="1h", lock_delay_ns=1000))
+    assert node.ask(SessionInfo("s"))["s"][-2:] == ("1h", 1000)
