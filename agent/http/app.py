@@ -28,6 +28,7 @@ from aiohttp.web_server import Server
 
 from rostra.agent.context import Agent
 from rostra.agent.http import catalog, connect, health, kv, operator, session, status
+from rostra.agent.http.declared import WARNING_HEADER, check_parameters, warning
 from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, outcome
 from rostra.agent.http.gate import READS, Gate
 from rostra.agent.http.hot import HotConnection, HotReads, StoredAnswer, insides_fit
@@ -233,7 +234,10 @@ class HttpServer:
         )
         if request.query and any(request.query.has(name) for name in _BLOCKS):
             self._deadlines.extend(BLOCKING_S)
+        check_parameters(request, route)
         response = await route.handler(request, self._agent)
+        if request.ignored:
+            response.headers = {**response.headers, WARNING_HEADER: warning(request.ignored)}
         if request.query.has("pretty") and response.headers.get("Content-Type") == JSON_TYPE:
             response = await _pretty(response)
         return response, f"{method} {route.path}"

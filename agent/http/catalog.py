@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from rostra.agent.context import Agent
+from rostra.agent.http.declared import Body, MapOf, parameters, read_parameters
 from rostra.agent.http.durations import format_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields, plain
@@ -50,7 +51,7 @@ def _encode_listed(key: Key, row: Row) -> bytes:
 def _join_node_list(parts: list[bytes]) -> bytes:
     if not parts:
         return b'{"Node":null,"Services":null}'
-    return b'{"Node":' + parts[0] + b',"Services":' + as_array(parts[1:]) + b"}"
+    return b'{"Node":' + parts[0] + b',"Services":' + (as_array(parts[1:]) if parts[1:] else b"null") + b"}"
 
 
 _NODES = View("node", "node", _encode_node, as_array)
@@ -122,8 +123,44 @@ def _encode_instance(key: Key, row: Row) -> bytes:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+_ADDRESS = MapOf("Address Port")
+_PROXY = Body(
+    "DestinationServiceName destination_service_name DestinationServiceID destination_service_id "
+    "LocalServiceAddress local_service_address LocalServicePort local_service_port Config",
+    Upstreams=Body(
+        "DestinationType destination_type DestinationNamespace destination_namespace DestinationName destination_name "
+        "Datacenter LocalBindAddress local_bind_address LocalBindPort local_bind_port Config",
+        MeshGateway=Body("Mode"),
+    ),
+    MeshGateway=Body("Mode"),
+    Expose=Body(
+        "Checks",
+        Paths=Body(
+            "ListenerPort listener_port Path LocalPathPort local_path_port Protocol ParsedFromCheck",
+        ),
+    ),
+)
+_SERVICE = Body(
+    "Kind ID Service Tags Address Meta Port EnableTagOverride CreateIndex ModifyIndex",
+    TaggedAddresses=_ADDRESS,
+    Weights=Body("Passing Warning"),
+    Proxy=_PROXY,
+    Connect=Body("Native", is_strict=False),
+)
+_CHECK = Body(
+    "Node CheckID Name Status Notes Output ServiceID ServiceName ServiceTags Type CreateIndex ModifyIndex Definition"
+)
+_REGISTRATION = Body(
+    "Datacenter ID Node Address TaggedAddresses NodeMeta SkipNodeUpdate Token CreateIndex ModifyIndex",
+    Service=_SERVICE,
+    Check=_CHECK,
+    Checks=_CHECK,
+)
+_DEREGISTRATION = Body("Datacenter Node Address ServiceID CheckID Token")
+
+
 async def register(request: Request, agent: Agent) -> Response:
-    body = Fields(request.json_object())
+    body = _REGISTRATION.read(request)
     check_datacenter(request, agent)
     _check_dc(body, agent)
     node_name = body.text("Node")
@@ -133,8 +170,11 @@ async def register(request: Request, agent: Agent) -> Response:
     if not body.text("Address") and not skip:
         raise HttpError(500, "Must provide address if SkipNodeUpdate is not set")
     service_fields, check_fields = body.object("Service"), body.object("Check")
-    checks = [check_map(c) for c in ([check_fields] if check_fields else [])]
-    checks += [check_map(c) for c in body.objects("Checks")]
+    given = [check_fields] if check_fields else []
+    given += body.objects("Checks")
+    for check in given:
+        if check.text("Node") not in ("", node_name):
+            raise HttpError(500, f'check node "{check.text("Node")}" does not match node "{node_name}"')
     command = Register(
         node=node_name,
         address=body.text("Address"),
@@ -144,14 +184,14 @@ async def register(request: Request, agent: Agent) -> Response:
         node_meta=body.text_map("NodeMeta"),
         skip_node_update=skip,
         service=service_map(service_fields) if service_fields else None,
-        checks=tuple(checks),
+        checks=tuple(check_map(check) for check in given),
     )
     await write(agent.servers, command, request.token)
     return Response(200, b"true", {"Content-Type": JSON_TYPE})
 
 
 async def deregister(request: Request, agent: Agent) -> Response:
-    body = Fields(request.json_object())
+    body = _DEREGISTRATION.read(request)
     check_datacenter(request, agent)
     _check_dc(body, agent)
     node_name = body.text("Node")
@@ -202,12 +242,12 @@ _DURATIONS = ("Interval", "Timeout", "DeregisterCriticalServiceAfter")
 def check_map(given: Fields) -> dict[str, Any]:
     """The fields of CheckRow, by name, that a catalog registration's Check describes."""
     definition = plain(given.plain_map("Definition"))
-    fields = Fields(definition, "Definition")
     for key in list(definition):
         canonical = next((d for d in _DURATIONS if d.lower() == key.lower().replace("_", "")), None)
         if canonical:
-            del definition[key]
-            definition[canonical] = format_duration(fields.duration_ns(canonical))
+            duration = Fields({canonical: definition.pop(key)}, "Definition")
+            definition[canonical] = format_duration(duration.duration_ns(canonical))
+    fields = Fields(definition, "Definition")
     kinds = (("http", "HTTP"), ("tcp", "TCP"), ("grpc", "GRPC"), ("alias", "AliasService"), ("alias", "AliasNode"))
     return {
         "id": given.text("CheckID") or given.text("ID") or given.text("Name"),
@@ -233,13 +273,13 @@ def _snake(name: str) -> str:
 
 
 ROUTES = (
-    Route("GET", "/v1/catalog/nodes", nodes),
-    Route("GET", "/v1/catalog/services", services),
-    Route("GET", "/v1/catalog/service/{service}", service),
-    Route("GET", "/v1/catalog/connect/{service}", connect),
-    Route("GET", "/v1/catalog/node/{node}", node),
-    Route("GET", "/v1/catalog/node-services/{node}", node_services),
-    Route("GET", "/v1/catalog/datacenters", datacenters),
-    Route("PUT", "/v1/catalog/register", register),
-    Route("PUT", "/v1/catalog/deregister", deregister),
+    Route("GET", "/v1/catalog/nodes", nodes, query=read_parameters("node-meta")),
+    Route("GET", "/v1/catalog/services", services, query=read_parameters("node-meta ns")),
+    Route("GET", "/v1/catalog/service/{service}", service, query=read_parameters("tag node-meta ns")),
+    Route("GET", "/v1/catalog/connect/{service}", connect, query=read_parameters("tag node-meta ns")),
+    Route("GET", "/v1/catalog/node/{node}", node, query=read_parameters("ns")),
+    Route("GET", "/v1/catalog/node-services/{node}", node_services, query=read_parameters("ns")),
+    Route("GET", "/v1/catalog/datacenters", datacenters, query=read_parameters()),
+    Route("PUT", "/v1/catalog/register", register, query=parameters("ns")),
+    Route("PUT", "/v1/catalog/deregister", deregister, query=parameters("ns")),
 )

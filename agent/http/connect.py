@@ -6,21 +6,23 @@ An intention's identity is (source, destination); ids are kept for older clients
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rostra.acl.intention import ANY, decide
 from rostra.agent.context import Agent
+from rostra.agent.http.declared import ENTERPRISE, Body, parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
-from rostra.agent.http.fields import Fields
 from rostra.agent.http.reads import answer, read_options
-from rostra.agent.http.routing import JsonObject, Request, Response, Route, dump_json, json_response
+from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, intention_json, root_json
 from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.ca import CaConfig, Roots
-from rostra.server.state.intention import DeleteIntention, Intentions, IntentionsFor, SetIntention
+from rostra.server.state.intention import DUPLICATE, DeleteIntention, Intentions, IntentionsFor, SetIntention, duplicate
 from rostra.server.state.rows import IntentionRow, RootRow
-from rostra.wire.errors import BadRequest, NoLeader, Timeout
+from rostra.wire.errors import BadRequest, Conflict, NoLeader, Timeout
 
 _PRECEDENCE = IntentionRow._fields.index("precedence")
 _CERT, _INTERMEDIATES = RootRow._fields.index("cert_pem"), RootRow._fields.index("intermediates_pem")
@@ -96,7 +98,17 @@ def _encode_intention(key: Key, row: Row) -> bytes:
     return dump_json(intention_json(row))
 
 
-_LIST = View("intention", "intention", _encode_intention, as_array)
+def _encode_ranked(key: Key, row: Row) -> bytes:
+    # The rank and the two names lead the fragment, for `join` to sort and to group by.
+    return b"%d\0%s\0%s\0" % (9 - row[_PRECEDENCE], key[0].encode(), key[1].encode()) + _encode_intention(key, row)
+
+
+def _ranked(parts: list[bytes]) -> list[list[bytes]]:
+    """[rank, source, destination, JSON] of each, the strongest first."""
+    return sorted(part.split(b"\0", 3) for part in parts)
+
+
+_LIST = View("intention-ranked", "intention-ranked", _encode_ranked, lambda p: as_array([f[3] for f in _ranked(p)]))
 
 
 async def list_intentions(request: Request, agent: Agent) -> Response:
@@ -104,19 +116,13 @@ async def list_intentions(request: Request, agent: Agent) -> Response:
 
 
 async def create(request: Request, agent: Agent) -> Response:
-    given = _parse(request)
-    pair = (given.source, given.destination)
-    existing = await _find(request, agent, lambda row: (row.source, row.destination) == pair)
-    if existing is not None:
-        raise HttpError(
-            500,
-            f"duplicate intention found: {existing.action.upper()} default/{existing.source} => "
-            f"default/{existing.destination} (ID: {existing.id}, Precedence: {existing.precedence})",
-        )
-    command = SetIntention(
-        given.source, given.destination, given.action, given.description, given.meta, id=str(uuid.uuid4())
-    )
-    return json_response({"ID": await _set(request, agent, command)})
+    try:
+        given, named = _parse(request)
+    except BadRequest as e:
+        raise HttpError(500, f"Failed to decode request body: {_problem(e)}") from None
+    if named:
+        raise HttpError(500, "ID must be empty when creating a new intention")
+    return json_response({"ID": await _set(request, agent, replace(given, id=str(uuid.uuid4())))})
 
 
 async def read_by_id(request: Request, agent: Agent) -> Response:
@@ -124,7 +130,7 @@ async def read_by_id(request: Request, agent: Agent) -> Response:
     if len(wanted) != 36:
         raise BadRequest("Bad request: failed intention lookup: index error: UUID must be 36 characters")
     read_options(request, agent)
-    row = await _find(request, agent, lambda row: row.id == wanted)
+    row = await _find(request, agent, lambda row: row.id == wanted.lower())
     if row is None:
         raise HttpError(404, "Intention not found")
     return json_response(intention_json(row))
@@ -132,40 +138,34 @@ async def read_by_id(request: Request, agent: Agent) -> Response:
 
 async def update_by_id(request: Request, agent: Agent) -> Response:
     wanted = _intention_id(request)
-    entry = await agent.results.fetch(Intentions(), token=request.token)
-    olds = [row for row in (IntentionRow(*row) for row in entry.rows.values()) if row.id == wanted]
-    if not olds:
+    try:
+        given, _ = _parse(request)
+    except BadRequest as e:
+        raise BadRequest(f"Bad request: {e.message}") from None
+    if await _find(request, agent, lambda row: row.id == wanted) is None:
         raise HttpError(500, f"Cannot modify non-existent intention: '{wanted}'")
-    given = _parse(request, olds[0].source, olds[0].destination)
-    command = SetIntention(given.source, given.destination, given.action, given.description, given.meta, id=wanted)
-    await _set(request, agent, command)
-    # The pair is the identity, so another pair is another intention, which takes the id over. It is written first: what
-    # is refused, or lost in between, must not leave the connection without any rule. Repeating the request mends that.
-    for old in olds:
-        if (old.source, old.destination) != (given.source, given.destination):
-            try:
-                await write(agent.servers, DeleteIntention(old.source, old.destination), request.token)
-            except NoLeader:
-                raise Timeout("the new intention was written, the one it replaces is still there: try again") from None
+    await _set(request, agent, replace(given, id=wanted))
+    await _drop_former(request, agent, given, lambda row: row.id == wanted)
     return json_response({"ID": wanted})
 
 
 async def delete_by_id(request: Request, agent: Agent) -> Response:
     wanted = _intention_id(request)
-    old = await _find(request, agent, lambda row: row.id == wanted)
-    if old is None:
+    olds = await _those(request, agent, lambda row: row.id == wanted)
+    if not olds:
         raise HttpError(500, f"Cannot delete non-existent intention: '{wanted}'")
-    return json_response(bool(await write(agent.servers, DeleteIntention(old.source, old.destination), request.token)))
+    return await _delete(request, agent, [(row.source, row.destination) for row in olds])
 
 
 async def read_exact(request: Request, agent: Agent) -> Response:
     source, destination = _pair(request)
+    pair = (source.lower(), destination.lower())
     view = View(
         "intention",
-        ("exact", source),
+        ("exact", pair),
         _encode_intention,
         lambda parts: parts[0] if parts else b"",
-        lambda key, row: key == (source, destination),
+        lambda key, row: key[0].lower() == pair[0] and key[1].lower() == pair[1],
     )
     response = await answer(request, agent, IntentionsFor(destination), view, missing_is_404=True)
     if response.status == 404:
@@ -174,17 +174,45 @@ async def read_exact(request: Request, agent: Agent) -> Response:
 
 
 async def put_exact(request: Request, agent: Agent) -> Response:
-    source, destination = _pair(request)
-    given = _parse(request, source, destination)
-    if (given.source, given.destination) != (source, destination):
+    pair = _pair(request)
+    try:
+        given, _ = _parse(request)
+    except BadRequest as e:
+        raise BadRequest(f"Failed to decode request body: {_problem(e)}") from None
+    given = replace(given, source=given.source or pair[0], destination=given.destination or pair[1])
+    if (given.source, given.destination) != pair:
         raise BadRequest("SourceName and DestinationName must be those of ?source= and ?destination=")
     await _set(request, agent, given)
+    await _drop_former(request, agent, given, lambda row: _folded(row) == _folded(pair))
     return json_response(True)
 
 
 async def delete_exact(request: Request, agent: Agent) -> Response:
-    source, destination = _pair(request)
-    return json_response(bool(await write(agent.servers, DeleteIntention(source, destination), request.token)))
+    pair = _pair(request)
+    there = await _those(request, agent, lambda row: _folded(row) == _folded(pair))
+    return await _delete(request, agent, [(row.source, row.destination) for row in there] or [pair])
+
+
+async def _drop_former(
+    request: Request, agent: Agent, given: SetIntention, is_it: Callable[[IntentionRow], bool]
+) -> None:
+    """Delete what `given` has replaced and is still there: older servers tell spellings apart and do not move ids.
+
+    The new one is written first: what is refused, or lost in between, must not leave the connection without any rule.
+    """
+    pair = (given.source, given.destination)
+    for old in await _those(request, agent, is_it):
+        if (old.source, old.destination) != pair:
+            try:
+                await write(agent.servers, DeleteIntention(old.source, old.destination), request.token)
+            except NoLeader:
+                raise Timeout("the new intention was written, the one it replaces is still there: try again") from None
+
+
+async def _delete(request: Request, agent: Agent, pairs: list[tuple[str, str]]) -> Response:
+    for pair in pairs:
+        await write(agent.servers, DeleteIntention(*pair), request.token)
+    return json_response(True)
 
 
 async def match(request: Request, agent: Agent) -> Response:
@@ -198,28 +226,28 @@ async def match(request: Request, agent: Agent) -> Response:
     names = query.all("name")
     if not names:
         raise HttpError(500, "required query parameter 'name' not set")
+    for name in names:
+        _name("name", name)
     if len(names) == 1 and by == "destination":
-        return await answer(request, agent, IntentionsFor(names[0]), _matched(names, by), cacheable=True)
+        return await answer(request, agent, IntentionsFor(_name("name", names[0])), _matched(names, by), cacheable=True)
     return await answer(request, agent, Intentions(), _matched(names, by), cacheable=True)
 
 
 def _matched(names: list[str], by: str) -> View:
     side = 0 if by == "source" else 1
-    wanted = {*names, ANY}
-
-    def encode(key: Key, row: Row) -> bytes:
-        # The rank and the two names lead the fragment, for `join` to sort and to group by.
-        return b"%d\0%s\0%s\0" % (9 - row[_PRECEDENCE], key[0].encode(), key[1].encode()) + _encode_intention(key, row)
+    folded = {name: _name("name", name).lower() for name in sorted(set(names))}
+    wanted = {*folded.values(), ANY}
 
     def join(parts: list[bytes]) -> bytes:
         groups: list[bytes] = []
-        fields = sorted(tuple(part.split(b"\0", 3)) for part in parts)
-        for name in dict.fromkeys(names):
-            found = [f[3] for f in fields if f[1 + side] in (name.encode(), b"*")]
+        ranked = [(f[1 + side].decode().lower(), f[3]) for f in _ranked(parts)]
+        for name, meant in folded.items():
+            found = [shown for named, shown in ranked if named in (meant, ANY)]
             groups.append(dump_json(name) + b":" + (as_array(found) if found else b"null"))
         return b"{" + b",".join(groups) + b"}"
 
-    return View("matched", ("matched", by, *names), encode, join, lambda key, row: key[side] in wanted)
+    key = ("matched", by, *folded)
+    return View("intention-ranked", key, _encode_ranked, join, lambda key, row: key[side].lower() in wanted)
 
 
 async def check(request: Request, agent: Agent) -> Response:
@@ -239,15 +267,24 @@ def _default_allow(agent: Agent) -> bool:
 
 def _pair(request: Request) -> tuple[str, str]:
     pair = []
-    check_names = ("source", "destination")
-    for name in check_names:
+    for name in ("source", "destination"):
         value = request.query.get(name)
         if not value:
             raise HttpError(500, f"required query parameter '{name}' not set")
-        if value.count("/") == 1 and value.startswith("default/"):
-            value = value.removeprefix("default/")
-        pair.append(value)
+        pair.append(_name(name, value))
     return pair[0], pair[1]
+
+
+def _name(label: str, value: str) -> str:
+    """The name of a service, from one that may have a namespace in front."""
+    if value.count("/") > 1:
+        raise HttpError(500, f"{label} \"{value}\" is invalid: input can contain at most one '/'")
+    return value.removeprefix("default/")
+
+
+def _folded(pair: Sequence[Any]) -> tuple[str, str]:
+    """What tells intentions apart: their source and destination (which a row begins with), without their case."""
+    return pair[0].lower(), pair[1].lower()
 
 
 def _intention_id(request: Request) -> str:
@@ -256,51 +293,89 @@ def _intention_id(request: Request) -> str:
         raise HttpError(
             500, "Intention lookup failed: failed intention lookup: index error: UUID must be 36 characters"
         )
-    return wanted
+    return wanted.lower()
 
 
-def _parse(request: Request, source: str = "", destination: str = "") -> SetIntention:
-    try:
-        body = Fields(request.json_object() if request.body.strip() else JsonObject())
-        if body.raw("Permissions"):
-            raise BadRequest("Request decode failed: Permissions are not supported yet, use Action")
-        return SetIntention(
-            body.text("SourceName") or source,
-            body.text("DestinationName") or destination,
-            body.text("Action").lower(),
-            body.text("Description"),
-            body.text_map("Meta"),
-        )
-    except BadRequest as e:
-        problem = e.message.removeprefix("Request decode failed: ")
-        raise HttpError(400, f"Failed to decode request body: {problem}") from None
+_INTENTION = Body(
+    "ID Description SourceNS SourceName DestinationNS DestinationName SourceType Action DefaultAddr DefaultPort Meta "
+    "Precedence CreatedAt UpdatedAt Hash CreateIndex ModifyIndex"
+)
+_NAME_CHARS_MAX, _VALUE_CHARS_MAX, _META_MAX = 128, 512, 64
+
+
+def _parse(request: Request) -> tuple[SetIntention, str]:
+    """What the body describes, and the ID in it. Raises BadRequest."""
+    body = _INTENTION.read(request)
+    if body.text("SourceType") not in ("", "consul"):
+        raise _refused("SourceType must be set to 'consul'")
+    for name in ("SourceNS", "DestinationNS"):
+        if body.text(name) not in ("", "default"):
+            raise _refused(f"{name}: {ENTERPRISE}")
+    description, meta = body.text("Description"), body.text_map("Meta")
+    if len(description.encode()) > _VALUE_CHARS_MAX:
+        raise _refused(f"Description exceeds maximum length {_VALUE_CHARS_MAX}")
+    if len(meta) > _META_MAX:
+        raise _refused(f"Meta exceeds maximum element count {_META_MAX}")
+    for name, value in meta.items():
+        if len(name.encode()) > _NAME_CHARS_MAX:
+            raise _refused(f'Meta key "{name}" exceeds maximum length {_NAME_CHARS_MAX}')
+        if len(value.encode()) > _VALUE_CHARS_MAX:
+            raise _refused(f'Meta value for key "{name}" exceeds maximum length {_VALUE_CHARS_MAX}')
+    source, destination, action = body.text("SourceName"), body.text("DestinationName"), body.text("Action")
+    given = SetIntention(source, destination, action, description, meta)
+    return replace(given, default_addr=body.text("DefaultAddr"), default_port=body.integer("DefaultPort")), body.text(
+        "ID"
+    )
+
+
+def _problem(error: BadRequest) -> str:
+    return error.message.removeprefix("Request decode failed: ")
+
+
+def _refused(*problems: str) -> HttpError:
+    """Refusals of the content are lists of errors, as Consul prints them."""
+    count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+    return HttpError(500, f"{count} occurred:\n" + "".join(f"\t* {problem}\n" for problem in problems) + "\n")
 
 
 async def _set(request: Request, agent: Agent, command: SetIntention) -> str:
-    """As `write`; refusals are lists of errors, as Consul prints them."""
+    if problems := command.problems():
+        raise _refused(*problems)
+    if command.id:  # servers of this version refuse that themselves, older ones would overwrite it
+        pair = _folded((command.source, command.destination))
+        for other in await _those(request, agent, lambda row: _folded(row) == pair and row.id != command.id):
+            raise HttpError(500, duplicate(other))
     try:
         return str(await agent.servers.write(command, token=request.token))
     except BadRequest as e:
-        raise HttpError(500, f"1 error occurred:\n\t* {e.message}\n\n") from None
+        raise _refused(e.message) from None
+    except Conflict as e:
+        if e.message.startswith(DUPLICATE):
+            raise HttpError(500, e.message) from None
+        raise
 
 
-async def _find(request: Request, agent: Agent, is_it: Any) -> IntentionRow | None:
+async def _find(request: Request, agent: Agent, is_it: Callable[[IntentionRow], bool]) -> IntentionRow | None:
+    return next(iter(await _those(request, agent, is_it)), None)
+
+
+async def _those(request: Request, agent: Agent, is_it: Callable[[IntentionRow], bool]) -> list[IntentionRow]:
     entry = await agent.results.fetch(Intentions(), token=request.token)
-    return next((r for r in (IntentionRow(*row) for row in entry.rows.values()) if is_it(r)), None)
+    return [row for row in (IntentionRow(*row) for row in entry.rows.values()) if is_it(row)]
 
 
 ROUTES = (
-    Route("GET", "/v1/connect/ca/roots", roots),
-    Route("GET", "/v1/agent/connect/ca/roots", agent_roots),
-    Route("GET", "/v1/connect/ca/configuration", ca_configuration),
-    Route("GET", "/v1/connect/intentions", list_intentions),
-    Route("POST", "/v1/connect/intentions", create),
-    Route("GET", "/v1/connect/intentions/match", match),
-    Route("GET", "/v1/connect/intentions/check", check),
-    Route("GET", "/v1/connect/intentions/exact", read_exact),
-    Route("PUT", "/v1/connect/intentions/exact", put_exact),
-    Route("DELETE", "/v1/connect/intentions/exact", delete_exact),
-    Route("GET", "/v1/connect/intentions/{intention}", read_by_id),
-    Route("PUT", "/v1/connect/intentions/{intention}", update_by_id),
-    Route("DELETE", "/v1/connect/intentions/{intention}", delete_by_id),
+    Route("GET", "/v1/connect/ca/roots", roots, query=read_parameters("pem")),
+    Route("GET", "/v1/agent/connect/ca/roots", agent_roots, query=read_parameters()),
+    Route("GET", "/v1/connect/ca/configuration", ca_configuration, query=read_parameters()),
+    Route("GET", "/v1/connect/intentions", list_intentions, query=read_parameters()),
+    Route("POST", "/v1/connect/intentions", create, query=parameters()),
+    Route("GET", "/v1/connect/intentions/match", match, query=read_parameters("by name")),
+    Route("GET", "/v1/connect/intentions/check", check, query=read_parameters("source destination source-type")),
+    Route("GET", "/v1/connect/intentions/exact", read_exact, query=read_parameters("source destination")),
+    Route("PUT", "/v1/connect/intentions/exact", put_exact, query=parameters("source destination")),
+    Route("DELETE", "/v1/connect/intentions/exact", delete_exact, query=parameters("source destination")),
+    Route("GET", "/v1/connect/intentions/{intention}", read_by_id, query=read_parameters()),
+    Route("PUT", "/v1/connect/intentions/{intention}", update_by_id, query=parameters()),
+    Route("DELETE", "/v1/connect/intentions/{intention}", delete_by_id, query=parameters()),
 )

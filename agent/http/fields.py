@@ -1,7 +1,6 @@
 """Reads typed fields from a decoded JSON object, at the edge, once; what is wrong is named with its field.
 
-null means absent, as in Go. Field names are found whatever their case and with or without underscores
-(`ServiceID`, `serviceid`, `service_id`), as Consul accepts them.
+null means absent, as in Go. Field names are found whatever their case; which names there may be is declared.py's.
 """
 
 from __future__ import annotations
@@ -18,11 +17,15 @@ class Fields:
     def __init__(self, value: Any, where: str = "") -> None:
         if not isinstance(value, dict):
             raise BadRequest(f"Request decode failed: {where or 'the body'} must be an object")
-        self._values = {k.lower().replace("_", ""): v for k, v in value.items()}
+        self._values = {k.lower(): v for k, v in value.items()}
         self._where = where
 
     def has(self, name: str) -> bool:
         return self._values.get(name.lower()) is not None
+
+    def given(self, name: str) -> bool:
+        """As `has`, where null is given too."""
+        return name.lower() in self._values
 
     def raw(self, name: str) -> Any:
         return self._values.get(name.lower())
@@ -103,7 +106,7 @@ class Fields:
                 raise BadRequest(f"Request decode failed: {e}") from None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(name, "a duration such as 10s")
-        return int(value * SECOND) if abs(value) < seconds_below else int(value)
+        return int(value) * SECOND if abs(value) < seconds_below else int(value)
 
     def _wrong(self, name: str, expected: str) -> BadRequest:
         return BadRequest(f"Request decode failed: {self._named(name)} must be {expected}")

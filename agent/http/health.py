@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from rostra.agent.context import Agent
-from rostra.agent.http.reads import answer
+from rostra.agent.http.declared import read_parameters
+from rostra.agent.http.reads import ReadOptions, answer, read_options
 from rostra.agent.http.routing import Request, Response, Route, dump_json
 from rostra.agent.http.shapes import as_array, check_json, instance_json
 from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
+from rostra.server.state.catalog import Nodes
 from rostra.server.state.health import Checks, ConnectInstances, NodeChecks, ServiceInstances
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 
+_NODE = CheckRow._fields.index("node")
 _STATUS, _SERVICE_ID = CheckRow._fields.index("status"), CheckRow._fields.index("service_id")
 _SERVICE_TAGS, _NODE_META = ServiceRow._fields.index("tags"), NodeRow._fields.index("meta")
 
@@ -42,10 +47,50 @@ async def checks(request: Request, agent: Agent) -> Response:
 
 async def state(request: Request, agent: Agent) -> Response:
     wanted = request.require("state", "Missing check state")
+    metas = request.query.all("node-meta")
+    if metas:
+        return await _state_on_nodes(request, agent, wanted, metas)
     view = _CHECKS
     if wanted != "any":
         view = View("check", ("check", wanted), _CHECKS.encode, as_array, lambda key, row: row[_STATUS] == wanted)
     return await answer(request, agent, Checks(), view)
+
+
+async def _state_on_nodes(request: Request, agent: Agent, wanted: str, metas: list[str]) -> Response:
+    """Checks in a state, on nodes that have every `name:value`: their rows do not say that, so both are watched."""
+    options = read_options(request, agent)
+    if options.index:
+        asked = asyncio.ensure_future(_checks_of(request, agent, wanted, metas, options))
+        other = asyncio.ensure_future(_nodes_changed(agent, options.index, request.token))
+        try:
+            await asyncio.wait((asked, other), return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                return await asked
+        finally:
+            asked.cancel()
+            other.cancel()
+    return await _checks_of(request, agent, wanted, metas, replace(options, index=0))
+
+
+async def _checks_of(request: Request, agent: Agent, wanted: str, metas: list[str], options: ReadOptions) -> Response:
+    nodes = await agent.results.fetch(Nodes(), mode=options.mode, token=request.token)
+    matches = meta_filter(metas)
+    names = frozenset(name for name, row in nodes.rows.items() if matches(row))
+
+    def is_meant(key: Key, row: Row) -> bool:
+        return row[_NODE] in names and wanted in ("any", row[_STATUS])
+
+    view = View("check", ("check", wanted, names), _CHECKS.encode, as_array, is_meant)
+    response = await answer(request, agent, Checks(), view, options=options)
+    response.headers["X-Consul-Index"] = str(max(int(response.headers["X-Consul-Index"]), nodes.index))
+    response.hot = None  # which depends on the checks alone
+    return response
+
+
+async def _nodes_changed(agent: Agent, index: int, token: str) -> None:
+    live = agent.results.live(Nodes(), token=token)
+    while not await live.ready(60.0) or live.index <= index:
+        await live.wait_change(live.version, 60.0)
 
 
 def _service_checks(key: Key, row: Row) -> bytes:
@@ -104,9 +149,9 @@ def all_of(tests: list[Callable[[Key, Row], bool]]) -> Callable[[Key, Row], bool
 
 
 ROUTES = (
-    Route("GET", "/v1/health/service/{service}", service),
-    Route("GET", "/v1/health/connect/{service}", connect),
-    Route("GET", "/v1/health/node/{node}", node),
-    Route("GET", "/v1/health/checks/{service}", checks),
-    Route("GET", "/v1/health/state/{state}", state),
+    Route("GET", "/v1/health/service/{service}", service, query=read_parameters("passing tag node-meta ns")),
+    Route("GET", "/v1/health/connect/{service}", connect, query=read_parameters("passing tag node-meta ns")),
+    Route("GET", "/v1/health/node/{node}", node, query=read_parameters("ns")),
+    Route("GET", "/v1/health/checks/{service}", checks, query=read_parameters("node-meta ns")),
+    Route("GET", "/v1/health/state/{state}", state, query=read_parameters("node-meta ns")),
 )

@@ -7,6 +7,7 @@ import re
 import orjson
 
 from rostra.agent.context import Agent
+from rostra.agent.http.declared import parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.reads import answer, check_datacenter
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route
@@ -64,8 +65,6 @@ async def delete(request: Request, agent: Agent) -> Response:
         return _truth(await write(agent.servers, DeleteTree(request.params["key"]), request.token))
     key = request.require("key", "Missing key name")
     cas = _uint(query.get("cas")) if query.has("cas") else None
-    if cas == 0:
-        return _truth(False)  # 0 names no version, so there is nothing to delete
     return _truth(await write(agent.servers, DeleteKey(key, cas), request.token))
 
 
@@ -102,13 +101,13 @@ def _uint(text: str) -> int:
 def _given(session: str) -> str:
     if not session:
         raise HttpError(500, "missing session")
-    return session
+    return session.lower()
 
 
 def _session(text: str) -> str:
     if len(_given(text)) != _UUID_LENGTH:
         raise HttpError(500, "failed session lookup: index error: UUID must be 36 characters")
-    return text
+    return text.lower()
 
 
 def _truth(value: bool) -> Response:
@@ -116,7 +115,7 @@ def _truth(value: bool) -> Response:
 
 
 ROUTES = (
-    Route("GET", "/v1/kv/{key}", read),
-    Route("PUT", "/v1/kv/{key}", put, VALUE_BYTES_MAX),
-    Route("DELETE", "/v1/kv/{key}", delete),
+    Route("GET", "/v1/kv/{key}", read, query=read_parameters("recurse raw keys separator ns")),
+    Route("PUT", "/v1/kv/{key}", put, VALUE_BYTES_MAX, parameters("flags cas acquire release ns")),
+    Route("DELETE", "/v1/kv/{key}", delete, query=parameters("recurse cas ns")),
 )

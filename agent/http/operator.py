@@ -13,11 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rostra.agent.context import Agent
+from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import MILLISECOND, format_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.reads import check_datacenter, read_options
-from rostra.agent.http.routing import JsonObject, Request, Response, Route, json_response
+from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.server.state.catalog import Nodes
 from rostra.server.state.operator import COUNT_MAX, MILLISECONDS_MAX, Autopilot, SetAutopilot
 from rostra.server.state.rows import AutopilotRow, NodeRow
@@ -242,25 +243,24 @@ async def configuration(request: Request, agent: Agent) -> Response:
 async def set_configuration(request: Request, agent: Agent) -> Response:
     """true, or false where `?cas=` is not the present ModifyIndex. What is not given gets its default."""
     check_datacenter(request, agent)
-    command = _configuration_of(request.json_object(), _cas(request))
+    command = _configuration_of(request, _cas(request))
     return json_response(bool(await write(agent.servers, command, request.token)))
 
 
 #: Settings of Consul's Enterprise edition that its API always shows.
 _WITHOUT_USE: dict[str, Any] = {"RedundancyZoneTag": "", "DisableUpgradeMigration": False, "UpgradeVersionTag": ""}
-_KNOWN = frozenset(
-    """
-    cleanupdeadservers lastcontactthreshold maxtrailinglogs minquorum serverstabilizationtime autoadmitservers
-    redundancyzonetag disableupgrademigration upgradeversiontag createindex modifyindex
-    """.split()  # noqa: SIM905
+_CONFIGURATION = Body(
+    "CleanupDeadServers LastContactThreshold MaxTrailingLogs MinQuorum ServerStabilizationTime AutoAdmitServers "
+    "RedundancyZoneTag DisableUpgradeMigration UpgradeVersionTag CreateIndex ModifyIndex"
 )
 
 
-def _configuration_of(body: JsonObject, cas: int | None) -> SetAutopilot:
-    for name in body:
-        if name.lower() not in _KNOWN:
-            raise BadRequest(f'Request decode failed: unknown field "{name}" in the autopilot configuration')
-    fields, default = Fields(body), AutopilotRow()
+def _configuration_of(request: Request, cas: int | None) -> SetAutopilot:
+    try:
+        fields, default = _CONFIGURATION.read(request), AutopilotRow()
+    except BadRequest as e:
+        problem = e.message.removeprefix("Request decode failed: ")
+        raise BadRequest(f"Bad request: Error parsing autopilot config: {problem}") from None
     for name, unused in _WITHOUT_USE.items():
         if (fields.flag(name) if unused is False else fields.text(name)) != unused:
             raise BadRequest(f"{name} is a setting of Consul Enterprise and not supported: leave it out")
@@ -302,13 +302,13 @@ def _cas(request: Request) -> int | None:
 
 
 ROUTES = (
-    Route("GET", "/v1/operator/raft/configuration", raft_configuration),
-    Route("DELETE", "/v1/operator/raft/peer", remove_peer),
-    Route("POST", "/v1/operator/raft/peer", add_peer),
-    Route("POST", "/v1/operator/raft/transfer-leader", transfer_leader),
-    Route("PUT", "/v1/operator/raft/transfer-leader", transfer_leader),
-    Route("GET", "/v1/operator/autopilot/configuration", configuration),
-    Route("PUT", "/v1/operator/autopilot/configuration", set_configuration),
-    Route("GET", "/v1/operator/autopilot/health", health),
-    Route("GET", "/v1/operator/autopilot/state", state),
+    Route("GET", "/v1/operator/raft/configuration", raft_configuration, query=read_parameters()),
+    Route("DELETE", "/v1/operator/raft/peer", remove_peer, query=parameters("id address")),
+    Route("POST", "/v1/operator/raft/peer", add_peer, query=parameters("id name")),
+    Route("POST", "/v1/operator/raft/transfer-leader", transfer_leader, query=parameters("id")),
+    Route("PUT", "/v1/operator/raft/transfer-leader", transfer_leader, query=parameters("id")),
+    Route("GET", "/v1/operator/autopilot/configuration", configuration, query=read_parameters()),
+    Route("PUT", "/v1/operator/autopilot/configuration", set_configuration, query=parameters("cas")),
+    Route("GET", "/v1/operator/autopilot/health", health, query=read_parameters()),
+    Route("GET", "/v1/operator/autopilot/state", state, query=read_parameters()),
 )

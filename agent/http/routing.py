@@ -30,12 +30,16 @@ Handler = Callable[["Request", "Agent"], Awaitable["Response"]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path` has literal segments and `{placeholders}`. `body_bytes_max`: larger bodies are 413 before the handler."""
+    """`path` has literal segments and `{placeholders}`. `body_bytes_max`: larger bodies are 413 before the handler.
+
+    `query`: the parameters that the handler reads, see declared.py; None: whatever there is.
+    """
 
     method: str
     path: str
     handler: Handler
     body_bytes_max: int = BODY_BYTES_MAX
+    query: frozenset[str] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +164,7 @@ _EMPTY_QUERY = Query("")
 class Request:
     """One request, already complete. `path` is decoded, `target` is what stood on the request line."""
 
-    __slots__ = ("_token", "body", "headers", "method", "params", "path", "query", "remote", "target")
+    __slots__ = ("_token", "body", "headers", "ignored", "method", "params", "path", "query", "remote", "target")
 
     def __init__(
         self,
@@ -181,6 +185,7 @@ class Request:
         self.headers = headers
         self.body = body
         self.remote = remote
+        self.ignored: list[str] = []  # what nobody reads, for the answer to say so
         self._token: str | None = None
 
     @property

@@ -5,45 +5,72 @@ from __future__ import annotations
 import uuid
 
 from rostra.agent.context import Agent
+from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import HOUR, MILLISECOND, SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.reads import answer, check_datacenter
-from rostra.agent.http.routing import JSON_TYPE, JsonObject, Request, Response, Route, dump_json, json_response
-from rostra.agent.http.shapes import as_array, session_json
+from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
+from rostra.agent.http.shapes import as_array, session_json, ttl_text
 from rostra.agent.results import View
-from rostra.server.state.session import CreateSession, DestroySession, NodeSessions, SessionInfo, Sessions
+from rostra.server.state.catalog import SERF_HEALTH
+from rostra.server.state.session import (
+    LOCK_DELAY_MS_MAX,
+    CreateSession,
+    DestroySession,
+    NodeSessions,
+    SessionInfo,
+    Sessions,
+)
 
 TTL_MAX_NS = 24 * HOUR
 #: A LockDelay given as a number below this is seconds, else nanoseconds.
 _SECONDS_BELOW = 1000
 
+_SESSION = Body(
+    "LockDelay Name Node Behavior TTL Checks NodeChecks Datacenter",
+    is_strict=False,
+    ServiceChecks=Body("ID", is_strict=False),
+)
 _SESSIONS = View("session", "session", lambda key, row: dump_json(session_json(row)), as_array)
 
 
 async def create(request: Request, agent: Agent) -> Response:
     check_datacenter(request, agent)
-    body = Fields(request.json_object() if request.body.strip() else JsonObject())
+    body = _SESSION.read(request, empty=True)
     if body.text("Datacenter") not in ("", agent.datacenter):
         raise HttpError(500, "No path to datacenter")
     behavior = body.text("Behavior") or "release"
     if behavior not in ("release", "delete"):
         raise HttpError(500, f"Invalid Behavior setting '{behavior}'")
-    checks = ("serfHealth",)
-    for name in ("Checks", "NodeChecks"):
-        if body.has(name):
-            checks = body.texts(name)  # type: ignore[assignment]
+    node_name = body.text("Node") if body.has("Node") else agent.node_name
+    if not node_name:
+        raise HttpError(500, "Must provide Node")
+    node_checks, checks = _checks(body)
+    delay_ns, ttl = body.duration_ns("LockDelay", 15 * SECOND, seconds_below=_SECONDS_BELOW), body.text("TTL")
+    delay_ms, ttl_ms = _round_up_ms(delay_ns), _ttl_ms(ttl, agent)
     command = CreateSession(
         id=str(uuid.uuid4()),
-        node=body.text("Node") or agent.node_name,
+        node=node_name,
         name=body.text("Name"),
-        lock_delay_ms=_round_up_ms(body.duration_ns("LockDelay", 15 * SECOND, seconds_below=_SECONDS_BELOW)),
+        lock_delay_ms=delay_ms,
         behavior=behavior,
-        ttl_ms=_ttl_ms(body.text("TTL"), agent),
-        node_checks=checks,
+        ttl_ms=ttl_ms,
+        node_checks=node_checks,
         service_checks=tuple(c.text("ID") for c in body.objects("ServiceChecks")),
+        checks=checks,
+        ttl="" if ttl == ttl_text(ttl_ms) else ttl,
+        lock_delay_ns=-1 if delay_ns == min(delay_ms, LOCK_DELAY_MS_MAX) * MILLISECOND else max(0, delay_ns),
     )
     return json_response({"ID": await write(agent.servers, command, request.token)})
+
+
+def _checks(body: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what is relied on of the node, what is relied on besides): `Checks` adds, an empty list means nothing at all."""
+    if any(body.given(name) and not body.texts(name) for name in ("Checks", "NodeChecks")):
+        return (), ()
+    checks = body.texts("Checks")
+    return body.texts("NodeChecks") or (SERF_HEALTH,), () if checks == (SERF_HEALTH,) else checks
 
 
 async def destroy(request: Request, agent: Agent) -> Response:
@@ -77,7 +104,7 @@ def _session_id(request: Request) -> str:
     session_id = request.require("session", "Missing session")
     if len(session_id) != 36:
         raise HttpError(500, "failed session lookup: index error: UUID must be 36 characters")
-    return session_id
+    return session_id.lower()
 
 
 def _ttl_ms(text: str, agent: Agent) -> int:
@@ -100,10 +127,10 @@ def _round_up_ms(ns: int) -> int:
 
 
 ROUTES = (
-    Route("PUT", "/v1/session/create", create),
-    Route("PUT", "/v1/session/destroy/{session}", destroy),
-    Route("PUT", "/v1/session/renew/{session}", renew),
-    Route("GET", "/v1/session/info/{session}", info),
-    Route("GET", "/v1/session/node/{node}", node),
-    Route("GET", "/v1/session/list", every),
+    Route("PUT", "/v1/session/create", create, query=parameters("ns")),
+    Route("PUT", "/v1/session/destroy/{session}", destroy, query=parameters("ns")),
+    Route("PUT", "/v1/session/renew/{session}", renew, query=parameters("ns")),
+    Route("GET", "/v1/session/info/{session}", info, query=read_parameters("ns")),
+    Route("GET", "/v1/session/node/{node}", node, query=read_parameters("ns")),
+    Route("GET", "/v1/session/list", every, query=read_parameters("ns")),
 )

@@ -180,21 +180,23 @@ def kv_fragment(key: Key, row: Row) -> bytes:
 
 def session_json(row: Row) -> Json:
     s = SessionRow(*row)
-    return {
+    shown = {
         "ID": s.id,
         "Name": s.name,
         "Node": s.node,
-        "LockDelay": s.lock_delay_ms * 1_000_000,
+        "LockDelay": s.lock_delay_ms * 1_000_000 if s.lock_delay_ns < 0 else s.lock_delay_ns,
         "Behavior": s.behavior,
-        "TTL": _ttl(s.ttl_ms),
+        "TTL": s.ttl or ttl_text(s.ttl_ms),
         "NodeChecks": s.node_checks,
         "ServiceChecks": [{"ID": c, "Namespace": ""} for c in s.service_checks] or None,
-        "CreateIndex": s.create_index,
-        "ModifyIndex": s.modify_index,
     }
+    if s.checks:
+        shown["Checks"] = s.checks
+    return shown | {"CreateIndex": s.create_index, "ModifyIndex": s.modify_index}
 
 
-def _ttl(ms: int) -> str:
+def ttl_text(ms: int) -> str:
+    """A TTL as it is shown where the row does not say how it was given."""
     if not ms:
         return ""
     return f"{ms // 1000}s" if ms % 1000 == 0 else format_duration(ms * 1_000_000)
@@ -212,8 +214,8 @@ def intention_json(row: Row) -> Json:
         "DestinationName": i.destination,
         "SourceType": "consul",
         "Action": i.action,
-        "DefaultAddr": "",
-        "DefaultPort": 0,
+        "DefaultAddr": i.default_addr,
+        "DefaultPort": i.default_port,
         "Meta": i.meta,
         "Precedence": i.precedence,
         "CreatedAt": rfc3339(i.created_at_ms),

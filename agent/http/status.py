@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rostra.agent.context import Agent
+from rostra.agent.http.declared import read_parameters
 from rostra.agent.http.reads import read_options
 from rostra.agent.http.routing import Request, Response, Route, json_response
 
@@ -18,6 +19,6 @@ async def peers(request: Request, agent: Agent) -> Response:
 
 
 ROUTES = (
-    Route("GET", "/v1/status/leader", leader),
-    Route("GET", "/v1/status/peers", peers),
+    Route("GET", "/v1/status/leader", leader, query=read_parameters()),
+    Route("GET", "/v1/status/peers", peers, query=read_parameters()),
 )

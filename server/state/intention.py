@@ -19,6 +19,9 @@ from rostra.server.state.tables import Pair
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest, Conflict
 
+#: What the refusal of an intention that is there already begins with.
+DUPLICATE = "duplicate intention found:"
+
 
 @dataclass(frozen=True, slots=True)
 class SetIntention:
@@ -41,14 +44,21 @@ class SetIntention:
     def allowed(self, can: Authorizer) -> bool:
         return can.intention_write(self.destination)
 
-    def apply(self, tx: Tx) -> str:
+    def problems(self) -> list[str]:
+        """Why it is refused, whatever else there is."""
+        found = []
         for label, name in (("SourceName", self.source), ("DestinationName", self.destination)):
             if not name:
-                raise BadRequest(f"{label} must be set")
-            if ANY in name and name != ANY:
-                raise BadRequest(f"{label}: wildcard character '*' cannot be used with partial values")
+                found.append(f"{label} must be set")
+            elif ANY in name and name != ANY:
+                found.append(f"{label}: wildcard character '*' cannot be used with partial values")
         if self.action not in ("allow", "deny"):
-            raise BadRequest("Action must be set to 'allow' or 'deny'")
+            found.append("Action must be set to 'allow' or 'deny'")
+        return found
+
+    def apply(self, tx: Tx) -> str:
+        for problem in self.problems():
+            raise BadRequest(problem)
         key, table = (self.source, self.destination), tx.tables.intentions
         former = tx.tables.intentions_like(*key)
         if self.id:
@@ -147,7 +157,7 @@ class IntentionsFor:
 def duplicate(row: IntentionRow) -> str:
     """Says that this one is there already, in the words that clients know."""
     return (
-        f"duplicate intention found: {row.action.upper()} default/{row.source} => default/{row.destination} "
+        f"{DUPLICATE} {row.action.upper()} default/{row.source} => default/{row.destination} "
         f"(ID: {row.id}, Precedence: {row.precedence})"
     )
 

@@ -256,3 +256,36 @@ async def test_filter_expressions_are_refused_clearly_for_now(api):
 async def test_ids_with_slashes_survive(api):
     await api.put("/v1/catalog/register", {"Node": "n/1", "Address": "a", "Service": {"ID": "pg/1", "Service": "pg"}})
     assert list((await api.get("/v1/catalog/node/n%2F1")).json["Services"]) == ["pg/1"]
+
+
+async def test_ids_of_services_and_checks_do_not_differ_by_case(api):
+    body = {"Node": "n9", "Address": "10.9.0.1"}
+    for service_id, port in (("App-1", 1), ("app-1", 2)):
+        await api.put("/v1/catalog/register", {**body, "Service": {"ID": service_id, "Service": "app", "Port": port}})
+    (row,) = (await api.get("/v1/catalog/service/app")).json
+    assert (row["ServiceID"], row["ServicePort"]) == ("app-1", 2)
+    for check_id, status in (("C1", "passing"), ("c1", "warning")):
+        check = {"CheckID": check_id, "ServiceID": "APP-1", "Status": status}
+        assert (await api.put("/v1/catalog/register", {**body, "Check": check})).status == 200
+    (row,) = (await api.get("/v1/health/checks/app")).json
+    assert (row["CheckID"], row["Status"], row["ServiceID"]) == ("c1", "warning", "app-1")
+    await api.put("/v1/catalog/deregister", {"Node": "N9", "CheckID": "C1"})
+    await api.put("/v1/catalog/deregister", {"Node": "N9", "ServiceID": "APP-1"})
+    assert (await api.get("/v1/catalog/node/n9")).json["Services"] == {}
+    assert (await api.get("/v1/health/node/n9")).json == []
+
+
+async def test_a_check_that_names_another_node_is_refused_with_everything_else(api):
+    body = {
+        "Node": "e2",
+        "Address": "10.9.0.1",
+        "Checks": [{"Node": "e2", "CheckID": "a"}, {"Node": "E2", "CheckID": "b"}],
+    }
+    reply = await api.put("/v1/catalog/register", body)
+    assert (reply.status, reply.text) == (500, 'check node "E2" does not match node "e2"')
+    assert (await api.get("/v1/catalog/node/e2")).json is None
+
+
+async def test_the_services_of_a_node_without_any_are_null_in_the_list(api):
+    assert (await api.get("/v1/catalog/node-services/s1")).json["Services"] is None
+    assert (await api.get("/v1/catalog/node/s1")).json["Services"] == {}

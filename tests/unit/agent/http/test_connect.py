@@ -112,7 +112,9 @@ async def test_an_intention_is_created_shown_changed_and_deleted_by_its_id(api):
 
 async def test_changing_the_names_of_an_intention_keeps_its_id(api):
     intention = await create(api, "web", "db")
-    await api.put(f"/v1/connect/intentions/{intention}", {"DestinationName": "cache", "Action": "allow"})
+    await api.put(
+        f"/v1/connect/intentions/{intention}", {"SourceName": "web", "DestinationName": "cache", "Action": "allow"}
+    )
     assert [
         (i["ID"], i["SourceName"], i["DestinationName"]) for i in (await api.get("/v1/connect/intentions")).json
     ] == [(intention, "web", "cache")]
@@ -206,3 +208,104 @@ async def test_a_second_intention_for_the_same_pair_is_refused_with_the_first_on
     )
     expected = f"duplicate intention found: ALLOW default/web => default/db (ID: {first}, Precedence: 9)"
     assert (reply.status, reply.text) == (500, expected)
+
+
+@pytest.mark.parametrize("destination", ["db", "DB", "dB"])
+async def test_an_intention_protects_its_destination_in_any_spelling(api, destination):
+    await create(api, "web", "DB", "deny")
+    check = f"/v1/connect/intentions/check?destination={destination}&source="
+    assert (await api.get(check + "web")).json == {"Allowed": False}
+    assert (await api.get(check + "WEB")).json == {"Allowed": True}  # who connects is told letter for letter
+    for by, name in (("destination", destination), ("source", "WEB")):
+        found = (await api.get(f"/v1/connect/intentions/match?by={by}&name={name}")).json[name]
+        assert [(i["SourceName"], i["DestinationName"]) for i in found] == [("web", "DB")]
+    exact = f"/v1/connect/intentions/exact?source=Web&destination={destination}"
+    assert (await api.get(exact)).json["DestinationName"] == "DB"
+    assert (await api.delete(exact)).text == "true"
+    assert (await api.get("/v1/connect/intentions")).json == []
+
+
+async def test_names_that_differ_by_case_are_one_intention(api):
+    first = await create(api, "Api", "DB", "deny")
+    body = {"SourceName": "api", "DestinationName": "db", "Action": "allow"}
+    reply = await api.call("POST", "/v1/connect/intentions", body)
+    assert (reply.status, reply.text) == (
+        500,
+        f"duplicate intention found: DENY default/Api => default/DB (ID: {first}, Precedence: 9)",
+    )
+    assert (await api.put("/v1/connect/intentions/exact?source=api&destination=db", body)).text == "true"
+    (row,) = (await api.get("/v1/connect/intentions")).json
+    assert (row["ID"], row["SourceName"], row["DestinationName"], row["Action"]) == (first, "api", "db", "allow")
+
+
+async def test_an_update_by_id_never_becomes_another_intention(api):
+    x, y = await create(api, "u1", "ud", "deny"), await create(api, "u2", "ud")
+    for name in ("u2", "U2"):
+        body = {"SourceName": name, "DestinationName": "ud", "Action": "deny"}
+        reply = await api.put(f"/v1/connect/intentions/{x}", body)
+        text = f"duplicate intention found: ALLOW default/u2 => default/ud (ID: {y}, Precedence: 9)"
+        assert (reply.status, reply.text) == (500, text)
+    rows = (await api.get("/v1/connect/intentions")).json
+    assert [(i["ID"], i["SourceName"], i["Action"]) for i in rows] == [(x, "u1", "deny"), (y, "u2", "allow")]
+    body = {"SourceName": "U1", "DestinationName": "ud", "Action": "allow"}
+    assert (await api.put(f"/v1/connect/intentions/{x.upper()}", body)).status == 200
+    assert (await api.get(f"/v1/connect/intentions/{x}")).json["SourceName"] == "U1"
+
+
+async def test_intentions_are_listed_by_precedence(api):
+    for pair in (("*", "*"), ("a", "*"), ("*", "db"), ("web", "db"), ("api", "zz"), ("api", "db")):
+        await create(api, *pair)
+    rows = (await api.get("/v1/connect/intentions")).json
+    assert [(i["SourceName"], i["DestinationName"]) for i in rows] == [
+        ("api", "db"),
+        ("api", "zz"),
+        ("web", "db"),
+        ("*", "db"),
+        ("a", "*"),
+        ("*", "*"),
+    ]
+
+
+def errors(*problems):
+    count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+    return f"{count} occurred:\n" + "".join(f"\t* {problem}\n" for problem in problems) + "\n"
+
+
+ACTION = "Action must be set to 'allow' or 'deny'"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"SourceType": "bogus"}, errors("SourceType must be set to 'consul'")),
+        ({"Action": "ALLOW"}, errors(ACTION)),
+        ({"Action": "", "SourceName": ""}, errors("SourceName must be set", ACTION)),
+        ({"Description": 257 * "é"}, errors("Description exceeds maximum length 512")),
+        ({"Meta": {f"k{i}": "v" for i in range(65)}}, errors("Meta exceeds maximum element count 64")),
+        ({"Meta": {"k": 513 * "v"}}, errors('Meta value for key "k" exceeds maximum length 512')),
+        ({"Meta": {129 * "k": "v"}}, errors(f'Meta key "{129 * "k"}" exceeds maximum length 128')),
+        ({"ID": str(uuid.UUID(int=1))}, "ID must be empty when creating a new intention"),
+        ({"SourceNS": "team1"}, errors("SourceNS: Namespaces are a Consul Enterprise feature")),
+        ({"Meta": {"k": 5}}, "Failed to decode request body: Meta must be an object of strings"),
+    ],
+)
+async def test_what_an_intention_cannot_be_is_refused_as_consul_does(api, fields, text):
+    body = {"SourceName": "web", "DestinationName": "db", "Action": "deny", **fields}
+    reply = await api.call("POST", "/v1/connect/intentions", body)
+    assert (reply.status, reply.text) == (500, text)
+    assert (await api.get("/v1/connect/intentions")).json == []
+
+
+async def test_the_longest_description_and_meta_are_kept_and_the_default_address_too(api):
+    body = {"SourceName": "web", "DestinationName": "db", "Action": "deny", "SourceNS": "default"}
+    body |= {"Description": 512 * "x", "Meta": {f"k{i}": "v" for i in range(64)}}
+    body |= {"DefaultAddr": "10.0.0.1", "DefaultPort": 5, "SourceType": "consul", "Precedence": 3}
+    made = (await api.call("POST", "/v1/connect/intentions", body)).json["ID"]
+    row = (await api.get(f"/v1/connect/intentions/{made}")).json
+    assert {name: row[name] for name in body} == {**body, "Precedence": 9}
+
+
+async def test_an_update_without_all_fields_is_refused(api):
+    intention = await create(api, "web", "db")
+    reply = await api.put(f"/v1/connect/intentions/{intention}", {"Description": "only"})
+    assert (reply.status, reply.text) == (500, errors("SourceName must be set", "DestinationName must be set", ACTION))

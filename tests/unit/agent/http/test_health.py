@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -142,3 +143,35 @@ async def test_connect_shows_proxies_and_native_instances(api):
     assert ids(await api.get("/v1/health/connect/web")) == ["web-sidecar"]
     (native,) = (await api.get("/v1/health/connect/nat")).json
     assert native["Service"]["Connect"] == {"Native": True}
+
+
+async def register(api, node, meta, status="critical"):
+    check = {"CheckID": "c", "Name": "c", "Status": status}
+    body = {"Node": node, "Address": "10.9.0.1", "NodeMeta": meta, "Check": check}
+    assert (await api.put("/v1/catalog/register", body)).status == 200
+
+
+async def test_checks_in_a_state_are_restricted_to_nodes_by_their_meta(api):
+    await register(api, "ext", {"external-node": "true", "a": "b"})
+    await register(api, "other", {"external-node": "false"})
+
+    async def nodes(query):
+        return [c["Node"] for c in (await api.get("/v1/health/state/" + query)).json]
+
+    assert await nodes("any?node-meta=external-node:true") == ["ext"]
+    assert await nodes("critical?node-meta=external-node:true&node-meta=a:b") == ["ext"]
+    assert await nodes("passing?node-meta=external-node:true") == []
+    assert await nodes("any?node-meta=external-node:maybe") == []
+
+
+@pytest.mark.parametrize("change", ["a check", "the node"])
+async def test_who_waits_for_checks_of_some_nodes_hears_of_checks_and_of_nodes(api, change):
+    await register(api, "n", {"external-node": "true" if change == "a check" else "false"})
+    path = "/v1/health/state/any?node-meta=external-node:true"
+    first = await api.get(path)
+    waiting = asyncio.ensure_future(api.get(f"{path}&index={first.index}&wait=20s"))
+    await asyncio.sleep(0)
+    await register(api, "n", {"external-node": "true"}, "warning" if change == "a check" else "critical")
+    second = await waiting
+    assert [(c["Node"], c["Status"]) for c in second.json] == [("n", "warning" if change == "a check" else "critical")]
+    assert second.index > first.index

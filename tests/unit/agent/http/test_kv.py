@@ -152,3 +152,11 @@ async def test_the_empty_forms_of_index_and_wait_are_ignored(api):
 async def test_the_effective_consistency_is_shown(api, query, shown):
     reply = await api.get(f"/v1/kv/a{query}")
     assert reply.headers["X-Consul-Effective-Consistency"] == shown
+
+
+async def test_deleting_what_is_not_there_succeeds_whatever_version_is_named(api):
+    for version in (0, 5):
+        assert (await api.delete(f"/v1/kv/missing?cas={version}")).text == "true"
+    await api.put("/v1/kv/there", b"v")
+    assert (await api.delete("/v1/kv/there?cas=0")).text == "false"
+    assert (await api.get("/v1/kv/there")).status == 200

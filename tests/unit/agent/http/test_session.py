@@ -110,3 +110,56 @@ async def test_renewing_an_unknown_session_is_404(api):
 async def test_mistakes_in_a_path_have_known_texts(api, method, path, status, text):
     reply = await api.call(method, path)
     assert (reply.status, reply.text) == (status, text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "node_checks", "checks"),
+    [
+        ({"Checks": ["c1"]}, ["serfHealth"], ["c1"]),
+        ({"NodeChecks": ["c1"]}, ["c1"], None),
+        ({"Checks": ["c1"], "NodeChecks": ["c2"]}, ["c2"], ["c1"]),
+        ({"Checks": ["serfHealth"]}, ["serfHealth"], None),
+        ({"Checks": ["serfHealth", "c1"]}, ["serfHealth"], ["serfHealth", "c1"]),
+        ({"Checks": ["c1"], "NodeChecks": []}, [], None),
+        ({"Checks": []}, [], None),
+        ({"NodeChecks": None}, [], None),
+    ],
+)
+async def test_checks_add_to_the_health_of_the_node_and_node_checks_replace_it(api, fields, node_checks, checks):
+    body = {"Node": "e9", "Address": "10.9.0.1"}
+    body["Checks"] = [{"CheckID": i, "Name": i, "Status": "passing"} for i in ("serfHealth", "c1", "c2")]
+    await api.put("/v1/catalog/register", body)
+    session = await create(api, {"Node": "e9", **fields})
+    (row,) = (await api.get(f"/v1/session/info/{session}")).json
+    assert (row["NodeChecks"], row.get("Checks")) == (node_checks, checks)
+    await api.put("/v1/catalog/register", {**body, "Checks": [{"CheckID": "serfHealth", "Status": "critical"}]})
+    assert bool((await api.get(f"/v1/session/info/{session}")).json) is ("serfHealth" not in node_checks)
+
+
+async def test_a_node_without_health_can_hold_a_session_by_node_checks_only(api):
+    check = {"CheckID": "c1", "Name": "c1", "Status": "passing"}
+    await api.put("/v1/catalog/register", {"Node": "e8", "Address": "10.9.0.1", "Check": check})
+    reply = await api.put("/v1/session/create", {"Node": "e8", "Checks": ["c1"]})
+    assert (reply.status, reply.text) == (500, "Missing check 'serfHealth' registration")
+    await create(api, {"Node": "e8", "NodeChecks": ["C1"]})
+
+
+@pytest.mark.parametrize("ttl", ["1h", "24h", "10000ms", "0", "90s", "1m0.5s"])
+async def test_a_ttl_is_shown_as_it_was_given(api, ttl):
+    session = await create(api, {"TTL": ttl})
+    assert (await api.get(f"/v1/session/info/{session}")).json[0]["TTL"] == ttl
+
+
+@pytest.mark.parametrize(("delay", "ns"), [("1us", 1000), ("70s", 70 * 10**9), (1000, 1000), (1.5, 10**9)])
+async def test_a_lock_delay_is_shown_as_it_was_given(api, delay, ns):
+    session = await create(api, {"LockDelay": delay})
+    assert (await api.get(f"/v1/session/info/{session}")).json[0]["LockDelay"] == ns
+
+
+async def test_the_case_of_a_session_s_id_does_not_matter(api):
+    session = await create(api, {"TTL": "15s"})
+    assert (await api.get(f"/v1/session/info/{session.upper()}")).json[0]["ID"] == session
+    assert (await api.put(f"/v1/kv/lock?acquire={session.upper()}", b"")).text == "true"
+    assert (await api.put(f"/v1/kv/lock?release={session}", b"")).text == "true"
+    await api.put(f"/v1/session/destroy/{session.upper()}")
+    assert (await api.get("/v1/session/list")).json == []

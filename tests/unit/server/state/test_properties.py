@@ -230,8 +230,8 @@ class Model:
                     self.end(lambda _, n, *__: n == node.lower(), index)
                 return True
             case Deregister(node, check_id=check_id):
-                if self.nodes.get(node.lower(), {}).pop(check_id.lower(), None):
-                    self.end(lambda _, n, needed, __: n == node.lower() and check_id.lower() in needed, index)
+                if self.nodes.get(node.lower(), {}).pop(str(check_id).lower(), None):
+                    self.end(lambda _, n, needed, __: n == node.lower() and str(check_id).lower() in needed, index)
                 return True
         raise AssertionError(command)
 

@@ -1,0 +1,115 @@
+"""What a route reads of a request, declared beside it: the names of its parameters and of the fields of its body.
+
+What nobody reads is refused where Consul refuses it; where Consul ignores it, it is ignored here too and the answer
+says so in `X-Rostra-Warning`. A parameter or field that has an effect in Consul and none here is no name that a route
+declares. `ns` is declared by the routes where Consul's own edition without namespaces refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rostra.agent.http.fields import Fields
+from rostra.agent.http.routing import JsonObject, Request, Route
+from rostra.wire.errors import BadRequest
+
+WARNING_HEADER = "X-Rostra-Warning"
+ENTERPRISE = "Namespaces are a Consul Enterprise feature"
+#: So many names are shown, and so much of each.
+_SHOWN_MAX, _NAME_CHARS_MAX = 8, 64
+_NAMESPACE_HEADER = "X-Consul-Namespace"
+
+#: What every route takes, and what those take besides that answer with rows of the state.
+_EVERYWHERE = frozenset(("dc", "token", "pretty"))
+_READ = _EVERYWHERE | {"stale", "consistent", "cached", "index", "wait", "filter"}
+
+
+def parameters(names: str = "") -> frozenset[str]:
+    """`names`, with spaces between them, besides those of every route."""
+    return _EVERYWHERE.union(names.split())
+
+
+def read_parameters(names: str = "") -> frozenset[str]:
+    """As `parameters`, for a route that answers by `reads.answer`."""
+    return _READ.union(names.split())
+
+
+def check_parameters(request: Request, route: Route) -> None:
+    """Refuse namespaces, and note what the route does not read. Raises BadRequest."""
+    declared = route.query
+    if declared is None:
+        return
+    query = request.query
+    if query:
+        if "ns" in declared and query.get("ns"):
+            raise BadRequest(f'Bad request: Invalid query parameter: "ns" - {ENTERPRISE}')
+        for name in query.names():
+            if name not in declared:
+                request.ignored.append(f"parameter {shown(name)}")
+    if request.headers.get(_NAMESPACE_HEADER):
+        if "ns" in declared:
+            raise BadRequest(f'Bad request: Invalid header: "{_NAMESPACE_HEADER}" - {ENTERPRISE}')
+        request.ignored.append(f"header {_NAMESPACE_HEADER}")
+
+
+def warning(ignored: list[str]) -> str:
+    """What the header says."""
+    more = len(ignored) - _SHOWN_MAX
+    names = ", ".join(ignored[:_SHOWN_MAX]) + (f" and {more} more" if more > 0 else "")
+    return f"{names} {'was' if len(ignored) == 1 else 'were'} ignored"
+
+
+def shown(name: str) -> str:
+    """A name that a client chose, as printable ASCII in quotes."""
+    return json.dumps(name[:_NAME_CHARS_MAX])
+
+
+class Body:
+    """The fields of an object, found whatever their case; the same for each object of a list.
+
+    `names`: fields whose inside is read, or kept, as it is. `inside`: fields that are objects of known fields.
+    """
+
+    def __init__(self, names: str = "", *, is_strict: bool = True, **inside: Body | MapOf) -> None:
+        self._fields: dict[str, Body | MapOf | None] = {name.lower(): None for name in names.split()}
+        self._fields |= {name.lower(): body for name, body in inside.items()}
+        self._is_strict = is_strict
+
+    def read(self, request: Request, *, empty: bool = False) -> Fields:
+        """The request's body. Raises BadRequest for what is no such object; `empty`: no body at all is {}."""
+        value = JsonObject() if empty and not request.body else request.json_object()
+        for name in self.unread(value):
+            request.ignored.append(f"unknown field {shown(name)}")
+        return Fields(value)
+
+    def unread(self, value: Any) -> Iterator[str]:
+        """The unknown fields of `value` that are ignored. Raises BadRequest for one that is not."""
+        for item in value if isinstance(value, list) else (value,):
+            if isinstance(item, Mapping):
+                for name, inner in item.items():
+                    yield from self._of(name, inner)
+
+    def _of(self, name: str, inner: Any) -> Iterator[str]:
+        try:
+            known = self._fields[name.lower()]
+        except KeyError:
+            if self._is_strict:
+                why = f" - {ENTERPRISE}" if name.lower() == "namespace" else ""
+                raise BadRequest(f"Request decode failed: json: unknown field {shown(name)}{why}") from None
+            yield name
+        else:
+            if known is not None:
+                yield from known.unread(inner)
+
+
+class MapOf:
+    """A map whose names are the user's and whose values are objects of known fields."""
+
+    def __init__(self, names: str) -> None:
+        self._each = Body(names)
+
+    def unread(self, value: Any) -> Iterator[str]:
+        for inner in value.values() if isinstance(value, Mapping) else ():
+            yield from self._each.unread(inner)
