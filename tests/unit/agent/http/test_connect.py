@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 
@@ -297,7 +298,7 @@ async def test_what_an_intention_cannot_be_is_refused_as_consul_does(api, fields
 
 
 async def test_the_longest_description_and_meta_are_kept_and_the_default_address_too(api):
-    body = {"SourceName": "web", "DestinationName": "db", "Action": "deny", "SourceNS": "default"}
+    body: dict[str, Any] = {"SourceName": "web", "DestinationName": "db", "Action": "deny", "SourceNS": "default"}
     body |= {"Description": 512 * "x", "Meta": {f"k{i}": "v" for i in range(64)}}
     body |= {"DefaultAddr": "10.0.0.1", "DefaultPort": 5, "SourceType": "consul", "Precedence": 3}
     made = (await api.call("POST", "/v1/connect/intentions", body)).json["ID"]

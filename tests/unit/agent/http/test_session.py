@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,7 @@ async def test_mistakes_in_a_path_have_known_texts(api, method, path, status, te
     ],
 )
 async def test_checks_add_to_the_health_of_the_node_and_node_checks_replace_it(api, fields, node_checks, checks):
-    body = {"Node": "e9", "Address": "10.9.0.1"}
+    body: dict[str, Any] = {"Node": "e9", "Address": "10.9.0.1"}
     body["Checks"] = [{"CheckID": i, "Name": i, "Status": "passing"} for i in ("serfHealth", "c1", "c2")]
     await api.put("/v1/catalog/register", body)
     session = await create(api, {"Node": "e9", **fields})
