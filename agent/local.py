@@ -2,8 +2,9 @@
 
 The agent is the authority for its node: `agent/sync.py` makes the catalog agree with `services` and `checks`. Changes
 come from HTTP (`agent/http/agent.py`), from configuration files and from the checks themselves. Changes by callers are
-made one at a time, are on disk before they are visible, and are announced through `on_change`. A check keeps its status
-over re-registration and restarts; a change of output alone is announced at most once per `check_update_interval_s`.
+made whole, also where the caller goes away, and one at a time for each service and check; they are on disk before they
+are visible, and are announced through `on_change`. A check keeps its status over re-registration and restarts; a change
+of output alone is announced at most once per `check_update_interval_s`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import ipaddress
 import random as _random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from rostra.agent.checks import http, script, tcp
 from rostra.agent.checks.alias import alias_result
@@ -38,6 +40,7 @@ from rostra.agent.checks.check import (
 from rostra.agent.checks.ttl import Deadline
 from rostra.agent.definition import (
     OUTPUT_BYTES_MAX,
+    SIDECAR_SUFFIX,
     CheckSpec,
     ServiceDefinition,
     expand_sidecar_checks,
@@ -62,6 +65,7 @@ REAP_EVERY_S = 30.0
 FIRST_RUN_WITHIN_S = 0.5
 STATUS_TELL_S = 10.0
 FIRST_PAUSE_S = 0.25
+STOP_S = 1.0
 
 _NO_REASON = "Maintenance mode is enabled for this {}, but no reason was provided. This is a default message."
 
@@ -103,6 +107,24 @@ class Scripts:
     local: bool = False  # enable_local_script_checks: from configuration files
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _whole(change: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """A method of LocalAgent that is done to its end, also where the caller is cancelled: nothing is left half done."""
+
+    @wraps(change)
+    async def done(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        local: Any = args[0]
+        task = asyncio.get_running_loop().create_task(change(*args, **kwargs), name=change.__name__)
+        local._ongoing.add(task)
+        task.add_done_callback(local._ended)
+        return await asyncio.shield(task)
+
+    return done
+
+
 class LocalAgent:
     """Constructed without IO; `start` loads what an earlier run kept."""
 
@@ -138,7 +160,8 @@ class LocalAgent:
         self._files = Files(data_dir)
         self._statuses = _log.RateLimited(log, STATUS_TELL_S)
         self._tasks = Tasks("agent.checks")
-        self._changing = asyncio.Lock()
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._ongoing: set[asyncio.Task[Any]] = set()
         self._started = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._states: dict[str, dict[str, Any]] = {}  # check id -> what was kept of it
@@ -162,7 +185,16 @@ class LocalAgent:
         for check in self.checks.values():
             self._stop_check(check)
         await self._tasks.stop()
+        if self._ongoing:
+            await asyncio.wait(self._ongoing, timeout=STOP_S)
+        for task in list(self._ongoing):
+            task.cancel()
         await self._files.close()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._ongoing.discard(task)
+        if not task.cancelled():
+            task.exception()  # told to the caller, who may have gone
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """`callback()` after each change that the catalog or a listener should hear of. Returns the remover."""
@@ -176,6 +208,7 @@ class LocalAgent:
 
     # -- services -------------------------------------------------------------------------------------------------
 
+    @_whole
     async def register_service(
         self,
         definition: Mapping[str, Any],
@@ -183,35 +216,44 @@ class LocalAgent:
         replace_existing_checks: bool = False,
         token: str = "",
         from_file: bool = False,
-    ) -> None:
-        """Add or replace a service with its checks and its sidecar. Raises BadRequest, ScriptsDisabled, Conflict."""
+    ) -> str:
+        """Add or replace a service with its checks and its sidecar; its id. Raises BadRequest, Denied, Conflict."""
         wanted = parse_service(definition, node=self.node)
         for part in (wanted, wanted.sidecar):
             for spec in part.checks if part is not None else ():
                 self._allow_script(spec, from_file)
-        async with self._change():
-            sidecar = self._complete_sidecar(wanted.sidecar) if wanted.sidecar is not None else None
-            if sidecar is not None:
+        named = [_service(wanted.row.id), _service(wanted.row.id + SIDECAR_SUFFIX)]
+        async with self._change(*named, *(["sidecar ports"] if wanted.sidecar is not None else [])):
+            parts = [(wanted, "")]
+            if wanted.sidecar is not None:
+                sidecar = self._complete_sidecar(wanted.sidecar)
                 await self._remember_port(sidecar.row.id, sidecar.row.port)
-            await self._put(wanted, token, from_file, replace_existing_checks)
-            if sidecar is not None:
-                await self._put(sidecar, token, from_file, replace_existing_checks, sidecar_of=wanted.row.id)
-            self._refresh_aliases(_concerned(wanted, sidecar))
-            self._changed()
+                parts.append((sidecar, wanted.row.id))
+            await self._put(parts, token, from_file, replace_existing_checks)
+        return wanted.row.id
 
+    @_whole
     async def deregister_service(self, service_id: str) -> None:
         """Remove a service, its checks, and the sidecar that came with it. Raises NotFound."""
-        async with self._change():
+        async with self._change(_service(service_id), _service(service_id + SIDECAR_SUFFIX)):
             if service_id not in self.services:
                 raise NotFound(
                     f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the name.'
                 )
-            sidecars = [i for i, s in self.services.items() if s.sidecar_of == service_id]
-            for each in (service_id, *sidecars):
-                await self._drop_service(each)
-            self._refresh_aliases({service_id, *sidecars})
-            self._changed()
+            gone = [service_id, *(i for i, s in self.services.items() if s.sidecar_of == service_id)]
+            files: list[tuple[str, str]] = []
+            for each in gone:
+                for check in list(self.checks_of(each)):
+                    files += self._drop_check(check)
+                if not self.services.pop(each).from_file:
+                    files.append(("services", each))
+            self._refresh_aliases(set(gone))
+            try:
+                await self._files.remove(*files)
+            finally:
+                self._changed()
 
+    @_whole
     async def service_maintenance(self, service_id: str, enable: bool, reason: str = "", *, token: str = "") -> None:
         """Put a service into maintenance, or take it out. Raises NotFound."""
         service = self.services.get(service_id)
@@ -230,6 +272,7 @@ class LocalAgent:
         )
         await self._maintenance(row, enable, service.token or token)
 
+    @_whole
     async def node_maintenance(self, enable: bool, reason: str = "", *, token: str = "") -> None:
         row = CheckRow(
             node=self.node,
@@ -259,11 +302,12 @@ class LocalAgent:
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    async def register_check(self, definition: Mapping[str, Any], *, token: str = "", from_file: bool = False) -> None:
-        """Add or replace one check of the node or of a service. Raises BadRequest, NotFound, ScriptsDisabled."""
+    @_whole
+    async def register_check(self, definition: Mapping[str, Any], *, token: str = "", from_file: bool = False) -> str:
+        """Add or replace one check; the id of its service, if any. Raises BadRequest, NotFound, ScriptsDisabled."""
         spec = parse_check(definition)
         self._allow_script(spec, from_file)
-        async with self._change():
+        async with self._change(_check(spec.id), _service(spec.service_id)):
             if spec.service_id and spec.service_id not in self.services:
                 raise NotFound(f'ServiceID "{spec.service_id}" does not exist')
             spec = replace(spec, token=spec.token or token)
@@ -272,21 +316,28 @@ class LocalAgent:
             self._put_check(spec, from_file)
             self._refresh_aliases({spec.service_id, spec.alias_service} if spec.service_id else None)
             self._changed()
+        return spec.service_id
 
+    @_whole
     async def deregister_check(self, check_id: str) -> None:
         """Raises NotFound."""
-        async with self._change():
+        known = self.checks.get(check_id)
+        owner_id = known.row.service_id if known is not None else ""
+        async with self._change(_check(check_id), _service(owner_id)):
             check = self.checks.get(check_id)
             if check is None:
                 raise NotFound(
                     f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.'
                 )
-            await self._drop_check(check)
+            files = self._drop_check(check)
             owner = self.services.get(check.row.service_id)
-            if owner is not None and not owner.from_file:
-                await self._save_service(owner, self._specs_of(check.row.service_id))
             self._refresh_aliases({check.row.service_id} if check.row.service_id else None)
-            self._changed()
+            try:
+                await self._files.remove(*files)
+                if owner is not None and not owner.from_file:
+                    await self._save_service(owner, self._specs_of(owner.row.id))
+            finally:
+                self._changed()
 
     async def set_ttl_status(self, check_id: str, status: str, output: str = "") -> None:
         """What the service says about itself; its time starts anew. Raises NotFound when it is no TTL check."""
@@ -304,37 +355,56 @@ class LocalAgent:
     # -- changing -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _change(self) -> AsyncIterator[None]:
-        """One change at a time, and none before the earlier run's registrations are back (HTTP answers sooner)."""
+    async def _change(self, *names: str) -> AsyncIterator[None]:
+        """One change of a thing at a time, and none before the earlier run's registrations are back.
+
+        Changes of different things wait for the disk together. Only what is done without waiting is done at once.
+        """
         await self._started.wait()
-        async with self._changing:
+        async with AsyncExitStack() as held:
+            for name in sorted(set(names)):  # all in one order, so that no two wait for each other
+                lock = self._changing.get(name)
+                if lock is None:
+                    lock = self._changing[name] = asyncio.Lock()
+                await held.enter_async_context(lock)
             yield
 
     async def _put(
         self,
-        wanted: ServiceDefinition,
+        parts: list[tuple[ServiceDefinition, str]],
         token: str,
         from_file: bool,
         replace_existing_checks: bool,
-        *,
-        sidecar_of: str = "",
     ) -> None:
-        service_id = wanted.row.id
-        before = self.services.get(service_id)
-        if not sidecar_of and before is not None:
-            sidecar_of = before.sidecar_of
-        service = LocalService(wanted.row, wanted.token or token, sidecar_of, from_file)
-        given = {spec.id for spec in wanted.checks}
-        if replace_existing_checks:
-            for check in list(self.checks_of(service_id)):
-                if check.row.id not in given and not is_maintenance(check.row.id):
-                    await self._drop_check(check)
-        kept = [spec for spec in self._specs_of(service_id) if spec.id not in given]
-        if from_file:
-            await self._files.remove("services", service_id)
-        else:
-            await self._save_service(service, [*wanted.checks, *kept])
-        self._put_service(service, wanted.checks)
+        """Each with the service whose sidecar it is, or "". All become visible at once, when they are on disk."""
+        services: list[LocalService] = []
+        dropped: list[LocalCheck] = []
+        saving: list[Coroutine[Any, Any, None]] = []
+        for wanted, sidecar_of in parts:
+            service_id = wanted.row.id
+            before = self.services.get(service_id)
+            if not sidecar_of and before is not None:
+                sidecar_of = before.sidecar_of
+            service = LocalService(wanted.row, wanted.token or token, sidecar_of, from_file)
+            services.append(service)
+            given = {spec.id for spec in wanted.checks}
+            others = [c for c in self.checks_of(service_id) if c.row.id not in given]
+            if replace_existing_checks:
+                dropped += [c for c in others if not is_maintenance(c.row.id)]
+                others = []
+            kept = [c.spec for c in others if c.spec is not None and not c.from_file]
+            if from_file:
+                saving.append(self._files.remove(("services", service_id)))
+            else:
+                saving.append(self._save_service(service, [*wanted.checks, *kept]))
+        await asyncio.gather(*saving)
+        files = [file for check in dropped for file in self._drop_check(check)]
+        for service, (wanted, _) in zip(services, parts, strict=True):
+            self._put_service(service, wanted.checks)
+        self._refresh_aliases(_concerned(wanted for wanted, _ in parts))
+        self._changed()
+        if files:
+            await self._files.remove(*files)
 
     def _put_service(self, service: LocalService, specs: Iterable[CheckSpec]) -> None:
         row = service.row
@@ -401,33 +471,26 @@ class LocalAgent:
             check.output_timer.cancel()
             check.output_timer = None
 
-    async def _drop_service(self, service_id: str) -> None:
-        service = self.services.pop(service_id)
-        for check in list(self.checks_of(service_id)):
-            await self._drop_check(check)
-        if not service.from_file:
-            await self._files.remove("services", service_id)
-
-    async def _drop_check(self, check: LocalCheck) -> None:
+    def _drop_check(self, check: LocalCheck) -> list[tuple[str, str]]:
+        """Ends it. The files that are to be removed."""
         self._stop_check(check)
         self.checks.pop(check.row.id, None)
-        await self._files.remove("checks", check.row.id)
-        await self._files.remove("checks/state", check.row.id)
+        return [("checks", check.row.id), ("checks/state", check.row.id)]
 
     async def _maintenance(self, row: CheckRow, enable: bool, token: str) -> None:
-        async with self._change():
+        async with self._change(_check(row.id), _service(row.service_id)):
             before = self.checks.get(row.id)
-            if not enable:
-                if before is None:
-                    return
-                await self._drop_check(before)
+            if enable == (before is not None) or (row.service_id and row.service_id not in self.services):
+                return
+            if before is not None:
+                files = self._drop_check(before)
             else:
-                if before is not None:
-                    return
                 await self._files.save("checks", row.id, {"maintenance": row._asdict(), "token": token})
                 self.checks[row.id] = LocalCheck(row, token=token)
+                files = []
             self._refresh_aliases({row.service_id} if row.service_id else None)
             self._changed()
+            await self._files.remove(*files)
 
     def _allow_script(self, spec: CheckSpec, from_file: bool) -> None:
         if spec.type != "script" or self._scripts.remote or (from_file and self._scripts.local):
@@ -618,7 +681,8 @@ class LocalAgent:
                 log.info(
                     "deregistering a service that was critical for too long", service=spec.service_id, check=spec.id
                 )
-                await self.deregister_service(spec.service_id)
+                with suppress(NotFound):  # somebody was faster
+                    await self.deregister_service(spec.service_id)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -706,10 +770,18 @@ def port_is_busy_here(address: str, port: int) -> bool:
     return False
 
 
-def _concerned(service: ServiceDefinition, sidecar: ServiceDefinition | None) -> set[str]:
+def _concerned(parts: Iterable[ServiceDefinition]) -> set[str]:
     """The services whose aliases a registration may change, those that its own checks are aliases of included."""
-    parts = [part for part in (service, sidecar) if part is not None]
-    return {p.row.id for p in parts} | {spec.alias_service for p in parts for spec in p.checks}
+    return {i for part in parts for i in (part.row.id, *(spec.alias_service for spec in part.checks))}
+
+
+def _service(service_id: str) -> str:
+    """What `_change` calls a service."""
+    return f"service {service_id}"
+
+
+def _check(check_id: str) -> str:
+    return f"check {check_id}"
 
 
 async def _probe(spec: CheckSpec) -> Result:

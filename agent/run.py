@@ -293,6 +293,16 @@ class RunningAgent:
             output_bytes_max=config.check_output_bytes_max,
             discard_output=config.discard_check_output,
         )
+        about = AboutNode(
+            name=config.node_name,
+            id=node_id,
+            address=advertise,
+            datacenter=config.datacenter,
+            tagged_addresses={k: advertise for k in ("lan", "lan_ipv4", "wan", "wan_ipv4")},
+            meta={"consul-network-segment": "", **config.node_meta},
+        )
+        sync = Sync(local, session, results, about, is_server=self._core is not None)
+        session.on_connected.append(sync.trigger)
         leaves = Leaves(session, results, datacenter=config.datacenter)
         proxies = ProxyConfigs(
             local,
@@ -315,6 +325,7 @@ class RunningAgent:
         )
         agent.parts.update(
             proxies=proxies,
+            sync=sync,
             steps=steps,
             session=session,
             started=time.time(),
@@ -352,17 +363,6 @@ class RunningAgent:
         await local.start()
         self._ends.append(("local state", local.stop))
         await self._register_from_files(local)
-        about = AboutNode(
-            name=config.node_name,
-            id=node_id,
-            address=advertise,
-            datacenter=config.datacenter,
-            tagged_addresses={k: advertise for k in ("lan", "lan_ipv4", "wan", "wan_ipv4")},
-            meta={"consul-network-segment": "", **config.node_meta},
-        )
-        sync = Sync(local, session, results, about, is_server=self._core is not None)
-        session.on_connected.append(sync.trigger)
-        agent.parts["sync"] = sync
         await sync.start()
         self._ends.append(("sync", sync.stop))
         dns_port = config.dns_port

@@ -2,14 +2,17 @@
 
 `plan` is pure: what is here, what the catalog says, and out come commands. `Sync` runs it at once after a change here,
 within a moment of a change of this node's rows in the catalog (a watch tells it: whoever deregisters a service there
-sees it come back), when the servers come back, and fully every minute. The node itself is registered along with its
-services. `serfHealth` belongs to the leader and the service `consul` to the servers: neither is ever touched here.
+sees it come back), when the servers come back, and fully every minute. Whoever changed something here waits with
+`settled` until a round that began after the change is through; rounds follow each other, and each takes all that has
+come meanwhile. The node itself is registered along with its services. `serfHealth` belongs to the leader and the
+service `consul` to the servers: neither is ever touched here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random as _random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
 FULL_EVERY_S = 60.0
 RETRY_S = 15.0
 BEHIND_TELL_S = 10.0  # while there is no leader, it is tried again every second
+#: How long a change waits for the catalog, and all changes together once it cannot be reached.
+SETTLE_WITHIN_S = 2.0
+#: For so long after a write the watches may still show what was before it.
+WATCH_LAG_S = 0.5
 SERF_HEALTH = "serfHealth"
 SERVERS_SERVICE = "consul"
 _AT_ONCE = 16  # writes on their way at the same time
@@ -176,6 +183,64 @@ def _same_check(ours: CheckRow, theirs: CheckRow | None, *, ignore_output: bool)
     return ours[:-_INDEXES] == theirs[:-_INDEXES]
 
 
+class _Written:
+    """What was written of late, laid over the watches' rows, which may be older. None: it was removed."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], tuple[float, Any]] = {}
+
+    def note(self, command: Register | Deregister, services: Mapping[str, ServiceRow], catalog: Picture) -> None:
+        """`services` are what the command was made of."""
+        until = time.monotonic() + WATCH_LAG_S
+        if isinstance(command, Register):
+            if not command.skip_node_update:
+                node = NodeRow(
+                    command.node,
+                    command.node_id,
+                    command.address,
+                    command.datacenter,
+                    command.tagged_addresses,
+                    command.node_meta,
+                )
+                self._rows["node", ""] = (until, node)
+            if command.service is not None:
+                service_id = command.service["id"]
+                self._rows["service", service_id] = (until, services[service_id])
+            for check in command.checks:
+                self._rows["check", check["id"]] = (until, CheckRow(**check))
+        elif command.service_id:
+            self._rows["service", command.service_id] = (until, None)
+            for check_id, check_row in catalog.checks.items():
+                if check_row.service_id == command.service_id:
+                    self._rows["check", check_id] = (until, None)
+        elif command.check_id:
+            self._rows["check", command.check_id] = (until, None)
+
+    def over(self, seen: Picture) -> Picture:
+        """`seen`, or what is known better."""
+        now = time.monotonic()
+        for key in [key for key, (until, _) in self._rows.items() if until <= now]:
+            del self._rows[key]
+        if not self._rows:
+            return seen
+        node, services, checks = seen.node, dict(seen.services), dict(seen.checks)
+        tables: dict[str, dict[str, Any]] = {"service": services, "check": checks}
+        for (what, name), (_, row) in self._rows.items():
+            if what == "node":
+                node = row
+            elif row is None:
+                tables[what].pop(name, None)
+            else:
+                tables[what][name] = row
+        return Picture(node, services, checks)
+
+    def due_in_s(self) -> float | None:
+        """When the watches will be believed about all of it."""
+        if not self._rows:
+            return None
+        return max(0.0, min(until for until, _ in self._rows.values()) - time.monotonic())
+
+
 class Sync:
     """Runs `plan` whenever it may have something to say, and writes what it says."""
 
@@ -203,15 +268,20 @@ class Sync:
         self._random = random
         self._wake = asyncio.Event()
         self._full_due = True
-        self._synced = asyncio.Event()
+        self._changes = 0  # of what is here, so far
+        self._through = -1  # the changes that the last round that was done began after
+        self._refusals: dict[str, str] = {}  # of that round: service id ("" the node's own) -> what the servers said
+        self._waiting: dict[asyncio.Future[None], int] = {}  # -> the change that has to be through
+        self._failing_since: float | None = None
+        self._failure = ""
+        self._written = _Written()
         self._tasks = Tasks("agent.sync")
-        self._removers: list[Callable[[], None]] = []
+        self._removers: list[Callable[[], None]] = [local.on_change(self.trigger)]
         self._unfollow: list[Callable[[], None]] = []
         self._refused: dict[str, str] = {}  # step -> the refusal that was logged
         self._behind = _log.RateLimited(log, BEHIND_TELL_S)
 
     async def start(self) -> None:
-        self._removers.append(self._local.on_change(self.trigger))
         self._tasks.keep("sync", self._run)
         self._tasks.keep("full sync", self._full_timer)
 
@@ -223,16 +293,34 @@ class Sync:
 
     def trigger(self) -> None:
         """Compare soon. Many calls in one turn of the loop are one comparison."""
-        self._synced.clear()
+        self._changes += 1
         self._wake.set()
 
-    async def synced(self, timeout_s: float) -> bool:
-        """Wait until the catalog had everything that was here at the last change."""
+    async def settled(self, *service_ids: str, within_s: float = SETTLE_WITHIN_S) -> str:
+        """Wait until the catalog has what is here now. "", or why it has not got these ("" is the node itself).
+
+        Once the catalog could not be reached for `within_s` nobody waits for it, until a round is through again.
+        """
+        if self._through < self._changes:
+            began = time.monotonic()
+            if self._failing_since is not None:
+                within_s += self._failing_since - began
+            if within_s <= 0 or not await self._wait_through(self._changes, within_s):
+                if self._failing_since is None:
+                    self._failing_since = began
+                return self._failure or "the servers did not answer in time"
+        return next((self._refusals[i] for i in service_ids if i in self._refusals), "")
+
+    async def _wait_through(self, change: int, within_s: float) -> bool:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[waiter] = change
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._synced.wait()
+            async with asyncio.timeout(within_s):
+                await waiter
         except TimeoutError:
             return False
+        finally:
+            self._waiting.pop(waiter, None)
         return True
 
     async def _run(self) -> None:
@@ -247,17 +335,35 @@ class Sync:
             try:
                 if await services.ready(60.0) and await checks.ready(60.0):
                     self._wake.clear()
-                    whole = await self._read() if self._full_due else Picture.of(services.rows, checks.rows)
-                    is_done = await self._compare(whole)
-                    self._full_due = False
-                    if is_done and not self._wake.is_set():
-                        self._synced.set()
-                    pause_s = None if is_done else self._retry_pause_s()
-                    await self._sleep(pause_s)
+                    is_full, self._full_due = self._full_due, False
+                    if is_full:
+                        catalog = await self._read()
+                    else:
+                        catalog = self._written.over(Picture.of(services.rows, checks.rows))
+                    is_done = await self._compare(catalog)
+                    if is_done:
+                        pause_s, then_full = self._written.due_in_s(), False
+                    else:
+                        pause_s, then_full = self._retry_pause_s(), True
+                    await self._sleep(pause_s, then_full=then_full)
             except RostraError as error:
+                self._fail(error.message)
                 self._behind.warn("the catalog could not be brought up to date, trying again", error=error.message)
-                self._full_due = True
                 await self._sleep(min(1.0, self._retry_pause_s()))
+
+    def _fail(self, why: str) -> None:
+        self._full_due = True
+        self._failure = why
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+
+    def _settle(self, change: int, refusals: dict[str, str]) -> None:
+        """A round is through that began after `change`."""
+        self._through, self._refusals = change, refusals
+        self._failing_since, self._failure = None, ""
+        for waiter, awaited in self._waiting.items():
+            if awaited <= change and not waiter.done():
+                waiter.set_result(None)
 
     async def _read(self) -> Picture:
         services = await self._results.fetch(NodeServices(self._identity.name), token=self._token)
@@ -269,23 +375,41 @@ class Sync:
         local = self._local
         for service_id, tags in tags_to_adopt(_rows(local.services), catalog).items():
             local.adopt_tags(service_id, tags)
+        change, services = self._changes, _rows(local.services)
         steps = plan(
             self._identity,
-            _rows(local.services),
+            services,
             _rows(local.checks),
             catalog,
             is_server=self._is_server,
             deferred=local.deferred_outputs(),
         )
-        refused = 0
-        if steps and steps[0].what == "node":  # the others build on it
-            refused += await self._write(steps.pop(0))
-        for start in range(0, len(steps), _AT_ONCE):
-            refused += sum(await asyncio.gather(*map(self._write, steps[start : start + _AT_ONCE])))
-        return refused == 0
+        refusals: dict[str, str] = {}
+        refused: set[str] = set()
 
-    async def _write(self, step: Step) -> bool:
-        """True when the servers refused it. A lost leader is raised: then nothing else would pass either."""
+        async def write(step: Step) -> None:
+            refusal = await self._write(step)
+            if refusal:
+                refusals[step.token_of] = refusal
+                refused.add(step.what)
+            else:
+                self._written.note(step.command, services, catalog)
+
+        if steps and steps[0].what == "node":  # the others build on it
+            await write(steps.pop(0))
+        for start in range(0, len(steps), _AT_ONCE):
+            # All of them end before the next round begins: a write that is late must not undo what came after it.
+            done = await asyncio.gather(*map(write, steps[start : start + _AT_ONCE]), return_exceptions=True)
+            for error in done:
+                if error is not None:
+                    raise error
+        for what in self._refused.keys() - refused:
+            del self._refused[what]  # it is wanted no longer
+        self._settle(change, refusals)
+        return not refusals
+
+    async def _write(self, step: Step) -> str:
+        """What the servers refused it with, or "". A lost leader is raised: then nothing else would pass either."""
         try:
             await self._servers.write(step.command, token=self._token_for(step.token_of))
         except RostraError as error:
@@ -295,14 +419,14 @@ class Sync:
                 self._refused[step.what] = error.message
                 write = log.warn if isinstance(error, Denied) else log.err
                 write("the servers refuse a registration", what=step.what, error=error.message)
-            return True
+            return error.message or error.code
         except Exception as error:  # a row that cannot even be sent must not keep the others from the catalog
             log.err("a registration cannot be written", what=step.what, exc_info=error)
-            return True
+            return "it cannot be written, see the agent's log"
         log.debug("wrote to the catalog", what=step.what)
         if self._refused.pop(step.what, None) is not None:
             log.info("the servers accept a registration that they refused before", what=step.what)
-        return False
+        return ""
 
     def _token_for(self, service_id: str) -> str:
         service = self._local.services.get(service_id)
@@ -311,13 +435,13 @@ class Sync:
     def _retry_pause_s(self) -> float:
         return self._retry_s * (1.0 + self._random())
 
-    async def _sleep(self, seconds: float | None) -> None:
+    async def _sleep(self, seconds: float | None, *, then_full: bool = True) -> None:
         """Until somebody triggers, or `seconds` are over."""
         try:
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
         except TimeoutError:
-            self._full_due = True
+            self._full_due |= then_full
 
     async def _full_timer(self) -> None:
         """Every minute; and whenever the session with the servers was lost and is back."""

@@ -1,7 +1,8 @@
 """`/v1/agent/`: this node's own services, checks, maintenance, leaves and proxies, and what the agent says of itself.
 
 Statuses and texts are Consul's 1.8, also where they are odd: deregistering what is not there succeeds, a check that is
-no TTL check is a 500. Long polls on one service or one proxy wait for another content hash (`?hash=`), the leaf for
+no TTL check is a 500. A change is answered when the catalog has it, or after a bounded wait with a header that says why
+it has not. Long polls on one service or one proxy wait for another content hash (`?hash=`), the leaf for
 another index. Parts that have no field in `Agent` hang in `agent.parts`: `proxies` (ProxyConfigs), `default_allow`, and
 the coroutine functions `leave()`, `reload()`, `join(address)`, `force_leave(node, prune)`.
 """
@@ -22,15 +23,16 @@ from rostra.acl.identity import BadIdentity, ServiceIdentity, parse
 from rostra.acl.intention import Intention, decide
 from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, aggregate
 from rostra.agent.context import Agent
-from rostra.agent.definition import STATUSES, DecodeError
+from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, DecodeError
 from rostra.agent.http.durations import SECOND, format_duration, parse_duration
-from rostra.agent.http.errors import HttpError
+from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
 from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
 from rostra.agent.local import LocalAgent, ScriptsDisabled
 from rostra.agent.metrics import Metrics
 from rostra.agent.proxycfg import ProxyConfigs
+from rostra.agent.sync import Sync
 from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
 from rostra.server.state.ca import Roots
 from rostra.server.state.cluster import Members
@@ -42,6 +44,7 @@ Json = dict[str, Any]
 
 HASH_WAIT_DEFAULT_S = 300.0
 WAIT_MAX_S = 600.0
+SYNC_ERROR_CHARS_MAX = 300
 _ASK_SERVERS_S = 1.0  # how long /self waits for what only servers know
 #: The core is not asked for its numbers more often, however many ask for metrics.
 CORE_METRICS_EVERY_S = 0.5
@@ -53,14 +56,14 @@ _HEALTH_STATUS = {PASSING: 200, WARNING: 429, CRITICAL: 503, MAINTENANCE: 503}
 
 
 async def register_service(request: Request, agent: Agent) -> Response:
-    await _changed(
+    service_id = await _changed(
         _local(agent).register_service(
             request.json_object(),
             replace_existing_checks=request.query.flag("replace-existing-checks"),
             token=request.token,
         )
     )
-    return Response()
+    return await _settled(agent, service_id)
 
 
 async def deregister_service(request: Request, agent: Agent) -> Response:
@@ -71,23 +74,24 @@ async def deregister_service(request: Request, agent: Agent) -> Response:
         await _local(agent).deregister_service(service_id)
     except NotFound:
         pass
-    return Response()
+    return await _settled(agent, service_id)
 
 
 async def register_check(request: Request, agent: Agent) -> Response:
-    await _changed(_local(agent).register_check(request.json_object(), token=request.token))
-    return Response()
+    service_id = await _changed(_local(agent).register_check(request.json_object(), token=request.token))
+    return await _settled(agent, service_id)
 
 
 async def deregister_check(request: Request, agent: Agent) -> Response:
     check_id = request.params["id"]
     if not check_id:
         raise HttpError(500, "CheckID missing")
+    service_id = _service_of(agent, check_id)
     try:
         await _local(agent).deregister_check(check_id)
     except NotFound:
         pass
-    return Response()
+    return await _settled(agent, service_id)
 
 
 async def pass_check(request: Request, agent: Agent) -> Response:
@@ -115,19 +119,19 @@ async def _set_ttl(agent: Agent, check_id: str, status: str, output: str) -> Res
         await _local(agent).set_ttl_status(check_id, status, output)
     except NotFound as error:
         raise HttpError(500, error.message) from None
-    return Response()
+    return await _settled(agent, _service_of(agent, check_id))
 
 
 async def service_maintenance(request: Request, agent: Agent) -> Response:
     service_id = request.require("id", "Missing service ID")
     enable = _enable(request)
     await _local(agent).service_maintenance(service_id, enable, request.query.get("reason"), token=request.token)
-    return Response()
+    return await _settled(agent, service_id)
 
 
 async def node_maintenance(request: Request, agent: Agent) -> Response:
     await _local(agent).node_maintenance(_enable(request), request.query.get("reason"), token=request.token)
-    return Response()
+    return await _settled(agent, "")
 
 
 def _enable(request: Request) -> bool:
@@ -139,13 +143,28 @@ def _enable(request: Request) -> bool:
     return value[0] in "1tT"
 
 
-async def _changed(change: Awaitable[None]) -> None:
+async def _changed(change: Awaitable[str]) -> str:
     try:
-        await change
+        return await change
     except DecodeError as error:
         raise BadRequest(f"Request decode failed: {error.message}") from None
     except (ScriptsDisabled, NotFound) as error:
         raise HttpError(500, error.message) from None
+
+
+async def _settled(agent: Agent, service_id: str) -> Response:
+    """200 once the catalog has what was changed, or says why it has not: the change is kept here and tried again."""
+    sync: Sync | None = agent.parts.get("sync")
+    why = await sync.settled(service_id, service_id + SIDECAR_SUFFIX) if sync is not None else ""
+    if not why:
+        return Response()
+    line = "".join(c for c in " ".join(why.split()) if c.isprintable())
+    return Response(headers={SYNCED_HEADER: "false", SYNC_ERROR_HEADER: line[:SYNC_ERROR_CHARS_MAX]})
+
+
+def _service_of(agent: Agent, check_id: str) -> str:
+    check = _local(agent).checks.get(check_id)
+    return check.row.service_id if check is not None else ""
 
 
 # -- what is registered -------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ STATUS = {
 #: On answers to failed changes: refused (and would be again), not-done (safe to repeat), unknown (perhaps done).
 OUTCOME_HEADER = "X-Rostra-Outcome"
 
+#: "false" on answers to changes that are done here and not in the catalog yet, and why in the second one.
+SYNCED_HEADER, SYNC_ERROR_HEADER = "X-Rostra-Synced", "X-Rostra-Sync-Error"
+
 
 class HttpError(Exception):
     """A status and text that Consul's clients know."""

@@ -374,3 +374,53 @@ async def test_a_check_that_changes_its_status_is_one_line_without_its_output() 
         "[INFO]  agent.local: check changed: check=service:web service=web status=passing was=critical",
         "[WARN]  agent.local: check changed: check=service:web service=web status=critical was=passing",
     ]
+
+
+async def test_a_registration_is_made_whole_though_its_client_goes_away(tmp_path: Path) -> None:
+    async with agent(tmp_path) as local:
+        for i in range(5):
+            registering = asyncio.ensure_future(local.register_service({"Name": f"s{i}", "Check": {"TTL": "1h"}}))
+            await asyncio.sleep(0)
+            registering.cancel()
+        await eventually(lambda: len(local.services) == 5)
+        assert len(local.checks) == 5
+    async with agent(tmp_path) as local:
+        assert len(local.services) == len(local.checks) == 5
+
+
+async def test_changes_of_one_service_keep_their_order_and_many_of_different_ones_are_all_kept(tmp_path: Path) -> None:
+    async def flap(local: LocalAgent, name: str) -> None:
+        for port in range(1, 6):
+            await local.register_service({"Name": name, "Port": port, "Check": {"TTL": "1h"}})
+            if port < 5:
+                await local.deregister_service(name)
+
+    async with agent(tmp_path) as local:
+        await asyncio.gather(*(flap(local, f"s{i}") for i in range(16)))
+        assert not local._changing, "the locks of what nobody changes are gone"
+    async with agent(tmp_path) as local:
+        assert {s.row.port for s in local.services.values()} == {5}
+        assert len(local.services) == len(local.checks) == 16
+
+
+async def test_sidecars_that_are_registered_at_once_get_different_ports(tmp_path: Path) -> None:
+    async with agent(tmp_path, sidecar_ports=(21000, 21007)) as local:
+        connect: dict[str, Any] = {"SidecarService": {}}
+        await asyncio.gather(*(local.register_service({"Name": f"s{i}", "Connect": connect}) for i in range(8)))
+        ports = [s.row.port for s in local.services.values() if s.sidecar_of]
+        assert sorted(ports) == list(range(21000, 21008))
+
+
+async def test_a_service_whose_checks_are_replaced_is_never_seen_without_one(tmp_path: Path) -> None:
+    async with agent(tmp_path) as local:
+        await local.register_service({"Name": "web", "Checks": [{"CheckID": "a", "TTL": "1h"}]})
+        seen: set[frozenset[str]] = set()
+        replacing = asyncio.ensure_future(
+            local.register_service(
+                {"Name": "web", "Checks": [{"CheckID": "b", "TTL": "1h"}]}, replace_existing_checks=True
+            )
+        )
+        while not replacing.done():
+            seen.add(frozenset(local.checks))
+            await asyncio.sleep(0)
+        assert seen | {frozenset(local.checks)} <= {frozenset({"a"}), frozenset({"b"})}

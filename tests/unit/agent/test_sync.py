@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import io
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -138,17 +140,17 @@ async def test_the_node_and_its_services_appear_in_the_catalog() -> None:
 async def test_a_catalog_that_agrees_is_not_written_to() -> None:
     async with world() as w:
         await w.local.register_service({"Name": "web", "Connect": {"SidecarService": {}}})
-        assert await w.sync.synced(5.0)
+        assert not await w.sync.settled(within_s=5.0)
         written = len(w.servers.written)
         w.sync.trigger()
-        assert await w.sync.synced(5.0)
+        assert not await w.sync.settled(within_s=5.0)
         assert len(w.servers.written) == written
 
 
 async def test_a_service_that_the_catalog_loses_comes_back_within_a_second() -> None:
     async with world() as w:
         await w.local.register_service({"Name": "web", "Check": {"TTL": "1h"}})
-        assert await w.sync.synced(5.0)
+        assert not await w.sync.settled(within_s=5.0)
         w.servers.apply(Deregister("n", service_id="web"))
         await eventually(lambda: "web" in w.services() and "service:web" in w.checks(), within_s=1.0)
 
@@ -156,7 +158,7 @@ async def test_a_service_that_the_catalog_loses_comes_back_within_a_second() -> 
 async def test_a_whole_node_that_the_catalog_loses_comes_back() -> None:
     async with world() as w:
         await w.local.register_service({"Name": "web"})
-        assert await w.sync.synced(5.0)
+        assert not await w.sync.settled(within_s=5.0)
         w.servers.apply(Deregister("n"))
         await eventually(lambda: "web" in w.services(), within_s=1.0)
 
@@ -175,7 +177,7 @@ async def test_tags_written_by_others_stay_where_the_service_allows_it() -> None
     async with world() as w:
         await w.local.register_service({"Name": "free", "EnableTagOverride": True})
         await w.local.register_service({"Name": "fixed"})
-        assert await w.sync.synced(5.0)
+        assert not await w.sync.settled(within_s=5.0)
         for name in ("free", "fixed"):
             row = {**w.services()[name]._asdict(), "tags": ("theirs",)}
             service = {k: v for k, v in row.items() if k not in ("node", "create_index", "modify_index")}
@@ -197,7 +199,7 @@ async def test_what_changed_while_the_servers_were_away_is_written_when_they_are
 async def test_a_refused_registration_does_not_hold_up_the_others_and_is_tried_again() -> None:
     async with world() as w:
         await w.local.register_service({"Name": "old"})
-        assert await w.sync.synced(5.0)
+        assert not await w.sync.settled(within_s=5.0)
         w.servers.refuse["catalog.deregister"] = Denied("no")
         await w.local.deregister_service("old")
         await w.local.register_service({"Name": "new"})
@@ -226,3 +228,124 @@ async def test_while_there_is_no_leader_it_is_told_once_and_not_at_every_attempt
             assert told.getvalue().count("the catalog could not be brought up to date") == 1
     finally:
         log.configure("info")
+
+
+# -- who waits for the catalog -----------------------------------------------------------------------------------------
+
+
+async def test_what_was_settled_is_in_the_catalog_whatever_came_just_before() -> None:
+    async with world() as w:
+        for _ in range(20):
+            await w.local.register_service({"Name": "web", "Check": {"TTL": "1h"}})
+            assert await w.sync.settled("web") == ""
+            assert "web" in w.services()
+            await w.local.set_ttl_status("service:web", "passing")
+            assert await w.sync.settled("web") == ""
+            assert w.checks() == {"service:web": "passing"}
+            await w.local.deregister_service("web")
+            assert await w.sync.settled("web") == ""
+            assert not w.services()
+            assert not w.checks()
+
+
+async def test_a_watch_that_shows_the_past_brings_nothing_of_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world() as w:
+        assert await w.sync.settled() == ""
+        services = w.results.live(NodeServices("n"))
+        monkeypatch.setattr(services, "_take", lambda delta: None)  # from now on it is late
+        for _ in range(3):
+            await w.local.register_service({"Name": "web"})
+            assert await w.sync.settled("web") == ""
+            assert "web" in w.services()
+            await w.local.deregister_service("web")
+            assert await w.sync.settled("web") == ""
+            assert not w.services()
+
+
+async def test_changes_that_come_while_a_round_is_under_way_share_the_next_one() -> None:
+    async with world() as w:
+        assert await w.sync.settled() == ""
+        rounds = 0
+        compare = w.sync._compare
+
+        async def counted(catalog: Picture) -> bool:
+            nonlocal rounds
+            rounds += 1
+            return await compare(catalog)
+
+        w.sync._compare = counted  # type: ignore[method-assign]
+
+        async def register(i: int) -> str:
+            await w.local.register_service({"Name": f"s{i}"})
+            return await w.sync.settled(f"s{i}")
+
+        assert await asyncio.gather(*(register(i) for i in range(64))) == [""] * 64
+        assert len(w.services()) == 64
+        assert rounds <= 8
+
+
+async def test_a_refusal_is_told_to_those_whom_it_concerns() -> None:
+    async with world() as w:
+        await w.local.register_service({"Name": "old"})
+        assert await w.sync.settled("old") == ""
+        w.servers.refuse["catalog.deregister"] = Denied("no deregistering here")
+        await w.local.deregister_service("old")
+        assert "no deregistering here" in await w.sync.settled("old")
+        await w.local.register_service({"Name": "new"})
+        assert await w.sync.settled("new") == ""
+        assert "new" in w.services()
+
+
+async def test_without_servers_the_first_waits_and_the_others_are_told_at_once() -> None:
+    async with world() as w:
+        assert await w.sync.settled() == ""
+        w.servers.cut()
+        await w.local.register_service({"Name": "web"})
+        assert await w.sync.settled("web", within_s=0.2)
+        began = time.monotonic()
+        for i in range(50):
+            await w.local.register_service({"Name": f"s{i}"})
+            assert await w.sync.settled(f"s{i}", within_s=0.2)
+        assert time.monotonic() - began < 0.2 * 50 / 2
+        w.servers.heal()
+        await eventually(lambda: len(w.services()) == 51)
+        await w.local.deregister_service("web")
+        assert await w.sync.settled("web") == ""
+
+
+async def test_who_no_longer_waits_leaves_nothing_behind() -> None:
+    async with world() as w:
+        assert await w.sync.settled() == ""
+        w.servers.cut()
+        await w.local.register_service({"Name": "web"})
+        waiting = asyncio.ensure_future(w.sync.settled("web", within_s=30.0))
+        await eventually(lambda: w.sync._waiting)
+        waiting.cancel()
+        await eventually(lambda: not w.sync._waiting)
+
+
+async def test_no_round_begins_while_a_write_of_the_last_one_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world() as w:
+        assert await w.sync.settled() == ""
+        held, release, order = asyncio.Event(), asyncio.Event(), []
+        plain = w.servers.write
+
+        async def write(command: Any, **options: Any) -> Any:
+            name = (command.service or {}).get("name") if isinstance(command, Register) else command.service_id
+            if name == "slow" and not release.is_set():
+                held.set()
+                await release.wait()
+            if name == "lost" and not release.is_set():
+                raise NoLeader
+            order.append((command.kind, name))
+            return await plain(command, **options)
+
+        monkeypatch.setattr(w.servers, "write", write)
+        for name in ("slow", "lost"):
+            await w.local.register_service({"Name": name})
+        await held.wait()
+        await w.local.deregister_service("slow")
+        release.set()
+        assert await w.sync.settled("slow") == ""
+        await eventually(lambda: set(w.services()) == {"lost"})
+        assert order[-1] != ("catalog.register", "slow")
