@@ -322,6 +322,7 @@ class ServerSession:
 
     async def _dial(self, address: ServerAddress) -> tuple[FrameConnection, dict[str, Any]]:
         connection = FrameConnection(frame_bytes_max=ANSWER_FRAME_BYTES_MAX)
+        connection.is_of_the_cluster()
         first: asyncio.Future[bytes] = self._loop.create_future()
         first.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
         connection.on_frame = lambda payload: None if first.done() else first.set_result(payload)

@@ -133,7 +133,7 @@ class Line:
             data = self.socket.recv(1 << 18)
             if not data:
                 raise ConnectionError("the server closed the connection")
-            if payloads := self._frames.feed(data):
+            if payloads := self._frames.payloads(data):
                 return payloads
 
     def ask(self, *request: Any) -> Any:

@@ -61,7 +61,7 @@ class Writer:
         data = self._line.socket.recv(1 << 16)
         if not data:
             raise Failure("the server closed the connection")
-        for payload in self._frames.feed(data):
+        for payload in self._frames.payloads(data):
             _, kind, *rest = unpack(payload)
             if kind != "ok" or rest[0] is not True:
                 raise Failure(f"a write was not done: {rest}")

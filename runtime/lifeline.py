@@ -53,7 +53,7 @@ class Lifeline:
                 data = self._socket.recv(65536)
                 if not data:
                     raise LifelineClosed("the parent is gone")
-                self._received.extend(self._decoder.feed(data))
+                self._received.extend(self._decoder.payloads(data))
         except (ConnectionError, FrameTooLarge) as e:
             raise LifelineClosed(str(e)) from None
         finally:
@@ -152,7 +152,7 @@ class Child:
                 raise LifelineClosed(f"child {self.pid}: {e}") from None
             if not data:
                 raise LifelineClosed(f"child {self.pid} closed its lifeline")
-            self._received.extend(self._decoder.feed(data))
+            self._received.extend(self._decoder.payloads(data))
         return unpack(self._received.popleft())
 
     async def wait(self) -> int:

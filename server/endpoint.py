@@ -233,6 +233,7 @@ class Endpoint:
             self._rejects.warn("rejected a connection on the local socket", uid=uid, pid=pid)
             return
         connection, first = self._expecting(address)
+        connection.is_of_the_cluster()
         await self._loop.connect_accepted_socket(lambda: connection, accepted)
         await self._greet(connection, first, Peer(key_hash="", address="", local=True))
 
@@ -311,6 +312,7 @@ class Endpoint:
                 raise Denied(f"{self._no_server(peer)} ({protocol} connection refused)")
             peer.role = "server"
             self._met(server_id, message)
+            connection.is_of_the_cluster()
             if protocol == "raft":
                 connection.send(hello("raft", **self._about()))
                 connection.flush()
@@ -380,6 +382,7 @@ class Endpoint:
             self._read(served, request_id, _query(served, kind, args), _index(min_index))
         elif verb == "barrier":
             mode, since = arguments
+            served.count_question()
             self._barrier(served, request_id, mode, _index(since))
         elif verb == "watch":
             kind, args, _token, *seen = arguments
@@ -394,6 +397,7 @@ class Endpoint:
             kind, args, _token = arguments
             self._act(served, request_id, kind, args)
         elif verb == "ping":
+            served.count_question()
             known, contact_ms = self._node.contact()
             served.reply(request_id, (known, contact_ms))
         else:

@@ -122,19 +122,20 @@ class Peers:
         return await self._dial(member, "raft")
 
     async def _dial(self, member: Member, protocol: str) -> FrameConnection:
+        connection = await self._dial_hint_first(member, hello(protocol, **self._about()))
+        connection.is_of_the_cluster()
+        return connection
+
+    async def _dial_hint_first(self, member: Member, greeting: bytes) -> FrameConnection:
         hint = self._hints.get(member.id)
         if hint is not None:
             try:
-                connection, _, _ = await dial(
-                    *hint, self._context(), hello(protocol, **self._about()), key_hash=member.key_hash, timeout_s=1.0
-                )
+                connection, _, _ = await dial(*hint, self._context(), greeting, key_hash=member.key_hash, timeout_s=1.0)
                 return connection
             except RostraError:
                 if self._hints.get(member.id) == hint:
                     del self._hints[member.id]
-        connection, _, _ = await dial(
-            member.host, member.port, self._context(), hello(protocol, **self._about()), key_hash=member.key_hash
-        )
+        connection, _, _ = await dial(member.host, member.port, self._context(), greeting, key_hash=member.key_hash)
         return connection
 
     async def _keep(self, server_id: str) -> None:

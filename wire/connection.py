@@ -1,7 +1,9 @@
 """A connection that carries frames: the asyncio side of `frames.py`, for RPC and Raft alike.
 
 Sends are joined and written once per turn of the loop, so that the answers of a batch cost one system call. The owner
-sets `on_frame(payload)` and `on_lost(reason)`; both run on the loop and must not block. `on_lost` runs exactly once.
+sets `on_frame(payload)` and `on_lost(reason)`; both run on the loop and must not block. `on_lost` runs exactly once,
+after the last frame. A peer's frames get their share of each turn (`turns.py`); while the rest waits, in its order,
+nothing more is read, so what waits is at most what the transport gave at once.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rostra.wire.frames import HEADER_BYTES, RPC_FRAME_BYTES_MAX, FrameDecoder, FrameTooLarge
+from rostra.wire.turns import CLUSTER, turns
 
 #: A peer that takes nothing while this much waits for it is dropped: memory is bounded, and it will reconnect.
 BACKLOG_BYTES_MAX = 64 << 20
@@ -37,6 +40,11 @@ class FrameConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._flush_scheduled = False
         self._lost = False
+        self._turns = turns()
+        self._waits = False  # for its turn, with frames; nothing is read meanwhile
+        self._end_reason = ""  # why there will be no more bytes, while what came before is not handled yet
+        #: How often bytes have come: what came at once was sent before any of it was answered.
+        self.arrivals = 0
         #: When the peer last said something, in the loop's time.
         self.heard_at = self._loop.time()
         self.writable = asyncio.Event()
@@ -65,8 +73,9 @@ class FrameConnection(asyncio.Protocol):
             self.abort("peer does not read")
 
     def close(self) -> None:
-        """Flush, then close."""
+        """Flush, then close. What came and was not handled yet is dropped."""
         self.flush()
+        self._decoder.clear()
         if self._transport is not None:
             self._transport.close()
 
@@ -96,6 +105,10 @@ class FrameConnection(asyncio.Protocol):
     def raise_bound(self, frame_bytes_max: int) -> None:
         self._decoder.raise_bound(frame_bytes_max)
 
+    def is_of_the_cluster(self) -> None:
+        """The peer is one of our own cluster, and no agent of another host: its frames wait for nobody else's."""
+        self._turns = turns(CLUSTER)
+
     # -- what asyncio calls -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -105,16 +118,48 @@ class FrameConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._loop.time()
+        self.arrivals += 1
+        self._decoder.feed(data)
+        if self._waits:
+            return
+        if not (self._turns.begin() and self._handle()):
+            self._waits = True
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.pause_reading()
+            self._turns.queue(self._go_on)
+
+    def _handle(self) -> bool:
+        """Handle what has come, as far as there is room in this turn. Whether that was all."""
+        decoder, room = self._decoder, self._turns.room
         try:
-            payloads = self._decoder.feed(data)
+            while (payload := decoder.take()) is not None:
+                if self.on_frame is not None:  # it may be another one after each frame
+                    self.on_frame(payload)
+                if self._lost:
+                    return True
+                if decoder.buffered and not room():
+                    return False
         except FrameTooLarge as e:
             self.abort(str(e))
+        return True
+
+    def _go_on(self) -> None:
+        """Our turn has come."""
+        if self._lost:
             return
-        for payload in payloads:
-            if self._lost:
+        self.heard_at = self._loop.time()  # it was we who did not listen
+        try:
+            if not self._handle():
+                self._turns.queue(self._go_on)
                 return
-            if self.on_frame is not None:  # it may be another one after each frame
-                self.on_frame(payload)
+        except BaseException:
+            self.abort("failed")
+            raise
+        self._waits = False
+        if self._end_reason:
+            self._gone(self._end_reason)
+        elif self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -123,9 +168,13 @@ class FrameConnection(asyncio.Protocol):
         self.writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._gone(str(exc) if exc else "closed by the peer")
         # It holds us as its protocol: a cycle, with all of TLS in it, and a core runs without the cyclic collector.
         self._transport = None
+        reason = str(exc) if exc else "closed by the peer"
+        if self._waits:
+            self._end_reason = reason
+        else:
+            self._gone(reason)
 
     def _gone(self, reason: str) -> None:
         if self._lost:

@@ -15,8 +15,8 @@ import msgpack
 
 HEADER_BYTES = 4
 _length = struct.Struct(">I").unpack_from
-#: Arrays and maps in one request; below so many bytes nobody counts.
-CONTAINERS_MAX, _COUNTED_BYTES = 20_000, 16 << 10
+#: Arrays and maps in one request, and what is in them; below so many bytes nobody counts.
+CONTAINERS_MAX, ITEMS_MAX, _COUNTED_BYTES = 20_000, 20_000, 16 << 10
 #: Requests of the RPC.
 RPC_FRAME_BYTES_MAX = 1 << 20
 #: A request that a server passes on, with what it adds to it.
@@ -32,53 +32,66 @@ class FrameTooLarge(Exception):
 
 
 class FrameDecoder:
-    """Feed it bytes as they come; it gives whole payloads back."""
+    """Feed it bytes as they come and take whole payloads out, one by one: what waits costs its bytes only."""
 
-    __slots__ = ("_bytes_max", "_data")
+    __slots__ = ("_at", "_bytes_max", "_data", "_unfinished")
 
     def __init__(self, bytes_max: int = RPC_FRAME_BYTES_MAX) -> None:
         self._bytes_max = bytes_max
-        self._data = bytearray()
+        self._data, self._at = b"", 0
+        self._unfinished = bytearray()  # one frame's beginning; only while `_data` has no frame left
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[bytes]:
-        """All payloads completed by `data`. Raises FrameTooLarge."""
-        buffer = self._data
-        if buffer:
-            buffer += data
-            if not self._is_whole(buffer):
-                return []
-            data = bytes(buffer)
-            buffer.clear()
-        payloads: list[bytes] = []
-        at, size, bytes_max = 0, len(data), self._bytes_max
-        while size - at >= HEADER_BYTES:
+    def feed(self, data: bytes) -> None:
+        unfinished = self._unfinished
+        if unfinished:
+            unfinished += data
+            if self._lacks(unfinished) > 0:
+                return
+            data = bytes(unfinished)
+            unfinished.clear()
+        elif self._at < len(self._data):
+            data = self._data[self._at :] + data
+        self._data, self._at = data, 0
+
+    def take(self) -> bytes | None:
+        """The next payload, or None until more bytes come. Raises FrameTooLarge."""
+        data, at = self._data, self._at
+        if len(data) - at >= HEADER_BYTES:
             (length,) = _length(data, at)
-            end = at + HEADER_BYTES + length
-            if end > size or length > bytes_max:
-                break
-            payloads.append(bytes(data[at + HEADER_BYTES : end]))
-            at = end
-        if at < size:
-            buffer += data[at:]
-            self._is_whole(buffer)
-        return payloads
+            at += HEADER_BYTES
+            end = at + length
+            if end <= len(data) and length <= self._bytes_max:
+                self._at = end
+                return data[at:end]
+        if self._at < len(data):
+            self._unfinished += data[self._at :] if self._at else data
+            self._data, self._at = b"", 0
+        self._lacks(self._unfinished)
+        return None
 
-    def _is_whole(self, buffer: bytearray) -> bool:
-        """Whether the first frame of `buffer` is complete. Raises FrameTooLarge as soon as its length is there."""
-        if len(buffer) < HEADER_BYTES:
-            return False
-        (length,) = _length(buffer)
+    def _lacks(self, unfinished: bytearray) -> int:
+        """How many bytes the frame needs that begins there; 0 or less: none. Raises FrameTooLarge."""
+        if len(unfinished) < HEADER_BYTES:
+            return HEADER_BYTES - len(unfinished)
+        (length,) = _length(unfinished)
         if length > self._bytes_max:
             raise FrameTooLarge(f"frame of {length} bytes, at most {self._bytes_max} allowed")
-        return len(buffer) >= HEADER_BYTES + int(length)
+        return HEADER_BYTES + int(length) - len(unfinished)
+
+    def payloads(self, data: bytes) -> list[bytes]:
+        """Feed, and all that is complete then: for those who trust their peer. Raises FrameTooLarge."""
+        self.feed(data)
+        return list(iter(self.take, None))
 
     @property
     def buffered(self) -> int:
-        return len(self._data)
+        """The bytes that were not taken yet."""
+        return len(self._data) - self._at + len(self._unfinished)
 
     def clear(self) -> None:
-        """Forget what has come of an unfinished frame."""
-        self._data.clear()
+        """Forget what has come and was not taken."""
+        self._data, self._at = b"", 0
+        self._unfinished.clear()
 
     def raise_bound(self, bytes_max: int) -> None:
         """After the hello a connection may turn into one with larger frames (Raft)."""
@@ -116,20 +129,30 @@ _packer = _Packer()
 def unpack_request(payload: bytes) -> Any:
     """The message in `payload` of a peer who may mean harm. Raises whatever the library raises, and ValueError.
 
-    1 MiB of empty maps would take 80 MB and hold the loop for 170 ms; what is large in an honest request is one value.
+    1 MiB of empty maps would take 80 MB and hold the loop for 170 ms, 1 MiB of short texts for 150 ms; what is large in
+    an honest request is one value.
     """
     if len(payload) <= _COUNTED_BYTES:
         return msgpack.unpackb(payload, use_list=False, strict_map_key=False)
-    left = CONTAINERS_MAX
+    containers, items = CONTAINERS_MAX, ITEMS_MAX
 
     def count(container: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ValueError(f"more than {CONTAINERS_MAX} arrays and maps")
+        nonlocal containers, items
+        containers -= 1
+        items -= len(container)
+        if containers < 0 or items < 0:
+            raise ValueError(f"more than {CONTAINERS_MAX} arrays and maps, or {ITEMS_MAX} items in them")
         return container
 
-    return msgpack.unpackb(payload, use_list=False, strict_map_key=False, list_hook=count, object_hook=count)
+    return msgpack.unpackb(
+        payload,
+        use_list=False,
+        strict_map_key=False,
+        list_hook=count,
+        object_hook=count,
+        max_array_len=ITEMS_MAX,
+        max_map_len=ITEMS_MAX,
+    )
 
 
 def unpack(payload: bytes) -> Any:

@@ -2,8 +2,8 @@
 
 Frames are msgpack arrays. From the caller: `[id, verb, *arguments]`; `id` counts up from 1 on each connection.
 
-    [id, "credit", n]      n more chunks of stream `id` may be sent
-    [id, "cancel"]         the answer of `id` is no longer wanted
+    [id, "credit", n]      n more chunks of stream `id` may be sent: as many as have been taken, so never more than came
+    [id, "cancel"]         the answer of `id` is no longer wanted: once for a request at most
 
 From the server, each carrying the id of its request:
 
@@ -33,6 +33,9 @@ FULL, DONE, END = 1, 2, 4
 
 #: Requests that may be under way on one connection; one more is refused.
 REQUESTS_MAX = 16_384
+#: Pings and barriers that come at once. An agent has one of each mode under way; one that gets no answer for 7 s asks
+#: again each 0.5 s, and leaves a server that has not answered a ping for 0.75 s.
+QUESTIONS_AT_ONCE_MAX = 64
 
 
 def hello(protocol: str, **about: Any) -> bytes:
@@ -235,6 +238,7 @@ class ServedStream:
                 self.on_cancel()
             return
         self.credit -= 1
+        self._served.chunks_untaken += 1
         self._served.connection.send(b"\x97" + pack(self.id) + packed_rest)
         if end:
             self._served.streams.pop(self.id, None)
@@ -289,6 +293,9 @@ class Served:
         self._open = 0
         self.request_bytes = 0  # of the request that is being handled
         self.streams: dict[int, ServedStream] = {}
+        # What the peer may still send that gets no answer: it pays with what it has asked for and taken.
+        self.chunks_untaken = self._cancels_left = 0
+        self._asked_in = self._asked_at_once = 0
 
     def on_frame(self, payload: bytes) -> None:
         try:
@@ -299,12 +306,21 @@ class Served:
             self.connection.abort("malformed request")
             return
         if verb == "credit":
+            n = arguments[0] if len(arguments) == 1 and type(arguments[0]) is int else 0
+            self.chunks_untaken -= n
+            if n < 1 or self.chunks_untaken < 0:
+                self.connection.abort("malformed credit: for more chunks than were sent")
+                return
             stream = self.streams.get(request_id)
-            if stream is not None and arguments and isinstance(arguments[0], int):
-                stream.credit = min(stream.credit + arguments[0], CREDIT_CHUNKS)
+            if stream is not None:
+                stream.credit = min(stream.credit + n, CREDIT_CHUNKS)
                 stream._wake()
             return
         if verb == "cancel":
+            self._cancels_left -= 1
+            if self._cancels_left < 0:
+                self.connection.abort("malformed cancel: more of them than requests")
+                return
             stream = self.streams.pop(request_id, None)
             if stream is not None:
                 stream._cancel()
@@ -313,6 +329,7 @@ class Served:
             # Its stream would be nobody's any more: not ended by the end of the connection, and not counted.
             self.connection.abort("malformed request: the id of an open stream")
             return
+        self._cancels_left += 1
         if self._open >= REQUESTS_MAX or len(self.streams) >= REQUESTS_MAX:
             self.connection.send(pack((request_id, "err", "internal", "too many requests on this connection")))
             return
@@ -329,6 +346,15 @@ class Served:
             if self._unforeseen is None:
                 raise
             self.fail(request_id, self._unforeseen(verb, e))
+
+    def count_question(self) -> None:
+        """A ping or barrier has come: its answer costs nothing, and the peer is one that waits for it."""
+        arrivals = self.connection.arrivals
+        if self._asked_in != arrivals:
+            self._asked_in, self._asked_at_once = arrivals, 0
+        self._asked_at_once += 1
+        if self._asked_at_once > QUESTIONS_AT_ONCE_MAX:
+            self.connection.abort("too many pings and barriers that wait for no answer")
 
     def open_stream(self, request_id: int) -> ServedStream:
         self._open -= 1

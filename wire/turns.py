@@ -1,7 +1,8 @@
 """A reader's share of the loop: so much per turn, then reading is paused and the rest waits its turn.
 
 One piece for everything that reads what others send: RPC and Raft frames, DNS, HTTP, check targets, proxies' snapshots.
-All readers of a loop share one `Turns`, so that eight hostile connections hold a loop no longer than one.
+All readers of a loop share one `Turns`, so that eight hostile connections hold a loop no longer than one; the cluster's
+own traffic has a second one, so that it waits for none of them.
 A reader asks `begin` when bytes arrive and `room` before each further unit; where the answer is no, it pauses its
 transport, keeps the rest, and gives `queue` the function that goes on. Knows no transport, and no loop but `call_soon`.
 """
@@ -55,8 +56,11 @@ class Turns:
         return True
 
     def room(self) -> bool:
-        """Whether the reader that began last may handle one more unit before it queues."""
-        return self._clock() < self._slice_ends
+        """Whether the reader that began last may handle one more unit before it queues.
+
+        Where nobody waits it may go on to the end of the turn: what comes at once is better handled at once.
+        """
+        return self._clock() < (self._slice_ends if self._queue else self._turn_ends)
 
     def queue(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` when its turn has come, after those that wait. It may use `room` at once, and queue again.
@@ -93,13 +97,23 @@ class Turns:
             now = self._clock()
 
 
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+#: Whose share of a loop: everybody's, and that of the cluster itself (servers among themselves, an agent and the server
+#: of its session, as far as they trust each other), which waits for nobody else: a leader goes on leading whatever
+#: others send. Its turn is longer, so that what many callers have asked for at once goes into one entry of the log.
+EVERYBODY, CLUSTER = "everybody", "cluster"
+CLUSTER_TURN_S = CLUSTER_SLICE_S = 0.002
+
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Turns]] = WeakKeyDictionary()
 
 
-def turns() -> Turns:
-    """The one `Turns` of the running loop."""
+def turns(whose: str = EVERYBODY) -> Turns:
+    """The one `Turns` of the running loop for `whose` share."""
     loop = asyncio.get_running_loop()
-    found = _of_loop.get(loop)
+    shares = _of_loop.get(loop)
+    if shares is None:
+        shares = _of_loop[loop] = {}
+    found = shares.get(whose)
     if found is None:
-        found = _of_loop[loop] = Turns(loop.call_soon)
+        turn_s, slice_s = (CLUSTER_TURN_S, CLUSTER_SLICE_S) if whose == CLUSTER else (TURN_S, SLICE_S)
+        found = shares[whose] = Turns(loop.call_soon, turn_s=turn_s, slice_s=slice_s)
     return found

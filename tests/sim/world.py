@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from rostra.wire import turns
+
 #: A loop that is never out of work lets time pass after so many rounds of it.
 ITERATIONS_MAX = 100
 
@@ -123,6 +125,16 @@ class World:
             self.note("", f"VIOLATION {invariant}: {detail}")
 
 
+class Unhurried(turns.Turns):
+    """No time passes within a turn, so there is always room in it."""
+
+    def begin(self) -> bool:
+        return True
+
+    def room(self) -> bool:
+        return True
+
+
 class Loop(asyncio.AbstractEventLoop):
     """The event loop of one process. Dead, it runs nothing, and nothing that it scheduled happens."""
 
@@ -139,6 +151,7 @@ class Loop(asyncio.AbstractEventLoop):
         #: How much longer each look at the fine clock says that work has taken.
         self.perf_step = 0.0
         self._perf = 0.0
+        turns._of_loop[self] = {whose: Unhurried(self.call_soon) for whose in (turns.EVERYBODY, turns.CLUSTER)}
         self._ready: deque[Handle] = deque()
         self._now = clock.local(world.now)
         self._paused_until = 0.0

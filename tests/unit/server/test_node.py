@@ -363,6 +363,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self.connection = self
+        self.chunks_untaken = 0
         self.streams: dict[int, ServedStream] = {}
         self.view: dict[Any, Any] = {}
         self.chunks: list[tuple[int, int]] = []  # flags and index

@@ -26,6 +26,7 @@ class Wire:
     def __init__(self) -> None:
         self.connection = self
         self.reads = True
+        self.chunks_untaken = 0
         self.streams: dict[int, ServedStream] = {}
         self.views: dict[int, dict[Any, Any]] = {}
         self.chunks: dict[int, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rostra.wire.rpc import (
     DONE,
     END,
     FULL,
+    QUESTIONS_AT_ONCE_MAX,
     Caller,
     Lost,
     Served,
@@ -168,6 +170,71 @@ async def test_garbage_ends_the_connection_and_nothing_else() -> None:
     await asyncio.wait_for(lost.wait(), 5)
     assert asked == []
     ours.close()
+
+
+async def flooded(frames: list[Any]) -> tuple[Served, list[str]]:
+    """A server's end that has got `frames` at once, and why it was lost, if it was."""
+
+    def handle(served: Served, request_id: int, verb: str, arguments: Sequence[Any]) -> None:
+        if verb == "ping":
+            served.count_question()
+            served.reply(request_id, None)
+        elif verb == "stream":
+            stream = served.open_stream(request_id)
+            for _ in range(arguments[0]):
+                stream.send(pack_rows(0, 1, (), [], ()))
+        else:
+            raise Denied("no")
+
+    ours, theirs = socket.socketpair()
+    lost: list[str] = []
+    serving = FrameConnection()
+    served = Served(serving, handle)
+    serving.on_frame, serving.on_lost = served.on_frame, lost.append
+    await asyncio.get_running_loop().create_connection(lambda: serving, sock=theirs)
+    ours.sendall(b"".join(frame(pack(f)) for f in frames))
+    ours.shutdown(socket.SHUT_WR)
+    async with asyncio.timeout(10):
+        while not lost:
+            await asyncio.sleep(0.001)
+    ours.close()
+    return served, lost
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [(1, "stream", 3), (1, "credit", 1), (1, "credit", 2)],
+        [(1, "stream", 3), (1, "cancel"), (1, "credit", 1)],  # it was taken before the cancel was known
+        [(1, "stream", 3), (1, "cancel")],
+        [(1, "refused"), (1, "cancel")],  # the refusal and the cancel meet on their way
+        [(i, "ping") for i in range(QUESTIONS_AT_ONCE_MAX)],
+    ],
+)
+async def test_what_an_honest_caller_may_send_is_taken(frames: list[Any]) -> None:
+    _, lost = await flooded(frames)
+    assert lost == ["closed by the peer"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([(1, "credit", 1)], "malformed credit"),
+        ([(1, "stream", 3), (1, "credit", 4)], "malformed credit"),
+        ([(1, "stream", 3), (1, "credit", 0)], "malformed credit"),
+        ([(1, "stream", 3), (1, "credit", -1)], "malformed credit"),
+        ([(1, "stream", 3), (1, "credit", True)], "malformed credit"),
+        ([(1, "stream", 3), (1, "credit")], "malformed credit"),
+        ([(1, "stream", 3), (1, "credit", 1, 1)], "malformed credit"),
+        ([(1, "cancel")], "malformed cancel"),
+        ([(1, "stream", 3), (1, "cancel"), (1, "cancel")], "malformed cancel"),
+        ([(i, "ping") for i in range(QUESTIONS_AT_ONCE_MAX + 1)], "too many pings and barriers"),
+    ],
+)
+async def test_who_sends_more_that_costs_nothing_than_a_caller_could_is_dropped(frames: list[Any], reason: str) -> None:
+    _, lost = await flooded(frames)
+    assert len(lost) == 1
+    assert lost[0].startswith(reason)
 
 
 def test_a_hello_of_another_version_says_which_program_is_older() -> None:

@@ -110,6 +110,12 @@ def test_who_comes_beside_a_flood_waits_for_one_slice_of_it_only(loop: Loop, sha
     assert loop.now - before <= TURN_S + UNIT_S
 
 
+def test_a_reader_that_is_alone_may_use_the_whole_turn(loop: Loop, shared: Turns) -> None:
+    reader = Reader(loop, shared)
+    reader.receive(int(TURN_S / UNIT_S))
+    assert reader.left == 0
+
+
 def test_readers_that_wait_are_served_in_turn(loop: Loop, shared: Turns) -> None:
     floods = [Reader(loop, shared) for _ in range(6)]
     for flood in floods:
@@ -117,7 +123,8 @@ def test_readers_that_wait_are_served_in_turn(loop: Loop, shared: Turns) -> None
     for _ in range(60):
         loop.turn()
     handled = [flood.handled for flood in floods]
-    assert max(handled) - min(handled) <= 2 * SLICE_S / UNIT_S + 1
+    # The first one was alone for a whole turn.
+    assert max(handled) - min(handled) <= (TURN_S + 2 * SLICE_S) / UNIT_S
 
 
 def test_a_reader_that_raises_stops_nobody(loop: Loop, shared: Turns) -> None:
