@@ -18,7 +18,8 @@ from rostra.server.state.kv import SetKey
 from rostra.server.state.session import CreateSession, DestroySession, ExpireSession
 from rostra.wire.codec import encode_value
 from rostra.wire.errors import Conflict, NoLeader, NotFound
-from tests.support.cores import Cluster, eventually
+from tests.support.cores import Cluster
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -68,7 +69,7 @@ async def test_a_node_that_failed_is_critical_although_leadership_was_lost_in_be
         monkeypatch.setattr(node, "own_write", own_write)
         monkeypatch.setattr(duties, "GRACE_S", 0.0)
         await eventually(lambda: refused)
-        await eventually(lambda: status(core, "a1") == ("failed", "critical"), timeout_s=3.0)
+        await eventually(lambda: status(core, "a1") == ("failed", "critical"), within_s=3.0)
 
 
 async def test_a_node_that_is_heard_while_others_are_probed_is_not_declared_failed(
@@ -137,10 +138,10 @@ async def test_a_node_that_cannot_be_registered_does_not_keep_the_leader_from_it
         await node.own_write(Register(node="a1", address="10.9.9.9", node_id=str(uuid.uuid4()), checks=(check,)))
         await enrol(core, "a1")  # its name is taken in the catalog, by something that is not a member
         await enrol(core, "a2")
-        await eventually(lambda: status(core, "a2") == ("alive", "passing"), timeout_s=3.0)
+        await eventually(lambda: status(core, "a2") == ("alive", "passing"), within_s=3.0)
         session_id = str(uuid.uuid4())
         await node.own_write(CreateSession(id=session_id, node="s1", ttl_ms=50, node_checks=()))
-        await eventually(lambda: session_id not in node.store.tables.sessions.rows, timeout_s=3.0)
+        await eventually(lambda: session_id not in node.store.tables.sessions.rows, within_s=3.0)
 
 
 async def test_a_node_whose_address_is_none_does_not_keep_the_leader_from_its_other_duties(
@@ -152,10 +153,10 @@ async def test_a_node_whose_address_is_none_does_not_keep_the_leader_from_its_ot
         await eventually(lambda: status(core, "s1") == ("alive", "passing"))
         address = "x" * 70 + ".example"  # no name that could be looked up
         await node.own_write(BindNode(name="a1", key_hash="a1", role="client", address=address))
-        await eventually(lambda: status(core, "a1") == ("failed", "critical"), timeout_s=3.0)
+        await eventually(lambda: status(core, "a1") == ("failed", "critical"), within_s=3.0)
         session_id = str(uuid.uuid4())
         await node.own_write(CreateSession(id=session_id, node="s1", ttl_ms=50, node_checks=()))
-        await eventually(lambda: session_id not in node.store.tables.sessions.rows, timeout_s=3.0)
+        await eventually(lambda: session_id not in node.store.tables.sessions.rows, within_s=3.0)
 
 
 async def test_a_node_made_to_leave_is_left_and_out_of_the_catalog_until_it_comes_back(

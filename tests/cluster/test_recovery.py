@@ -18,7 +18,8 @@ from rostra.server.raft.recovery_disk import look
 from rostra.server.run import UnusableData
 from rostra.server.state.kv import GetKey, SetKey
 from rostra.server.state.operator import SetAutopilot
-from tests.support.cores import Cluster, eventually
+from tests.support.cores import Cluster
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 

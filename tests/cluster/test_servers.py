@@ -12,7 +12,8 @@ from rostra.server.state.catalog import Register
 from rostra.server.state.health import ServiceInstances
 from rostra.server.state.kv import GetKey, KeyNames, SetKey
 from rostra.wire.errors import Conflict, RostraError, Timeout
-from tests.support.cores import Cluster, eventually
+from tests.support.cores import Cluster
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.processes import Agent, Processes, descendants, eventually, new_host
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.processes import REPO, Agent, Done, Processes, eventually, run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from tests.support.processes import Agent, Cluster, Done, Processes, eventually, run
 
 CONSUL = os.environ.get("ROSTRA_CONSUL_BIN", "")
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 RAFT = "/v1/operator/raft/configuration"
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.processes import REPO, ROSTRA, Processes
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(110)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 _BLOCK = re.compile(
     r"^<!--\s*tested\b[^>]*-->\s*\n```(?:sh|bash|shell)\n(.*?)^```\n(?:\s*^```text\n(.*?)^```)?",

@@ -5,10 +5,8 @@ What a test does to them is what happens to real ones: `kill` drops a server wit
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import os
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,7 @@ from rostra.runtime.service import Tasks
 from rostra.runtime.tls import client_context, peer_key_hash
 from rostra.server.run import Core
 from rostra.server.settings import CoreSettings
-
-
-async def eventually(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "") -> Any:
-    """The condition's first true value. It may be a plain or an async function."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            value = condition()
-            if isinstance(value, Awaitable):
-                value = await value
-            if value:
-                return value
-            await asyncio.sleep(0.01)
+from tests.support.waiting import eventually
 
 
 class Cluster:

@@ -155,14 +155,3 @@ class LocalServers:
         rows = msgpack.unpackb(msgpack.packb(evaluation.rows()), use_list=False, strict_map_key=False)
         granules = tuple(granule_hash(granule) for granule in evaluation.granules)
         return Answer(evaluation.index, granules, list(rows))
-
-
-async def eventually(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
-    """The first true value of `condition`; AssertionError when there is none in time."""
-    deadline = time.monotonic() + within_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {within_s}s: {condition}"
-        await asyncio.sleep(0.005)

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from tests.support.waiting import PATIENCE
+
 T = TypeVar("T")
 
 REPO = Path(__file__).resolve().parents[2]
@@ -49,8 +51,8 @@ class NotYet(AssertionError):
 
 
 def eventually(what: str, look: Callable[[], T], within_s: float = 10.0) -> T:
-    """The first true value of `look`. What it raises (also by `assert`) counts as not yet."""
-    deadline = time.monotonic() + within_s
+    """The first true value of `look`. What it raises (also by `assert`) counts as not yet; see `waiting.py`."""
+    deadline = time.monotonic() + within_s * PATIENCE
     while True:
         last: object
         try:
@@ -212,7 +214,9 @@ def run(
     argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout_s: float = 20.0, stdin: bytes = b""
 ) -> Done:
     """Run a command to its end."""
-    done = subprocess.run([str(a) for a in argv], input=stdin, capture_output=True, timeout=timeout_s, env=env)
+    done = subprocess.run(
+        [str(a) for a in argv], input=stdin, capture_output=True, timeout=timeout_s * PATIENCE, env=env
+    )
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -302,15 +306,14 @@ class Process:
             send(self.pid, number)
 
     def wait(self, timeout_s: float) -> int:
-        return self.popen.wait(timeout_s)
+        return self.popen.wait(timeout_s * PATIENCE)
 
     def stop(self, number: int = signal.SIGTERM, within_s: float = STOP_S) -> int:
         """Signal it and wait for it and everything below it; its exit status. Fails when one of them stays."""
         tree = self.tree()
         self.send(number)
-        deadline = time.monotonic() + within_s
         status = self.wait(within_s)
-        eventually("the end of its children", lambda: gone(tree), max(0.05, deadline - time.monotonic()))
+        eventually("the end of its children", lambda: gone(tree), within_s)
         return status
 
     def kill_tree(self) -> None:
@@ -318,7 +321,7 @@ class Process:
         tree = self.tree()
         for pid in tree:
             send(pid, signal.SIGKILL)
-        self.popen.wait(STOP_S)
+        self.wait(STOP_S)
         eventually("all of them dead", lambda: gone(tree), STOP_S)
 
 

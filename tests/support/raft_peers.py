@@ -14,12 +14,6 @@ from tests.support.raft_state import AppliedEntries
 TIMING = Timing(heartbeat_s=0.02, election_min_s=0.1, election_max_s=0.2)
 
 
-async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 class Peer:
     """The other end of a link: it hears what the server says and says what the test wants."""
 

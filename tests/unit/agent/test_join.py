@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import ssl
+from functools import partial
 
 import pytest
 import uvloop
@@ -15,6 +16,7 @@ from rostra.runtime.identity import NodeIdentity, Secret
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied
 from rostra.wire.frames import pack, unpack
+from tests.support.waiting import eventually
 
 SECRET = Secret(os.urandom(32))
 
@@ -35,12 +37,6 @@ async def listening(identity, info=None, servers=(), **limits):
         yield listener, f"127.0.0.1:{port}"
     finally:
         await listener.stop()
-
-
-async def eventually(condition, timeout_s=5.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_discovery_finds_the_servers_that_others_know_each_once(tmp_path):
@@ -172,7 +168,7 @@ async def test_connections_are_bounded_and_places_are_given_back(tmp_path):
         held = [await session(address, b) for _ in range(2)]
         for connection, got, _ in held:
             connection.send(pack({"kind": "ping"}))
-            await eventually(lambda got=got: got)
+            await eventually(partial(bool, got))
         with pytest.raises(OSError):
             await probe(address, a.key_hash, b, timeout_s=2)
         for connection, _, _ in held:

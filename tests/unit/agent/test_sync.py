@@ -17,7 +17,8 @@ from rostra.server.state.catalog import Deregister, NodeServices, Register
 from rostra.server.state.health import NodeChecks
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 from rostra.wire.errors import Denied, NoLeader
-from tests.support.local_servers import LocalServers, eventually
+from tests.support.local_servers import LocalServers
+from tests.support.waiting import eventually
 
 NODE_ID = "aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee"
 IDENTITY = NodeIdentity("n", NODE_ID, "127.0.0.1", "dc1", {"lan": "127.0.0.1"}, {"rack": "1"})

@@ -21,11 +21,12 @@ from mesh_certs import LeafPair, MeshCA, service_uri
 from rostra.connect_proxy.log import Log
 from rostra.connect_proxy.serve import Limits, Proxy
 from rostra.connect_proxy.snapshot import Address, Endpoint, Leaf, ProxySnapshot, Upstream
+from tests.support.waiting import PATIENCE
 
 
 def eventually(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
     """The first true value of `condition`; fails when there is none in time."""
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + within_s * PATIENCE
     while True:
         value = condition()
         if value:

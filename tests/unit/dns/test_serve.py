@@ -78,7 +78,7 @@ def framed(packet: bytes) -> bytes:
 
 
 async def read_raw(reader: asyncio.StreamReader) -> bytes:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(30):
         return await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
 
 
@@ -87,7 +87,7 @@ async def read_framed(reader: asyncio.StreamReader) -> dnslib.DNSRecord:
 
 
 async def assert_closed(reader: asyncio.StreamReader) -> None:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(30):
         try:
             assert await reader.read() == b""
         except ConnectionResetError:

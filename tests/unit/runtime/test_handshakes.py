@@ -12,6 +12,7 @@ import uvloop
 
 from rostra.runtime.identity import NodeIdentity, Secret
 from rostra.runtime.tls import Handshakes, NotTls
+from tests.support.waiting import eventually
 
 SECRET = Secret(os.urandom(32))
 
@@ -62,7 +63,7 @@ def nodes(tmp_path):
 async def knock(door, identity):
     """The seconds that a node needs to get in."""
     began = time.perf_counter()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         _, writer = await asyncio.open_connection(*door.address, ssl=identity.client_context(), server_hostname="")
     took = time.perf_counter() - began
     writer.close()
@@ -71,12 +72,6 @@ async def knock(door, identity):
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-async def eventually(condition, timeout_s=5.0):
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def hello_of(identity) -> bytes:

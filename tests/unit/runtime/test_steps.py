@@ -7,7 +7,7 @@ from rostra.runtime.steps import LoopSteps
 
 
 async def ticks(steps: LoopSteps, n: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while steps.count < n:
             await asyncio.sleep(0.001)
 

@@ -216,7 +216,7 @@ def follower(leader: Leader) -> ServerNode:
 
 
 async def asked(leader: Leader) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not leader.asked:
             await asyncio.sleep(0)
 
@@ -380,7 +380,7 @@ class Watcher:
             self.view.pop(key, None)
 
     async def has(self, chunks: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(self.chunks) < chunks or not self.chunks[-1][0] & (DONE | END):
                 await asyncio.sleep(0)
 
@@ -432,7 +432,7 @@ async def test_a_watch_that_is_being_filled_when_a_snapshot_is_installed_ends_wi
     for _ in range(2):
         await asyncio.sleep(0)
     install(ahead, behind)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while {row[1] for row in watcher.view.values()} != {b"new"} or len(watcher.view) != 700:
             await asyncio.sleep(0)
 

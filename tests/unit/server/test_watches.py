@@ -107,7 +107,7 @@ class Server:
     async def settled(self) -> None:
         for _ in range(20):
             await asyncio.sleep(0)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while any(watch._busy or watch._sending for watch in self.watches._by_query.values()):
                 await asyncio.sleep(0)
         for _ in range(50):

@@ -18,7 +18,7 @@ import pytest
 
 from rostra.agent.checks import http, script, tcp, wrapper
 from rostra.agent.definition import CheckSpec
-from tests.support.local_servers import eventually
+from tests.support.waiting import eventually
 
 
 @asynccontextmanager

@@ -30,7 +30,7 @@ class Client:
         return await self.answer()
 
     async def answer(self) -> tuple[bytes, bytes]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = next(
                 int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length")
@@ -86,7 +86,7 @@ async def test_a_write_while_the_barrier_is_on_its_way_is_not_missed(api, client
     await client.ask(GET)
     api.servers.barrier_gate = asyncio.Event()
     client.writer.write(GET)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while api.servers.barriers < 2:
             await asyncio.sleep(0)
     api.servers.apply(SetKey("a", b"newer"))

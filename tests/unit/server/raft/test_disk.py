@@ -104,7 +104,7 @@ async def test_work_of_a_lane_runs_in_order_and_no_lane_waits_for_another(disk: 
     disk.submit(SNAPSHOT, lambda: go.wait(5), lambda result, error: done.append("slow"))
     disk.submit(SNAPSHOT, lambda: 1, lambda result, error: done.append("behind it"))
     disk.submit(JOURNAL, lambda: 2, lambda result, error: done.append(f"journal {result}"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while done != ["journal 2"]:
             await asyncio.sleep(0.001)
         go.set()
@@ -120,7 +120,7 @@ async def test_whatever_work_raises_reaches_who_asked_for_it(disk: DirectoryDisk
         raise OSError(5, "Input/output error")
 
     disk.submit(JOURNAL, fails, lambda result, error: errors.append(error))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not errors:
             await asyncio.sleep(0.001)
     assert isinstance(errors[0], OSError)

@@ -735,7 +735,7 @@ class SlowDisk(DirectoryDisk):
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.001)
 

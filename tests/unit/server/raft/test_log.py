@@ -16,8 +16,9 @@ from rostra.server.raft import RaftLog, Timing
 from rostra.server.raft import core as core_module
 from rostra.server.raft import log as log_module
 from rostra.wire.errors import Internal, NoLeader, RostraError, Timeout, TooLarge
-from tests.support.raft_peers import TIMING, Machine, Peer, eventually
+from tests.support.raft_peers import TIMING, Machine, Peer
 from tests.support.raft_state import Applying
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ async def test_a_failed_disk_stops_the_process_and_nothing_is_acknowledged(
 
     monkeypatch.setattr(os, "pwrite", no_space)
     future = raft.propose(b"x")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not machine.stops:
             await asyncio.sleep(0.001)
     assert len(machine.stops) == 1
@@ -296,7 +297,7 @@ async def test_a_leader_that_hears_nobody_steps_down(machine: Machine, tmp_path:
     await peer.votes()
     peer.answers(await peer.hears("append_entries"))
     write = raft.propose(b"lost?")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         with pytest.raises(Timeout):
             await write
     assert not raft.is_leader
@@ -315,7 +316,7 @@ async def test_a_leader_whose_disk_hangs_lets_another_one_lead(
     release = asyncio.Event()
     hang(raft, release)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with pytest.raises(Timeout, match="may or may not"):
                 await raft.propose(b"held by the disk")
         assert (raft.is_leader, raft.term) == (False, 1)
@@ -406,7 +407,7 @@ async def test_a_server_each_of_whose_turns_is_long_works_all_the_same(machine: 
 
     raft = await machine.start(tmp_path)
     raft._loop = Dragging(raft._loop)  # type: ignore[assignment]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert await raft.propose(b"x") == 1
 
 
@@ -427,7 +428,7 @@ async def test_the_lease_ends_while_the_leader_still_believes(machine: Machine, 
     peer = Peer(raft, "b")
     await peer.votes()
     peer.answers(await peer.hears("append_entries"))
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         while not raft.lease_valid():
             await asyncio.sleep(0.001)
         while raft.lease_valid():
@@ -464,7 +465,7 @@ async def test_a_silent_link_is_dropped(machine: Machine, tmp_path: Path, monkey
     raft._links._silent_after_s = 0.2
     peer = Peer(raft, "b")
     await peer.hears("ping")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         while peer.open:
             await asyncio.sleep(0.01)
 

@@ -19,8 +19,9 @@ from rostra.server.raft.disk import JOURNAL, DirectoryDisk
 from rostra.server.raft.guard import FULL_ASKS_EVERY
 from rostra.server.raft.messages import Message
 from rostra.server.raft.snapshots import Snapshot, SnapshotWriter
-from tests.support.raft_peers import Machine, Peer, eventually
+from tests.support.raft_peers import Machine, Peer
 from tests.support.raft_state import AppliedEntries, Applying, Loading
+from tests.support.waiting import eventually
 
 MEMBERS = tuple(Member(node, "127.0.0.1", 0, node, node) for node in "abc")
 SMALL = Limits(segment_bytes=16 << 10, snapshot_log_bytes=1 << 30, log_bytes_max=24 << 10, chunk_bytes=500)
@@ -36,7 +37,7 @@ async def machine() -> AsyncIterator[Machine]:
 
 async def verdict(raft: RaftLog) -> None:
     """What was received is being looked at, and then not any more."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         for is_looking in (True, False):
             while raft._snapshots._installing is not is_looking:
                 await asyncio.sleep(0)
@@ -176,7 +177,7 @@ async def test_nothing_is_applied_while_the_tables_are_copied(machine: Machine, 
     raft = await machine.start(tmp_path, state=state, sync_inline=True)
     await raft.propose(b"before")
     taking = raft.take_snapshot()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not raft._snapshots.holds_apply:
             await asyncio.sleep(0)
     writes = [raft.propose(b"%d" % number) for number in range(5)]
@@ -199,7 +200,7 @@ async def test_a_snapshot_is_never_taken_in_the_middle_of_an_entry(machine: Mach
     state.applied = machine.applied
     raft = await machine.start(tmp_path, state=state)
     writes = asyncio.gather(*(raft.propose(b"%d" % number) for number in range(200)))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while raft._partly is None:
             await asyncio.sleep(0)
     snapshot = await raft.take_snapshot()
@@ -286,7 +287,7 @@ async def test_a_process_that_ended_between_a_snapshot_and_the_shortening_of_the
 
 async def until_taken(raft: RaftLog) -> None:
     """A snapshot; one that was begun when there was no room may still fail."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await raft.take_snapshot() is None:
             await asyncio.sleep(0)
 
