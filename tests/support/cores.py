@@ -5,6 +5,7 @@ What a test does to them is what happens to real ones: `kill` drops a server wit
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 from pathlib import Path
@@ -15,7 +16,8 @@ from rostra.runtime.service import Tasks
 from rostra.runtime.tls import client_context, peer_key_hash
 from rostra.server.run import Core
 from rostra.server.settings import CoreSettings
-from tests.support.waiting import eventually
+from rostra.wire.errors import Conflict
+from tests.support.waiting import POLL_S, eventually
 
 
 class Cluster:
@@ -77,10 +79,16 @@ class Cluster:
 
     async def act(self, kind: str, args: dict[str, Any], *, at: str = "") -> Any:
         """What the agent of a server's host asks: of server `at`, or of the leader."""
-        core = self.cores[at] if at else await eventually(self.leader)
-        if core not in self._sessions:
-            self._sessions[core] = self.session(core)
-        return await self._sessions[core].act(kind, args, timeout_s=15.0)
+        while True:
+            core = self.cores[at] if at else await eventually(self.leader)
+            if core not in self._sessions:
+                self._sessions[core] = self.session(core)
+            try:
+                return await self._sessions[core].act(kind, args, timeout_s=60.0)
+            except Conflict as e:
+                if "another change of the servers is on its way (promoting" not in e.message:
+                    raise
+            await asyncio.sleep(POLL_S)  # autopilot is faster than a test on a busy machine: as an operator, try again
 
     def waiting(self) -> list[dict[str, Any]]:
         """Who waits to be let in, as the leader knows it."""
