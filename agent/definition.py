@@ -147,7 +147,8 @@ def _read_service(fields: _Fields, node: str) -> ServiceDefinition:
     weight_passing, weight_warning, weights_given = _read_weights(fields)
     enable_tag_override = fields.boolean("enable_tag_override")
     token = fields.text("token")
-    fields.ignore("namespace", "partition", "locality")
+    fields.refuse_namespace()
+    fields.ignore("partition", "locality")
     checks = tuple(_read_service_checks(fields, service_id, name, token))
     proxy = _read_proxy(fields.object("proxy"))
     connect = fields.object("connect")
@@ -209,7 +210,8 @@ def _read_sidecar(fields: _Fields, parent: ServiceRow, token: str) -> ServiceDef
     weight_passing, weight_warning, weights_given = _read_weights(fields)
     enable_tag_override = fields.boolean("enable_tag_override")
     token = fields.text("token") or token
-    fields.ignore("namespace", "partition", "locality")
+    fields.refuse_namespace()
+    fields.ignore("partition", "locality")
     own_checks = fields.has("check") or fields.has("checks")
     checks = tuple(_read_service_checks(fields, sidecar_id, name, token))
     proxy = dict(_read_proxy(fields.object("proxy")) or {})
@@ -278,7 +280,8 @@ def _read_check(fields: _Fields, *, id: str, name: str, service_id: str, bad_sta
     method, body = fields.text("method"), fields.text("body")
     header = fields.header("header")
     grpc, docker = fields.text("grpc"), fields.text("docker_container_id")
-    fields.ignore("shell", "grpc_use_tls", "proxy_http", "proxy_grpc", "namespace", "partition", "type", "output")
+    fields.refuse_namespace()
+    fields.ignore("shell", "grpc_use_tls", "proxy_http", "proxy_grpc", "partition", "type", "output")
     interval_s, timeout_s = fields.duration("interval"), fields.duration("timeout")
     ttl_s = fields.duration("ttl")
     tls_skip_verify, tls_server_name = fields.boolean("tls_skip_verify"), fields.text("tls_server_name")
@@ -561,6 +564,13 @@ class _Fields:
     def ignore(self, *names: str) -> None:
         for name in names:
             self._left.pop(_fold(name), None)
+
+    def refuse_namespace(self) -> None:
+        """There is one, which an empty name and its own stand for."""
+        if self.text("namespace") not in ("", "default"):
+            raise DecodeError(
+                f'json: unknown field "{self._path}Namespace" - Namespaces are a Consul Enterprise feature'
+            )
 
     def end(self) -> None:
         for given, _ in self._left.values():

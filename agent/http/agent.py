@@ -24,9 +24,9 @@ from rostra.acl.intention import Intention, decide
 from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, aggregate
 from rostra.agent.context import Agent
 from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, DecodeError
+from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
-from rostra.agent.http.fields import Fields
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
 from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
 from rostra.agent.local import LocalAgent, ScriptsDisabled
@@ -106,8 +106,11 @@ async def fail_check(request: Request, agent: Agent) -> Response:
     return await _set_ttl(agent, request.params["id"], CRITICAL, request.query.get("note"))
 
 
+_UPDATE = Body("Status Output")
+
+
 async def update_check(request: Request, agent: Agent) -> Response:
-    fields = Fields(request.json_object())
+    fields = _UPDATE.read(request)
     status = fields.text("Status")
     if status not in STATUSES:
         raise BadRequest(f"Invalid check status: '{status}'")
@@ -551,12 +554,14 @@ async def leaf(request: Request, agent: Agent) -> Response:
     return json_response(shown, headers={"X-Consul-Index": str(held.index)})
 
 
+_AUTHORIZE = Body("Target ClientCertURI ClientCertSerial")
+
+
 async def authorize(request: Request, agent: Agent) -> Response:
     """Whether the holder of a certificate may connect to `Target`: for services that do their own TLS."""
     try:
-        fields = Fields(request.json_object())
+        fields = _AUTHORIZE.read(request)
         target, uri = fields.text("Target"), fields.text("ClientCertURI")
-        fields.text("ClientCertSerial")
     except BadRequest as error:
         raise BadRequest(f"Bad request: {error.message}") from None
     if not target:
@@ -686,4 +691,35 @@ _TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]]]
     "reload": ("PUT", reload),
 }
 
-ROUTES = tuple(Route(method, f"/v1/agent/{path}", handler) for path, (method, handler) in _TABLE.items())
+#: The parameters that they read besides those of every route.
+_QUERIES = {
+    "metrics": "format",
+    "services": "ns",
+    "service/{id}": "hash ns",
+    "checks": "ns",
+    "health/service/id/{id}": "format ns",
+    "health/service/name/{name}": "format ns",
+    "service/register": "replace-existing-checks ns",
+    "service/deregister/{id}": "ns",
+    "service/maintenance/{id}": "enable reason ns",
+    "maintenance": "enable reason",
+    "check/register": "ns",
+    "check/deregister/{id}": "ns",
+    "check/pass/{id}": "note ns",
+    "check/warn/{id}": "note ns",
+    "check/fail/{id}": "note ns",
+    "check/update/{id}": "ns",
+    "connect/ca/leaf/{service}": "ns",
+    "connect/proxy/{id}": "hash",
+    "force-leave/{node}": "prune",
+}
+
+ROUTES = tuple(
+    Route(
+        method,
+        f"/v1/agent/{path}",
+        handler,
+        query=(read_parameters if method == "GET" else parameters)(_QUERIES.get(path, "")),
+    )
+    for path, (method, handler) in _TABLE.items()
+)

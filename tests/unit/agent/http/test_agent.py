@@ -369,3 +369,35 @@ async def test_the_host_and_the_version_are_told() -> None:
     async with api() as a:
         assert (await a.get("/v1/agent/host"))["Memory"]["total"] > 0
         assert (await a.get("/v1/agent/version"))["HumanVersion"] == "1.8.7"
+
+
+async def test_a_namespace_in_a_registration_is_refused() -> None:
+    async with api() as a:
+        for path, body in (
+            ("service/register", {"Name": "x", "Namespace": "t"}),
+            ("check/register", {"Name": "x", "TTL": "10s", "Namespace": "t"}),
+        ):
+            response = await a.call("PUT", f"/v1/agent/{path}", body)
+            assert (response.status, b"Namespaces are a Consul Enterprise feature" in response.body) == (400, True)
+
+
+async def test_what_nobody_reads_in_a_body_is_refused() -> None:
+    async with api() as a:
+        for method, path, body, text in (
+            ("PUT", "check/update/c", {"Status": "passing", "Foo": 1}, "Request"),
+            ("POST", "connect/authorize", {"Target": "x", "Foo": 1}, "Bad request: Request"),
+        ):
+            response = await a.call(method, f"/v1/agent/{path}", body)
+            assert (response.status, response.body.decode()) == (
+                400,
+                f'{text} decode failed: json: unknown field "Foo"',
+            )
+
+
+async def test_authorize_finds_the_target_in_any_spelling() -> None:
+    uri = f"spiffe://{TRUST_DOMAIN}/ns/default/dc/dc1/svc/web"
+    async with api() as a:
+        a.servers.apply(SetIntention("web", "DB", "deny"))
+        for target in ("db", "DB", "Db"):
+            response = await a.call("POST", "/v1/agent/connect/authorize", {"Target": target, "ClientCertURI": uri})
+            assert json.loads(response.body)["Authorized"] is False
