@@ -13,7 +13,6 @@ import asyncio
 import hashlib
 import os
 import platform
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, DecodeError
 from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
+from rostra.agent.http.machine import describe
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
 from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
 from rostra.agent.local import LocalAgent, ScriptsDisabled
@@ -369,7 +369,7 @@ def _is_server(agent: Agent) -> bool:
 
 async def host(request: Request, agent: Agent) -> Response:
     data_dir = str(getattr(agent.config, "data_dir", "") or "/")
-    return json_response(await asyncio.to_thread(_host, data_dir))
+    return json_response(await asyncio.to_thread(describe, data_dir))
 
 
 def member_json(row: MemberRow, datacenter: str) -> Json:
@@ -496,40 +496,6 @@ def _debug_config(agent: Agent, is_server: bool, ttl_min_ns: int) -> Json:
         "Version": CONSUL_API_VERSION,
         "VersionPrerelease": "",
         "RostraVersion": __version__,
-    }
-
-
-def _host(data_dir: str) -> Json:
-    """What an operator asks of a machine, from /proc; what cannot be read is left out."""
-    errors: list[str] = []
-    memory: dict[str, int] = {}
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            memory = {k: int(v.split()[0]) * 1024 for k, v in (line.split(":") for line in lines)}
-    except (OSError, ValueError) as error:
-        errors.append(str(error))
-    total, available = memory.get("MemTotal", 0), memory.get("MemAvailable", 0)
-    disk: Json = {}
-    try:
-        usage = shutil.disk_usage(data_dir)
-        disk = {"path": data_dir, "total": usage.total, "free": usage.free, "used": usage.used}
-    except OSError as error:
-        errors.append(str(error))
-    uptime = int(time.clock_gettime(time.CLOCK_BOOTTIME))
-    return {
-        "Memory": {"total": total, "available": available, "used": total - available},
-        "CPU": [{"cpu": i} for i in range(os.cpu_count() or 1)],
-        "Host": {
-            "hostname": platform.node(),
-            "os": platform.system().lower(),
-            "uptime": uptime,
-            "bootTime": int(time.time()) - uptime,
-            "kernelVersion": platform.release(),
-            "kernelArch": platform.machine(),
-        },
-        "Disk": disk,
-        "CollectionTime": time.time_ns(),
-        "Errors": errors or None,
     }
 
 
@@ -661,65 +627,38 @@ def _index(request: Request) -> int:
     return int(index or 0)
 
 
-_TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]]]] = {
-    "self": ("GET", self_),
-    "members": ("GET", members),
-    "version": ("GET", version),
-    "metrics": ("GET", metrics),
-    "host": ("GET", host),
-    "services": ("GET", services),
-    "service/{id}": ("GET", service),
-    "checks": ("GET", checks),
-    "health/service/id/{id}": ("GET", health_by_id),
-    "health/service/name/{name}": ("GET", health_by_name),
-    "service/register": ("PUT", register_service),
-    "service/deregister/{id}": ("PUT", deregister_service),
-    "service/maintenance/{id}": ("PUT", service_maintenance),
-    "maintenance": ("PUT", node_maintenance),
-    "check/register": ("PUT", register_check),
-    "check/deregister/{id}": ("PUT", deregister_check),
-    "check/pass/{id}": ("PUT", pass_check),
-    "check/warn/{id}": ("PUT", warn_check),
-    "check/fail/{id}": ("PUT", fail_check),
-    "check/update/{id}": ("PUT", update_check),
-    "connect/ca/leaf/{service}": ("GET", leaf),
-    "connect/authorize": ("POST", authorize),
-    "connect/proxy/{id}": ("GET", proxy),
-    "join/{address}": ("PUT", join),
-    "force-leave/{node}": ("PUT", force_leave),
-    "leave": ("PUT", leave),
-    "reload": ("PUT", reload),
-}
-
-#: The parameters that they read besides those of every route.
-_QUERIES = {
-    "metrics": "format",
-    "services": "ns",
-    "service/{id}": "hash ns",
-    "checks": "ns",
-    "health/service/id/{id}": "format ns",
-    "health/service/name/{name}": "format ns",
-    "service/register": "replace-existing-checks ns",
-    "service/deregister/{id}": "ns",
-    "service/maintenance/{id}": "enable reason ns",
-    "maintenance": "enable reason",
-    "check/register": "ns",
-    "check/deregister/{id}": "ns",
-    "check/pass/{id}": "note ns",
-    "check/warn/{id}": "note ns",
-    "check/fail/{id}": "note ns",
-    "check/update/{id}": "ns",
-    "connect/ca/leaf/{service}": "ns",
-    "connect/proxy/{id}": "hash",
-    "force-leave/{node}": "prune",
+#: path → method, handler, and the parameters that it reads besides those of every route.
+_TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]], str]] = {
+    "self": ("GET", self_, ""),
+    "members": ("GET", members, ""),
+    "version": ("GET", version, ""),
+    "metrics": ("GET", metrics, "format"),
+    "host": ("GET", host, ""),
+    "services": ("GET", services, "ns"),
+    "service/{id}": ("GET", service, "hash ns"),
+    "checks": ("GET", checks, "ns"),
+    "health/service/id/{id}": ("GET", health_by_id, "format ns"),
+    "health/service/name/{name}": ("GET", health_by_name, "format ns"),
+    "service/register": ("PUT", register_service, "replace-existing-checks ns"),
+    "service/deregister/{id}": ("PUT", deregister_service, "ns"),
+    "service/maintenance/{id}": ("PUT", service_maintenance, "enable reason ns"),
+    "maintenance": ("PUT", node_maintenance, "enable reason"),
+    "check/register": ("PUT", register_check, "ns"),
+    "check/deregister/{id}": ("PUT", deregister_check, "ns"),
+    "check/pass/{id}": ("PUT", pass_check, "note ns"),
+    "check/warn/{id}": ("PUT", warn_check, "note ns"),
+    "check/fail/{id}": ("PUT", fail_check, "note ns"),
+    "check/update/{id}": ("PUT", update_check, "ns"),
+    "connect/ca/leaf/{service}": ("GET", leaf, "ns"),
+    "connect/authorize": ("POST", authorize, ""),
+    "connect/proxy/{id}": ("GET", proxy, "hash"),
+    "join/{address}": ("PUT", join, ""),
+    "force-leave/{node}": ("PUT", force_leave, "prune"),
+    "leave": ("PUT", leave, ""),
+    "reload": ("PUT", reload, ""),
 }
 
 ROUTES = tuple(
-    Route(
-        method,
-        f"/v1/agent/{path}",
-        handler,
-        query=(read_parameters if method == "GET" else parameters)(_QUERIES.get(path, "")),
-    )
-    for path, (method, handler) in _TABLE.items()
+    Route(method, f"/v1/agent/{path}", handler, query=(read_parameters if method == "GET" else parameters)(names))
+    for path, (method, handler, names) in _TABLE.items()
 )
