@@ -1,15 +1,16 @@
 """Leaf certificates of this host's services: fetched once, renewed in time, shared by all who ask.
 
 A leaf belongs to (service, token), for a token decides who may have the key. Its key is made here and never leaves the
-host; the servers sign a request. It is renewed at a random point between 60 % and 90 % of its life, at once after that,
-and when the active root changes. A leaf that nobody asked for since its last renewal is forgotten, not renewed.
+host; the servers sign a request. It is renewed at a random point between 60 % and 90 % of its life, at once after that
+or when the clock is set to before it, and when the active root changes. A leaf that nobody asked for since its last
+renewal is forgotten, not renewed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random as _random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from rostra.acl.identity import BadIdentity, ServiceIdentity
 from rostra.agent.servers_port import Servers
 from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks, backoff
+from rostra.runtime.wall import Wall
 from rostra.server.state.ca import Roots
-from rostra.wire.errors import BadRequest, NoLeader, RostraError, Timeout
+from rostra.wire.errors import BadRequest, Internal, NoLeader, RostraError, Timeout
 
 if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
@@ -83,20 +85,21 @@ class Leaves:
         results: Results,
         *,
         datacenter: str,
-        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        wall: Wall | None = None,
         random: Callable[[], float] = _random.random,
         root_change_spread_s: float = ROOT_CHANGE_SPREAD_S,
     ) -> None:
         self._servers = servers
         self._results = results
         self._datacenter = datacenter
-        self._wall_ms = wall_ms
+        self._wall = wall or Wall()
         self._random = random
         self._root_change_spread_s = root_change_spread_s
         self._held: dict[tuple[str, str], _Held] = {}
         self._tasks = Tasks("agent.leaf")
         self._roots: Live | None = None
         self._root_id = ""
+        self._clocks = _log.RateLimited(log, 600.0)
 
     async def stop(self) -> None:
         await self._tasks.stop()
@@ -168,8 +171,9 @@ class Leaves:
             try:
                 roots = await self._watch_roots()
                 held.leaf = await self._sign(key, held.leaf, roots)
-            except RostraError as error:
-                if held.leaf is None or self._wall_ms() >= held.leaf.valid_before_ms:
+            except Exception as e:  # what fails once must not end the renewals: nobody would ask for them again
+                error = e if isinstance(e, RostraError) else Internal(repr(e))
+                if held.leaf is None or self._now_ms() >= held.leaf.valid_before_ms:
                     held.leaf, held.error = None, error
                     self._held.pop(key, None) if not held.callbacks else None
                     held.tell()
@@ -178,34 +182,39 @@ class Leaves:
                 log.warn("cannot renew a leaf certificate, trying again", service=key[0], error=error.message)
                 await asyncio.sleep(next(delays))
                 continue
-            delays = backoff(1.0, 60.0)
             held.error = None
             held.wanted = False
             held.tell()
-            await self._until_due(held, held.leaf)
+            due_ms = renewal_at_ms(held.leaf, self._random())
+            if self._now_ms() < due_ms:
+                delays = backoff(1.0, 60.0)
+                await self._until_due(held, held.leaf, due_ms)
+            else:
+                self._clocks.warn(
+                    "a new leaf is past its renewal already: the clocks of this host and of the servers differ",
+                    service=key[0],
+                )
+                await asyncio.sleep(next(delays))
             if not held.wanted and not held.holders:
                 self._held.pop(key, None)
                 return
 
-    async def _until_due(self, held: _Held, leaf: Leaf) -> None:
-        """Sleep to the renewal point; a new root makes it sooner. Wall time may jump, so it is looked at again."""
-        due_ms = renewal_at_ms(leaf, self._random())
+    async def _until_due(self, held: _Held, leaf: Leaf, due_ms: int) -> None:
+        """Sleep to the renewal point; a new root makes it sooner, or a clock that is set back to before the leaf."""
+        begin_s = leaf.valid_after_ms / 1000 if self._now_ms() >= leaf.valid_after_ms else -math.inf
         while True:
             held.hurry.clear()
             if self._root_id and leaf.root_id and leaf.root_id != self._root_id:
                 if self._roots is not None and leaf.root_id in self._roots.rows:
                     spread_ms = int(self._root_change_spread_s * 1000 * self._random())
-                    due_ms = min(due_ms, self._wall_ms() + spread_ms)
+                    due_ms = min(due_ms, self._now_ms() + spread_ms)
                 else:
                     return
-            left_s = (due_ms - self._wall_ms()) / 1000
-            if left_s <= 0:
+            if await self._wall.until(due_ms / 1000, held.hurry, begin=begin_s):
                 return
-            try:
-                async with asyncio.timeout(min(left_s, 3600.0)):
-                    await held.hurry.wait()
-            except TimeoutError:
-                pass
+
+    def _now_ms(self) -> int:
+        return int(self._wall.now() * 1000)
 
     async def _sign(self, key: tuple[str, str], before: Leaf | None, roots: Live) -> Leaf:
         from rostra.runtime.tls import create_csr

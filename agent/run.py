@@ -225,12 +225,14 @@ class RunningAgent:
 
     def __init__(self, config: Config, core: CoreProcess | None, give_up: Callable[[], None]) -> None:
         from rostra.runtime.service import Tasks
+        from rostra.runtime.wall import Wall
 
         self.config, self._core = config, core
         self._give_up = give_up
         self.status = 0  # the process's exit status, once it stops
         self._joining_since: float | None = None
         self._tasks = Tasks("agent")
+        self._wall = Wall()
         self._ends: list[tuple[str, Callable[[], Awaitable[Any]]]] = []
         self._identity: NodeIdentity | None = None
         self._servers_known: list[ServerAddress] = []
@@ -303,7 +305,7 @@ class RunningAgent:
         )
         sync = Sync(local, session, results, about, is_server=self._core is not None)
         session.on_connected.append(sync.trigger)
-        leaves = Leaves(session, results, datacenter=config.datacenter)
+        leaves = Leaves(session, results, datacenter=config.datacenter, wall=self._wall)
         proxies = ProxyConfigs(
             local,
             leaves,
@@ -356,7 +358,7 @@ class RunningAgent:
             from rostra.agent.enrolment import Certificate
 
             assert self._identity is not None
-            certificate = Certificate(self._identity, session)
+            certificate = Certificate(self._identity, session, wall=self._wall)
             session.on_connected.append(certificate.kick)
             self._tasks.keep("node certificate", certificate.keep)
 
@@ -541,7 +543,7 @@ class RunningAgent:
         if is_server:
             from rostra.agent.enrolment import follow_core
 
-            self._tasks.keep("node certificate", partial(follow_core, identity))
+            self._tasks.keep("node certificate", partial(follow_core, identity, self._wall))
         info = AgentInfo(
             node_id=identity.node_id,
             name=config.node_name,

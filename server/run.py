@@ -30,6 +30,7 @@ from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NewerFormat, NodeIdentity, parse_secrets, read_node_id
 from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, end_with_threads
 from rostra.runtime.steps import LoopSteps
+from rostra.runtime.wall import Wall
 from rostra.server.acts import Acts
 from rostra.server.autopilot import Autopilot
 from rostra.server.bootstrap import FILE_NAME, JOIN, Bootstrap, Membership, ServerInfo, load
@@ -423,6 +424,7 @@ class Core:
     async def _keep_certificate(self) -> None:
         """Hold a certificate of the cluster CA, renewed in time, and report the anchors that this server trusts."""
         limited = logging.RateLimited(log, 600.0)
+        wall, never = Wall(), asyncio.Event()
         while True:
             try:
                 is_done = await self._certify()
@@ -432,7 +434,12 @@ class Core:
                 reason = e.message if isinstance(e, RostraError) else repr(e)
                 limited.warn("this server has no new certificate of the cluster CA yet", reason=reason)
                 is_done = False
-            await asyncio.sleep(CERTIFICATE_EVERY_S if is_done else CERTIFICATE_RETRY_S)
+            if not is_done or wall.now() >= self._identity.renew_at:
+                await asyncio.sleep(CERTIFICATE_RETRY_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CERTIFICATE_EVERY_S):
+                    await wall.until(self._identity.renew_at, never)
 
     async def _certify(self) -> bool:
         """True when certificate and report are as they should be."""

@@ -23,6 +23,7 @@ from rostra.agent.servers import ServerAddress, ServerSession
 from rostra.runtime.identity import NodeIdentity, parse_secrets
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import peer_key_hash
+from rostra.runtime.wall import Wall
 from rostra.server import enrolment
 from rostra.server.endpoint import Peer
 from rostra.server.peers import dial
@@ -42,7 +43,7 @@ class Client:
     """A client agent's part in this: identity, session, certificate."""
 
     def __init__(self, cluster: Cluster, name: str, secrets: list[str] | None = None, **options: Any) -> None:
-        said = options.pop("about", {})
+        said, wall = options.pop("about", {}), options.pop("wall", None)
         directory = cluster.directory / f"client-{options.pop('directory', name)}"
         known = parse_secrets([cluster.secret] if secrets is None else secrets)
         self.identity = NodeIdentity.open(directory, name, known, **options)
@@ -60,7 +61,7 @@ class Client:
         )
         self.attempts = 0
         self._dial, self.session._dial = self.session._dial, self._counted  # type: ignore[method-assign]
-        self.certificate = Certificate(self.identity, self.session)
+        self.certificate = Certificate(self.identity, self.session, wall=wall)
         self.session.on_connected.append(self.certificate.kick)
 
     async def _counted(self, address: ServerAddress) -> Any:
@@ -154,13 +155,43 @@ async def test_a_certificate_is_renewed_after_two_thirds_of_its_life(tmp_path: P
         await eventually(lambda: client.identity.is_enrolled)
         first = client.identity.cert_path.read_text()
         leader(cluster)._acts._certificates.clear()
-        client.certificate._now = lambda: client.identity.renew_at - 1
+        client.certificate._wall.now = lambda: client.identity.renew_at - 1
         await client.certificate.renew()
         assert client.identity.cert_path.read_text() == first
-        client.certificate._now = lambda: client.identity.renew_at + 1
+        client.certificate._wall.now = lambda: client.identity.renew_at + 1
         await client.certificate.renew()
         assert client.identity.cert_path.read_text() != first
         assert await client.session.write(SetKey("k", b"v"))
+
+
+async def test_a_clock_that_jumps_past_the_renewal_has_the_certificate_renewed_within_seconds(tmp_path: Path) -> None:
+    set_by_s = 0.0
+    wall = Wall(lambda: time.time() + set_by_s, look_s=0.01)
+    async with Cluster(tmp_path, size=1) as cluster, Client(cluster, "c1", wall=wall) as client:
+        await eventually(lambda: client.identity.is_enrolled)
+        await eventually(lambda: client.identity.anchor_hashes == reported(cluster, "c1"))
+        first = client.identity.cert_path.read_text()
+        leader(cluster)._acts._certificates.clear()
+        set_by_s = client.identity.renew_at - time.time() + 1
+        await eventually(lambda: client.identity.cert_path.read_text() != first)
+
+
+def reported(cluster: Cluster, name: str) -> tuple[str, ...]:
+    return leader(cluster).node.store.tables.members.rows[name].anchors
+
+
+async def test_servers_give_no_certificate_again_from_before_their_clock_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path, size=1) as cluster:
+        core = leader(cluster)
+        async with line(core, enrolled(cluster, "c1")) as caller:
+            first = await caller.call("act", "node.certificate", {}, "")
+            assert await caller.call("act", "node.certificate", {}, "") == first  # asking again costs nothing
+            real = time.time
+            for set_by_s in (400 * 86400.0, -400 * 86400.0):
+                monkeypatch.setattr(time, "time", lambda set_by_s=set_by_s: real() + set_by_s)
+                assert await caller.call("act", "node.certificate", {}, "") != first
 
 
 async def test_a_certificate_is_for_the_proved_key_and_the_bound_name_only(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_entry
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.store import Store
-from rostra.wire.errors import NoLeader, RostraError, from_wire
+from rostra.wire.errors import NoLeader, from_wire
 
 CLUSTER = "11111111-2222-3333-4444-555555555555"
 TRUST_DOMAIN = f"{CLUSTER}.consul"
@@ -30,8 +30,8 @@ class LocalServers:
     def __init__(self, *, leaf_ttl_s: int = 72 * 3600) -> None:
         self.store = Store()
         self.written: list[Any] = []
-        self.refuse: dict[str, RostraError] = {}
-        self.signed = 0
+        self.refuse: dict[str, Exception] = {}
+        self.signed = self.acts = 0
         self.leaf_ttl_s = leaf_ttl_s
         self._changed = asyncio.Event()
         self._connected = True
@@ -121,6 +121,7 @@ class LocalServers:
     ) -> Any:
         if not self._connected:
             raise NoLeader
+        self.acts += 1
         if kind in self.refuse:
             raise self.refuse[kind]
         if kind != "connect.sign":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from rostra.agent.leaf import Leaf, Leaves, renewal_at_ms
 from rostra.agent.results import Results
+from rostra.runtime.wall import Wall
 from rostra.wire.errors import BadRequest, Denied
 from tests.support.local_servers import TRUST_DOMAIN, LocalServers
 from tests.support.waiting import eventually
@@ -57,18 +59,60 @@ async def test_all_who_ask_share_one_leaf_and_another_token_gets_its_own() -> No
 
 async def test_a_leaf_is_renewed_while_somebody_follows_it() -> None:
     servers = LocalServers()
-    now_ms = 0
-    async with leaves(servers, wall_ms=lambda: now_ms, random=lambda: 0.0) as held:
+    set_by_s = 0.0
+    wall = Wall(lambda: time.time() + set_by_s, look_s=0.01)
+    async with leaves(servers, wall=wall, random=lambda: 0.0) as held:
         changes: list[None] = []
         stop = held.follow("web", lambda: changes.append(None))
         first = await held.get("web")
-        now_ms = first.valid_before_ms  # long past the renewal point: the sleep is cut short by asking the clock
-        held._held[("web", "")].hurry.set()
+        set_by_s = (first.valid_before_ms - first.valid_after_ms) / 1000  # as after a suspension of days
         second = await held.wait("web", first.index, 5.0)
         assert second.index > first.index
         assert second.serial != first.serial
         assert len(changes) == 2
         stop()
+
+
+async def test_a_leaf_that_begins_after_a_clock_that_was_set_back_is_renewed_once() -> None:
+    servers = LocalServers()
+    set_by_s = 0.0
+    wall = Wall(lambda: time.time() + set_by_s, look_s=0.01)
+    async with leaves(servers, wall=wall) as held:
+        held.follow("web", lambda: None)
+        first = await held.get("web")
+        set_by_s = -86400.0
+        second = await held.wait("web", first.index, 5.0)
+        # The servers' clocks were not set: theirs begins later than now, too, and it is not asked for again and again.
+        assert await held.wait("web", second.index, 0.1) is second
+        assert servers.signed == 2
+
+
+async def test_a_leaf_that_is_past_its_renewal_when_it_comes_is_not_asked_for_without_pause(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    servers = LocalServers()
+    async with leaves(servers, wall=Wall(lambda: time.time() + 30 * 86400)) as held:
+        held.follow("web", lambda: None)
+        first = await held.get("web")
+        assert await held.wait("web", first.index, 0.2) is first
+        assert servers.signed == 1
+    assert "the clocks of this host and of the servers differ" in capsys.readouterr().err
+
+
+async def test_a_defect_in_a_renewal_does_not_end_the_renewals() -> None:
+    servers = LocalServers()
+    set_by_s = 0.0
+    wall = Wall(lambda: time.time() + set_by_s, look_s=0.01)
+    async with leaves(servers, wall=wall) as held:
+        held.follow("web", lambda: None)
+        first = await held.get("web")
+        servers.refuse["connect.sign"] = RuntimeError("can't start new thread")
+        asked = servers.acts
+        set_by_s = 0.95 * (first.valid_before_ms - first.valid_after_ms) / 1000
+        await eventually(lambda: servers.acts > asked)
+        servers.refuse.clear()
+        set_by_s = 0.0
+        assert (await held.wait("web", first.index, 5.0)).index > first.index
 
 
 async def test_a_new_root_replaces_the_leaf_soon() -> None:
