@@ -93,6 +93,7 @@ def plan(
     deferred: frozenset[str] = frozenset(),
 ) -> list[Step]:
     """The commands that make `catalog` agree. A check in `deferred` is not sent for its output alone."""
+    services, checks = _of_each_id(services, checks)
     node_is_known = catalog.node is not None and _same_node(identity, catalog.node)
     due: dict[str, list[CheckRow]] = {}  # by service
     for check_id, row in checks.items():
@@ -110,6 +111,23 @@ def plan(
     if "" in due:
         steps.append(Step(_register(identity, True, None, tuple(due[""])), "", "checks of the node"))
     return [*steps, *_removals(identity, services, checks, catalog, is_server)]
+
+
+def _of_each_id(
+    services: Mapping[str, ServiceRow], checks: Mapping[str, CheckRow]
+) -> tuple[Mapping[str, ServiceRow], Mapping[str, CheckRow]]:
+    """Of ids that differ by case only the one that came last, as in the catalog: both would be written for ever."""
+    last, last_check = ({i.lower(): i for i in ids} for ids in (services, checks))
+    if len(last) < len(services):
+        services = {i: services[i] for i in last.values()}
+    if len(last_check) < len(checks):
+        checks = {i: checks[i] for i in last_check.values()}
+    respelled = {
+        i: row._replace(service_id=last[row.service_id.lower()])
+        for i, row in checks.items()
+        if row.service_id not in services and row.service_id.lower() in last
+    }
+    return services, {**checks, **respelled} if respelled else checks
 
 
 def tags_to_adopt(services: Mapping[str, ServiceRow], catalog: Picture) -> dict[str, tuple[str, ...]]:
@@ -130,12 +148,14 @@ def _removals(
     catalog: Picture,
     is_server: bool,
 ) -> Iterable[Step]:
-    gone = [i for i in catalog.services if i not in services and not (is_server and i == SERVERS_SERVICE)]
+    # What is here in another spelling is registered so, which respells what the catalog has.
+    ids, check_ids = {i.lower() for i in services}, {i.lower() for i in checks}
+    gone = [i for i in catalog.services if i.lower() not in ids and not (is_server and i == SERVERS_SERVICE)]
     for service_id in gone:
         yield Step(Deregister(identity.name, service_id=service_id), service_id, f"service {service_id}")
     for check_id, check in catalog.checks.items():
         is_ours = check_id != SERF_HEALTH and not (is_server and check.service_id == SERVERS_SERVICE)
-        if is_ours and check_id not in checks and check.service_id not in gone:
+        if is_ours and check_id.lower() not in check_ids and check.service_id not in gone:
             yield Step(Deregister(identity.name, check_id=check_id), check.service_id, f"check {check_id}")
 
 

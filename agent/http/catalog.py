@@ -147,8 +147,14 @@ _SERVICE = Body(
     Proxy=_PROXY,
     Connect=Body("Native", is_strict=False),
 )
+_TEXTS = ("HTTP", "Method", "Body", "TCP", "GRPC", "AliasNode", "AliasService", "DockerContainerID", "Shell")
 _CHECK = Body(
-    "Node CheckID Name Status Notes Output ServiceID ServiceName ServiceTags Type CreateIndex ModifyIndex Definition"
+    "Node CheckID Name Status Notes Output ServiceID ServiceName ServiceTags Type CreateIndex ModifyIndex",
+    Definition=Body(
+        f"{' '.join(_TEXTS)} TLSSkipVerify GRPCUseTLS OutputMaxSize ScriptArgs Header TTL Interval Timeout "
+        "DeregisterCriticalServiceAfter",
+        is_strict=False,
+    ),
 )
 _REGISTRATION = Body(
     "Datacenter ID Node Address TaggedAddresses NodeMeta SkipNodeUpdate Token CreateIndex ModifyIndex",
@@ -236,29 +242,47 @@ def _tagged(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return out
 
 
-_DURATIONS = ("Interval", "Timeout", "DeregisterCriticalServiceAfter")
-
-
 def check_map(given: Fields) -> dict[str, Any]:
     """The fields of CheckRow, by name, that a catalog registration's Check describes."""
-    definition = plain(given.plain_map("Definition"))
-    for key in list(definition):
-        canonical = next((d for d in _DURATIONS if d.lower() == key.lower().replace("_", "")), None)
-        if canonical:
-            duration = Fields({canonical: definition.pop(key)}, "Definition")
-            definition[canonical] = format_duration(duration.duration_ns(canonical))
-    fields = Fields(definition, "Definition")
-    kinds = (("http", "HTTP"), ("tcp", "TCP"), ("grpc", "GRPC"), ("alias", "AliasService"), ("alias", "AliasNode"))
+    definition = _definition(given.object("Definition") or Fields({}))
     return {
-        "id": given.text("CheckID") or given.text("ID") or given.text("Name"),
+        "id": given.text("CheckID") or given.text("Name"),
         "name": given.text("Name"),
-        "status": given.text("Status"),
+        "status": given.text("Status") or "critical",
         "notes": given.text("Notes"),
         "output": given.text("Output"),
         "service_id": given.text("ServiceID"),
-        "type": given.text("Type") or next((kind for kind, name in kinds if fields.has(name)), ""),
+        "type": given.text("Type") or _check_type(definition),
         "definition": definition,
     }
+
+
+def _definition(given: Fields) -> dict[str, Any]:
+    """What is set of it, in the names and forms in which it is shown."""
+    shown: dict[str, Any] = {name: given.text(name) for name in _TEXTS}
+    shown |= {name: given.flag(name) for name in ("TLSSkipVerify", "GRPCUseTLS")}
+    shown |= {"OutputMaxSize": given.integer("OutputMaxSize"), "ScriptArgs": list(given.texts("ScriptArgs"))}
+    shown |= {"Header": given.plain_map("Header"), "TTL": given.duration_ns("TTL")}
+    for name in ("Interval", "Timeout", "DeregisterCriticalServiceAfter"):
+        ns = given.duration_ns(name)
+        shown[name] = format_duration(ns) if ns else ""
+    return {name: value for name, value in shown.items() if value}
+
+
+def _check_type(definition: dict[str, Any]) -> str:
+    has, is_timed = definition.__contains__, "Interval" in definition
+    for kind, is_it in (
+        ("grpc", is_timed and has("GRPC")),
+        ("http", is_timed and has("HTTP")),
+        ("ttl", has("TTL")),
+        ("tcp", is_timed and has("TCP")),
+        ("alias", has("AliasNode") or has("AliasService")),
+        ("docker", is_timed and has("ScriptArgs") and has("DockerContainerID")),
+        ("script", has("ScriptArgs")),
+    ):
+        if is_it:
+            return kind
+    return ""
 
 
 def snake_names(value: Any) -> Any:

@@ -55,7 +55,7 @@ class CreateSession:
         node = tables.node_name(self.node)
         if node not in tables.nodes.rows:
             raise BadRequest("Missing node registration")
-        for check_id in (*self.node_checks, *self.checks, *self.service_checks):
+        for check_id in (*self.checks, *self.node_checks, *self.service_checks):
             like = tables.checks_like(node, check_id)
             if not like:
                 raise BadRequest(f"Missing check '{check_id}' registration")

@@ -95,7 +95,11 @@ async def test_an_intention_reaches_the_proxy_at_once() -> None:
     async with world() as w:
         proxy_id = await w.register()
         _, digest = await w.proxies.snapshot(proxy_id)
-        for command, left in ((SetIntention("api", "web", "deny"), 1), (DeleteIntention("api", "web"), 0)):
+        for command, left in (
+            (SetIntention("api", "web", "deny"), 1),
+            (DeleteIntention("api", "web"), 0),
+            (SetIntention("api", "WEB", "deny"), 1),
+        ):
             waiting = asyncio.create_task(w.proxies.wait(proxy_id, digest, 60.0))
             await asyncio.sleep(0)
             w.servers.apply(command)

@@ -59,6 +59,18 @@ def test_a_changed_address_or_meta_registers_the_node_anew() -> None:
     assert [c.service for c in commands(catalog=picture(KNOWN._replace(meta={})))] == [None]
 
 
+def test_of_ids_that_differ_by_case_only_one_is_written_and_then_nothing() -> None:
+    first, last = ServiceRow("n", "App-1", "app", port=1), ServiceRow("n", "app-1", "app", port=2)
+    checks = [CHECK._replace(id="C1", service_id="App-1"), CHECK._replace(id="c2", service_id="app-1")]
+    (command,) = commands([first, last], checks, picture(services=(first,)))
+    assert (command.service["id"], [(c["id"], c["service_id"]) for c in command.checks]) == (
+        "app-1",
+        [("C1", "app-1"), ("c2", "app-1")],
+    )
+    there = tuple(check._replace(service_id="app-1") for check in checks)
+    assert commands([first, last], checks, picture(services=(last,), checks=there)) == []
+
+
 def test_a_changed_check_goes_without_its_service() -> None:
     there = picture(services=(WEB,), checks=(CHECK._replace(status="critical"),))
     (command,) = commands([WEB], [CHECK], there)

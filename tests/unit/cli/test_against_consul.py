@@ -3,63 +3,28 @@
 Runs where ROSTRA_CONSUL_BIN names a consul binary (1.8 or later).
 """
 
-import contextlib
 import os
 import re
-import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-CONSUL = os.environ.get("ROSTRA_CONSUL_BIN", "")
-pytestmark = pytest.mark.skipif(not CONSUL, reason="ROSTRA_CONSUL_BIN names no consul binary to compare with")
+from tests.support.real_consul import CONSUL, needs_consul, running_consul
 
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
+pytestmark = needs_consul
 
 
 @pytest.fixture(scope="module")
 def consul() -> Iterator[str]:
-    http, server, lan = free_ports(3)
-    ports = f"-http-port={http} -server-port={server} -serf-lan-port={lan} -serf-wan-port=-1 -dns-port=-1 -grpc-port=-1"
-    process = subprocess.Popen(
-        [CONSUL, "agent", "-dev", "-node=o", "-bind=127.0.0.1", *ports.split()],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"127.0.0.1:{http}"
-    try:
-        wait_for_leader(address)
+    with running_consul() as (host, port):
+        address = f"{host}:{port}"
         for words in SEED:
             subprocess.run([CONSUL, *words], check=True, capture_output=True, env=environment(address))
         yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_for_leader(address: str) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://{address}/v1/catalog/nodes", timeout=2) as answer:
-                if b'"Node"' in answer.read():
-                    return
-        except (OSError, HTTPException):
-            pass
-        time.sleep(0.05)
-    pytest.fail("consul has no leader after 30 s")
 
 
 def environment(address: str) -> dict[str, str]:

@@ -314,6 +314,14 @@ def test_tls_1_1_is_refused(mesh, tmp_path, eventually):
     eventually(lambda: server.stats["handshake_failures"].get("protocol") == 1)
 
 
+def test_an_upstream_is_itself_in_whatever_case_it_was_registered(mesh):
+    server = mesh.server(mesh.app(), service="WEB")
+    client = mesh.client(server)
+    with client.connect("upstream:web") as connection:
+        connection.sendall(b"hello")
+        assert connection.recv(5) == b"hello"
+
+
 def test_the_server_must_be_the_upstream_that_was_asked_for(mesh, eventually):
     impostor = mesh.server(mesh.app(), service="billing")
     client = mesh.client(impostor)
