@@ -1,177 +1,234 @@
 """The HTTP check: one request on a connection of its own; 2xx is passing, 429 is warning, all else critical.
 
-A small HTTP/1.1 client over asyncio streams: a check needs no pool, no cookies and no decoding, and keeps only the
-last 4 KiB of the body. Redirects are followed as Go's client does, ten at most.
+A small HTTP/1.1 client: a check needs no pool and no cookies. The status line decides (`response.py`); what the body is
+or whether it ever ends changes nothing, so at the timeout a check whose target has sent its head has its answer.
+Redirects are followed as Go's client does, ten at most. What the other side sends gets its share of the loop
+(`wire/turns.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import ssl
 from functools import lru_cache
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from rostra.agent.checks import tcp
 from rostra.agent.checks.check import CRITICAL, PASSING, WARNING, Result
+from rostra.agent.checks.response import Malformed, Response
+from rostra.agent.checks.url import Url, joined, masked, parse
 from rostra.agent.definition import CheckSpec
+from rostra.wire.turns import turns
 
 _REDIRECTS_MAX = 10
-_HEAD_BYTES_MAX = 64 * 1024
-_BODY_BYTES_MAX = 1024 * 1024  # what is read of a body; the tail is kept
-_CHUNK = 64 * 1024
-
-
-class _Malformed(Exception):
-    """The other side does not speak HTTP/1."""
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+#: Of a check's headers, what another host must not see to which it was redirected.
+_SECRET = frozenset(("authorization", "www-authenticate", "cookie", "cookie2"))
 
 
 async def run(spec: CheckSpec) -> Result:
     """One request. Never raises for what the other side does."""
-    method = spec.method.upper() or "GET"
-    url = spec.http
-    shown = method.capitalize()
+    method = asked = spec.method.upper() or "GET"
+    url, location = spec.http, ""
     try:
-        async with asyncio.timeout(spec.timeout_s):
+        parts = first = parse(url)
+    except ValueError as error:
+        return Result(CRITICAL, str(error) if str(error).startswith("parse ") else _failed(method, url, str(error)))
+    try:
+        async with asyncio.timeout(spec.timeout_s) as limit:
             for _ in range(_REDIRECTS_MAX + 1):
-                status, reason, location, tail = await _exchange(spec, method, url)
-                if location is None or status not in (301, 302, 303, 307, 308):
+                response = await _exchange(spec, method, parts, first, location, limit)
+                location = _redirects_to(response)
+                if not location:
                     break
-                url = urljoin(url, location)
-                if status in (301, 302, 303) and method not in ("GET", "HEAD"):
+                url = joined(parts, location)
+                try:
+                    parts = parse(url)
+                except ValueError as error:
+                    if str(error).startswith("parse "):
+                        raise Malformed(f'failed to parse Location header "{masked(location)}": {error}') from None
+                    raise Malformed(str(error)) from None
+                if response.status in (301, 302, 303) and method not in ("GET", "HEAD"):
                     method = "GET"
             else:
-                return Result(CRITICAL, f'{shown} "{url}": stopped after {_REDIRECTS_MAX} redirects')
+                return Result(CRITICAL, _failed(method, location, f"stopped after {_REDIRECTS_MAX} redirects"))
     except TimeoutError:
-        return Result(
-            CRITICAL, f'{shown} "{url}": context deadline exceeded (Client.Timeout exceeded while awaiting headers)'
-        )
+        reason = "context deadline exceeded (Client.Timeout exceeded while awaiting headers)"
+        return Result(CRITICAL, _failed(method, url, reason))
     except ssl.SSLError as error:
-        return Result(CRITICAL, f'{shown} "{url}": tls: {error.reason or error}')
-    except (OSError, EOFError) as error:
-        return Result(CRITICAL, f'{shown} "{url}": {_describe(error, url)}')
-    except (_Malformed, ValueError) as error:
-        return Result(CRITICAL, f'{shown} "{url}": {error}')
-    output = (
-        f"HTTP {spec.method.upper() or 'GET'} {spec.http}: {status} {reason} Output: {tail.decode(errors='replace')}"
-    )
-    if 200 <= status <= 299:
+        return Result(CRITICAL, _failed(method, url, f"tls: {error.reason or error}"))
+    except ConnectionResetError as error:
+        return Result(CRITICAL, _failed(method, url, f"read: {error.strerror or error}".lower()))
+    except OSError as error:
+        return Result(CRITICAL, _failed(method, url, tcp.describe(error, parts.host, parts.port)))
+    except (Malformed, ValueError) as error:
+        return Result(CRITICAL, _failed(method, url, str(error)))
+    body = response.tail.decode(errors="replace")
+    output = f"HTTP {asked} {masked(spec.http)}: {response.status_text} Output: {body}"
+    if 200 <= response.status <= 299:
         return Result(PASSING, output)
-    return Result(WARNING if status == 429 else CRITICAL, output)
+    return Result(WARNING if response.status == 429 else CRITICAL, output)
 
 
-async def _exchange(spec: CheckSpec, method: str, url: str) -> tuple[int, str, str | None, bytes]:
-    """Status, reason, Location and the tail of the body of one request."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(f'unsupported protocol scheme "{parts.scheme}"')
-    if not parts.hostname:
-        raise ValueError("http: no Host in request URL")
+def _failed(method: str, url: str, reason: str) -> str:
+    return f'{method.capitalize()} "{masked(url)}": {reason}'
+
+
+def _redirects_to(response: Response) -> str:
+    if response.status not in (301, 302, 303, 307, 308):
+        return ""
+    location = response.fields.get("location", "")
+    if not location and response.status < 304:
+        raise Malformed(f"{response.status} response missing Location header")
+    return location
+
+
+async def _exchange(
+    spec: CheckSpec, method: str, parts: Url, first: Url, location: str, limit: asyncio.Timeout
+) -> Response:
+    """The answer to one request: its head, and what came of its body in time."""
     secure = parts.scheme == "https"
     context = await asyncio.to_thread(_tls_context, spec.tls_skip_verify) if secure else None
-    reader, writer = await asyncio.open_connection(
-        parts.hostname,
-        parts.port or (443 if secure else 80),
-        ssl=context,
-        server_hostname=(spec.tls_server_name or parts.hostname) if secure else None,
-        limit=_HEAD_BYTES_MAX,
-    )
+    request = _request(spec, method, parts, first, location)
+    unpacks = b"\r\nAccept-Encoding: gzip\r\n" in request
+    exchange = _Exchange(request, Response(spec.output_bytes_max, has_body=method != "HEAD", unpacks=unpacks))
     try:
-        writer.write(_request(spec, method, parts))
-        return await _response(reader, method, spec.output_bytes_max)
+        await asyncio.get_running_loop().create_connection(
+            lambda: exchange,
+            parts.host,
+            parts.port,
+            ssl=context,
+            server_hostname=(spec.tls_server_name or parts.host) if secure else None,
+        )
+        await exchange.decided
+        if not _redirects_to(exchange.response):
+            when = limit.when()
+            limit.reschedule(None)  # the status is known: it is only the body that may be late
+            left = max(0.0, when - asyncio.get_running_loop().time()) if when is not None else None
+            await asyncio.wait((exchange.ended,), timeout=left)
+        return exchange.response
     finally:
-        writer.transport.abort()
+        exchange.abort()
 
 
-def _request(spec: CheckSpec, method: str, parts: SplitResult) -> bytes:
-    host = parts.netloc.rpartition("@")[2]
+class _Exchange(asyncio.Protocol):
+    """The connection of one request."""
+
+    def __init__(self, request: bytes, response: Response) -> None:
+        self.response = response
+        loop = asyncio.get_running_loop()
+        self.decided: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self._request, self._turns = request, turns()
+        self._transport: asyncio.Transport | None = None
+        self._waits = self._is_closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._transport.write(self._request)  # type: ignore[union-attr]
+
+    def data_received(self, data: bytes) -> None:
+        self.response.feed(data)
+        if self._waits:
+            return
+        if self._turns.begin() and self._handle():
+            return
+        self._waits = True
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+        self._turns.queue(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.ended.done():
+            return
+        if not self._handle():
+            self._turns.queue(self._go_on)
+            return
+        self._waits = False
+        if self._is_closed:
+            self._finish()
+        elif self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _handle(self) -> bool:
+        """What has come, as far as there is room in this turn. Whether that was all."""
+        response, room = self.response, self._turns.room
+        is_all = True
+        try:
+            while is_all and response.step():
+                is_all = room()
+        except Malformed as error:
+            self._fail(error)
+            return True
+        if response.decided and not self.decided.done():
+            self.decided.set_result(None)
+        if response.ended:
+            self.abort()
+        return is_all
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._is_closed = True
+        if exc is not None and not self.response.decided:
+            self._fail(exc)
+        elif not self._waits:
+            self._finish()
+
+    def _finish(self) -> None:
+        try:
+            self.response.end_of_stream()
+        except Malformed as error:
+            self._fail(error)
+        else:
+            self.abort()
+
+    def _fail(self, error: Exception) -> None:
+        if not self.decided.done():
+            self.decided.set_exception(error)
+        self.abort()
+
+    def abort(self) -> None:
+        """Nothing more is wanted."""
+        for future in (self.decided, self.ended):
+            if not future.done():
+                future.set_result(None)
+            elif not future.cancelled():
+                future.exception()  # nobody may be left to look
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _request(spec: CheckSpec, method: str, parts: Url, first: Url, location: str) -> bytes:
+    """`location`: the Location that led here from `first`, if one did."""
     header: dict[str, tuple[str, ...]] = {
-        "Host": (host,),
+        "Host": (parts.place,),
         "User-Agent": ("Consul Health Check",),
         "Accept": ("text/plain, text/*, */*",),
     }
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    if parts.user is not None:
+        pair = f"{parts.user}:{parts.password}"
         header["Authorization"] = ("Basic " + base64.b64encode(pair.encode()).decode(),)
+    if method != "HEAD" and not {"accept-encoding", "range"} & {name.lower() for name in spec.header}:
+        header["Accept-Encoding"] = ("gzip",)
+    is_elsewhere = parts.host != first.host and not parts.host.endswith("." + first.host)
     names = {name.lower(): name for name in header}
     for name, values in spec.header.items():
-        header.pop(names.get(name.lower(), ""), None)
+        lower = name.lower()
+        if (lower == "host" and location and parts.place != first.place) or (lower in _SECRET and is_elsewhere):
+            continue
+        if not _TOKEN.fullmatch(name) or any(c in value for value in values for c in "\r\n\0"):
+            raise ValueError(f"net/http: invalid header field {name!r}")
+        header.pop(names.get(lower, ""), None)
         header[name] = values
-    body = spec.body.encode()
+    if not _TOKEN.fullmatch(method):
+        raise ValueError(f'net/http: invalid method "{method}"')
+    body = spec.body.encode() if not location or method == (spec.method.upper() or "GET") else b""
     if body or method in ("POST", "PUT", "PATCH"):
         header["Content-Length"] = (str(len(body)),)
     header["Connection"] = ("close",)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    target = target.replace(" ", "%20")
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {v}" for name, values in header.items() for v in values)]
+    lines = [f"{method} {parts.target} HTTP/1.1", *(f"{name}: {v}" for name, values in header.items() for v in values)]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("utf-8") + body
-
-
-async def _response(reader: asyncio.StreamReader, method: str, keep: int) -> tuple[int, str, str | None, bytes]:
-    while True:
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.LimitOverrunError:
-            raise _Malformed("net/http: the response's headers are too large") from None
-        lines = head.decode("latin-1").split("\r\n")
-        version, _, rest = lines[0].partition(" ")
-        code, _, reason = rest.partition(" ")
-        if not version.startswith("HTTP/1.") or not (code.isascii() and code.isdigit()):
-            raise _Malformed(f'malformed HTTP response "{lines[0][:100]}"')
-        status = int(code)
-        if status >= 200:
-            break
-    fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    tail = b""
-    if method != "HEAD" and status not in (204, 304):
-        tail = await _body_tail(reader, fields, keep)
-    return status, reason, fields.get("location"), tail
-
-
-async def _body_tail(reader: asyncio.StreamReader, fields: dict[str, str], keep: int) -> bytes:
-    """The last `keep` bytes of the body; reading stops after 1 MiB, for a check has seen enough by then."""
-    tail = bytearray()
-
-    async def take(size: int) -> int:
-        data = await reader.read(min(size, _CHUNK))
-        tail.extend(data)
-        del tail[:-keep]
-        return len(data)
-
-    budget = _BODY_BYTES_MAX
-    if "chunked" in fields.get("transfer-encoding", "").lower():
-        while budget > 0:
-            line = await reader.readline()
-            size = int(line.split(b";")[0].strip() or b"0", 16)
-            if size == 0:
-                break
-            left = size
-            while left > 0 and budget > 0:
-                got = await take(left)
-                if not got:
-                    raise EOFError("unexpected EOF")
-                left -= got
-                budget -= got
-            await reader.readline()
-        return bytes(tail)
-    length = fields.get("content-length")
-    left = int(length) if length is not None else _BODY_BYTES_MAX
-    while left > 0 and budget > 0:
-        got = await take(left)
-        if not got:
-            if length is not None:
-                raise EOFError("unexpected EOF")
-            break
-        left -= got
-        budget -= got
-    return bytes(tail)
-
-
-def _describe(error: BaseException, url: str) -> str:
-    if isinstance(error, EOFError | ConnectionResetError):
-        return "EOF" if isinstance(error, EOFError) else f"read: {error.strerror or error}".lower()
-    parts = urlsplit(url)
-    return tcp.describe(error, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
 
 
 @lru_cache(maxsize=2)

@@ -28,7 +28,7 @@ async def run(spec: CheckSpec) -> Result:
     try:
         try:
             process = await asyncio.to_thread(_start, spec, theirs)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter: an argument that no program can be given
             return Result(CRITICAL, f"cannot start a script: {error}")
         reader, writer = await asyncio.open_connection(sock=ours)
         try:

@@ -1,11 +1,12 @@
 """The program between the agent and the script of a check: it sees to it that nothing of the script outlives either.
 
-Run as a plain file, `python -I -S wrapper.py FD TIMEOUT_S BYTES_MAX PROGRAM ARG…`: it imports four small modules, so a
+Run as a plain file, `python -I -S wrapper.py FD TIMEOUT_S BYTES_MAX PROGRAM ARG…`: it imports five small modules, so a
 check costs one short start. The script gets a process group of its own, which is killed when the agent's end of FD
 closes (the agent died or gave up), when the time is over, and when the script has ended but left something behind.
 The answer goes over FD: `<exit code> <timed out 0|1> <bytes of output in all>\\n` and the last BYTES_MAX of the output.
 """
 
+import errno
 import os
 import select
 import signal
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
             setpgroup=0,
             setsigdef=[signal.SIGINT, signal.SIGPIPE],
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: a program without a name
         os.write(lifeline, _answer(-1, False, _not_started(program[0], error)))
         return
     os.close(out_write)
@@ -80,10 +81,11 @@ def _watch(lifeline: int, out: int, ended: int, timeout_s: float, keep: int) -> 
     return tail, total, timed_out
 
 
-def _not_started(program: str, error: OSError) -> bytes:
-    if "/" not in program and isinstance(error, FileNotFoundError):
+def _not_started(program: str, error: OSError | ValueError) -> bytes:
+    if program and "/" not in program and isinstance(error, FileNotFoundError):
         return f'exec: "{program}": executable file not found in $PATH'.encode()
-    return f"fork/exec {program}: {os.strerror(error.errno or 0).lower()}".encode()
+    number = error.errno if isinstance(error, OSError) else errno.ENOENT
+    return f"fork/exec {program}: {os.strerror(number or 0).lower()}".encode()
 
 
 def _answer(code: int, timed_out: bool, tail: bytes, total: int | None = None) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from rostra.agent.checks import http, script, tcp, wrapper
+from rostra.agent.checks.response import BODY_BYTES_MAX, Response
 from rostra.agent.definition import CheckSpec
 from tests.support.waiting import eventually
 
@@ -65,7 +67,10 @@ def closed_port() -> int:
         ("200 OK", "passing"),
         ("204 No Content", "passing"),
         ("429 Too Many Requests", "warning"),
-        ("302 Found", "critical"),
+        ("304 Not Modified", "critical"),
+        ("307 Temporary Redirect", "critical"),
+        ("200", "passing"),
+        ("099 Small", "critical"),
         ("404 Not Found", "critical"),
         ("500 Internal Server Error", "critical"),
     ],
@@ -131,10 +136,168 @@ async def test_an_http_server_that_never_answers_is_critical_after_the_timeout()
     assert "deadline exceeded" in result.output
 
 
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"])
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: y"])
 async def test_what_is_not_http_is_critical_and_not_an_error(answer: bytes) -> None:
     async with server(answer) as (port, _):
         assert (await http.run(spec(http=f"http://127.0.0.1:{port}/"))).status == "critical"
+
+
+GZIP = gzip.compress(b"hello")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "end"),
+    [
+        # As Consul 1.8.7 was seen to take them.
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", "passing", "200 OK Output: short"),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 9\r\n\r\nshort", "critical", "500 No Output: short"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhello\r\n", "passing", "200 OK Output: "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n", "passing", "200 OK Output: "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", "passing", "200 OK Output: hel"),
+        (b"HTTP/1.1 200 OK\nContent-Length: 2\nX: y\n\nhi", "passing", "200 OK Output: hi"),
+        (b"HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\nhi\n0\n\n", "passing", "200 OK Output: hi"),
+        (b"HTTP/1.1 200 OK\r\nX: y\n z\r\n\nhi", "passing", "200 OK Output: hi"),
+        (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhi", "passing", "200 OK Output: hi"),
+        (b"HTTP/2.0 200 OK\r\n\r\nhi", "passing", "200 OK Output: hi"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi", "passing", "Output: hi"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + GZIP, "passing", "200 OK Output: hello"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + GZIP[:-6], "passing", "200 OK Output: hello"),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nhello", "passing", "200 OK Output: "),
+        (b"HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\n\r\nhi", "passing", "200 OK Output: hi"),
+        (b"HTTP/1.1 103 Early\r\n\r\n" * 5 + b"HTTP/1.1 200 OK\r\n\r\nhi", "passing", "200 OK Output: hi"),
+        (
+            b"HTTP/1.1 103 Early\r\n\r\n" * 6 + b"HTTP/1.1 200 OK\r\n\r\nhi",
+            "critical",
+            "too many 1xx informational responses",
+        ),
+        (b"HTTP/1.1 20 OK\r\n\r\nhi", "critical", 'malformed HTTP status code "20"'),
+        (b"ICY 200 OK\r\n\r\nhi", "critical", 'malformed HTTP version "ICY"'),
+        (b"hi\n", "critical", 'malformed HTTP response "hi"'),
+        (b"HTTP/1.1 200 OK\r\nnocolon\r\n\r\n", "critical", 'malformed MIME header: missing colon: "nocolon"'),
+        (b"HTTP/1.1 200 OK\r\n X: y\r\n\r\n", "critical", "malformed MIME header initial line:  X: y"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "critical", 'bad Content-Length "-1"'),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhi", "critical", 'got ["2" "3"]'),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", "critical", 'unsupported transfer encoding: "gzip"'),
+        (b"HTTP/1.1 302 Found\r\n\r\n", "critical", "302 response missing Location header"),
+        (b"HTTP/1.1 302 Found\r\nLocation: ftp://x/\r\n\r\n", "critical", 'unsupported protocol scheme "ftp"'),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 100_000, "critical", "response headers exceeded 262144 bytes; aborted"),
+    ],
+)
+async def test_the_status_line_decides_whatever_the_body_is(answer: bytes, status: str, end: str) -> None:
+    async with server(answer) as (port, _):
+        result = await http.run(spec(http=f"http://127.0.0.1:{port}/"))
+    assert result.status == status
+    assert result.output.endswith(end)
+
+
+async def test_a_target_that_has_sent_its_head_and_waits_has_answered() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        await reader.read()
+        await reader.read()
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
+    assert await http.run(spec(http=url, timeout_s=0.2)) == ("passing", f"HTTP GET {url}: 200 OK Output: 12345")
+    head = head.partition(b"\r\n\r\n")[0]
+    late = await http.run(spec(http=url, timeout_s=0.2))
+    assert late.status == "critical"
+    assert "deadline exceeded" in late.output
+    listening.close()
+
+
+@pytest.mark.parametrize("data", [b"1\r\nx\r\n" * 1000, b"400\r\n" + b"x" * 1024 + b"\r\n"])
+async def test_an_answer_may_come_in_any_pieces_and_never_grows(data: bytes) -> None:
+    stream = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + data * 20 + b"0\r\n\r\n"
+    for size in (1, 7, 5000, len(stream)):
+        response = Response(100)
+        for at in range(0, len(stream), size):
+            response.feed(stream[at : at + size])
+            while response.step():
+                assert len(response.tail) <= 100
+        assert response.ended
+        assert bytes(response.tail) == b"x" * 100
+
+
+@pytest.mark.parametrize("kind", ["plain", "chunked", "bomb"])
+def test_no_more_than_a_mebibyte_is_read_or_unpacked_of_a_body(kind: str) -> None:
+    response = Response(100)
+    head = {"plain": b"", "chunked": b"Transfer-Encoding: chunked\r\n", "bomb": b"Content-Encoding: gzip\r\n"}[kind]
+    piece = {"plain": b"x" * 10_000, "chunked": b"1\r\nx\r\n" * 1000, "bomb": gzip.compress(b"\0" * (50 << 20))}[kind]
+    response.feed(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n")
+    fed = 0
+    while not response.ended:
+        response.feed(piece)
+        fed += len(piece)
+        while response.step():
+            pass
+        assert fed < 2 * BODY_BYTES_MAX
+    assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://bob:hunter2@127.0.0.1:1/x", 'Get "http://bob:***@127.0.0.1:1/x": dial tcp 127.0.0.1:1'),
+        ("http://bob:hunter2@h:99999/", 'Get "http://bob:***@h:99999/": dial tcp: address 99999: invalid port'),
+        ("http://bob:hunter2@[::1/", "parse \"http://bob:***@[::1/\": missing ']' in host"),
+        ("http://bob:hunter2@h:ssh/", 'parse "http://bob:***@h:ssh/": invalid port ":ssh" after host'),
+        ("http://bob:hun/ter2@h/", 'parse "http://bob:***@h/": invalid port ":hun" after host'),
+        ("http://bob:hun%zz2@h/", 'parse "http://bob:***@h/": invalid URL escape'),
+        ("http://bob:hunter2@h/\x01", 'parse "http://bob:***@h/\x01": net/url: invalid control character in URL'),
+        ("ftp://bob:hunter2@h/", 'Get "ftp://bob:***@h/": unsupported protocol scheme "ftp"'),
+        ("127.0.0.1:80/x", 'parse "127.0.0.1:80/x": first path segment in URL cannot contain colon'),
+        ("http:///x", 'Get "http:///x": http: no Host in request URL'),
+    ],
+)
+async def test_a_url_that_cannot_be_asked_is_critical_and_shown_without_its_password(url: str, shown: str) -> None:
+    result = await http.run(spec(http=url))
+    assert result.status == "critical"
+    assert result.output.startswith(shown)
+    assert "hun" not in result.output.replace('":hun"', "")
+
+
+async def test_a_password_is_sent_and_never_shown() -> None:
+    async with server(b"HTTP/1.1 200 OK\r\n\r\nhi") as (port, asked):
+        result = await http.run(spec(http=f"http://bob:hunter2@127.0.0.1:{port}/"))
+    assert b"Authorization: Basic Ym9iOmh1bnRlcjI=" in asked[0]
+    assert result == ("passing", f"HTTP GET http://bob:***@127.0.0.1:{port}/: 200 OK Output: hi")
+
+
+async def test_brackets_around_an_ipv4_address_are_taken() -> None:
+    async with server(b"HTTP/1.1 200 OK\r\n\r\n") as (port, asked):
+        assert (await http.run(spec(http=f"http://[127.0.0.1]:{port}/x"))).status == "passing"
+    assert f"Host: [127.0.0.1]:{port}\r\n".encode() in asked[0]
+
+
+async def test_who_is_redirected_to_does_not_get_the_secrets_of_the_check() -> None:
+    async with server(b"HTTP/1.1 200 OK\r\n\r\n") as (port, there):
+        elsewhere = f"HTTP/1.1 307 Go\r\nLocation: http://localhost:{port}/\r\n\r\n".encode()
+        async with server(elsewhere) as (first, here):
+            header = {"Authorization": ("Bearer x",), "Cookie": ("c",), "X-Other": ("y",)}
+            await http.run(spec(http=f"http://127.0.0.1:{first}/", header=header))
+    assert b"Bearer x" in here[0]
+    assert b"Bearer x" not in there[0]
+    assert b"Cookie" not in there[0]
+    assert b"X-Other: y" in there[0]
+
+
+@pytest.mark.parametrize(
+    ("location", "target"),
+    [("?q=1", b"/a/b?q=1"), ("c", b"/a/c"), ("../d", b"/d"), ("/e f", b"/e%20f"), ("//127.0.0.1:{port}/g", b"/g")],
+)
+async def test_a_relative_location_is_of_the_place_that_sent_it(location: str, target: bytes) -> None:
+    def answer(head: bytes) -> bytes:
+        if head.startswith(b"GET /a/b "):
+            return f"HTTP/1.1 302 Found\r\nLocation: {location}\r\n\r\n".replace("{port}", str(port)).encode()
+        return b"HTTP/1.1 200 OK\r\n\r\n"
+
+    async with server(answer) as (port, asked):
+        assert (await http.run(spec(http=f"http://[127.0.0.1]:{port}/a/b"))).status == "passing"
+    assert asked[1].split()[1] == target
 
 
 async def test_a_refused_connection_is_told_in_consuls_words() -> None:
@@ -156,6 +319,29 @@ async def test_a_tcp_check_without_a_port_is_critical() -> None:
     assert await tcp.run("foo", 5.0) == ("critical", "dial tcp: address foo: missing port in address")
 
 
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:99999", "dial tcp: address 99999: invalid port"),
+        ("127.0.0.1:-1", "dial tcp: address -1: invalid port"),
+        ("127.0.0.1:no-such-service", "dial tcp: address tcp/no-such-service: unknown port"),
+        ("127.0.0.1:0", "dial tcp 127.0.0.1:0: connect: connection refused"),
+        ("127.0.0.1:", "dial tcp 127.0.0.1:0: connect: connection refused"),
+    ],
+)
+async def test_a_port_that_is_none_is_critical_and_said(address: str, says: str) -> None:
+    assert await tcp.run(address, 5.0) == ("critical", says)
+
+
+async def test_the_port_of_a_tcp_check_may_be_the_name_of_a_service() -> None:
+    # A reserved address of the loopback network: nobody listens there.
+    for name in ("ssh", "SSH"):
+        assert await tcp.run(f"127.255.255.254:{name}", 5.0) == (
+            "critical",
+            "dial tcp 127.255.255.254:22: connect: connection refused",
+        )
+
+
 # -- scripts ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +358,8 @@ async def test_a_script_that_does_not_exist_is_critical_and_says_so() -> None:
     missing = await script.run(spec(type="script", args=("/nonexistent",)))
     not_found = await script.run(spec(type="script", args=("no-such-program-here",)))
     assert missing == ("critical", "fork/exec /nonexistent: no such file or directory")
+    assert await script.run(spec(type="script", args=("",))) == ("critical", "fork/exec : no such file or directory")
+    assert (await script.run(spec(type="script", args=("a\0b",)))).status == "critical"
     assert not_found == ("critical", 'exec: "no-such-program-here": executable file not found in $PATH')
 
 
