@@ -9,6 +9,8 @@ server itself decides.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +36,10 @@ IDLE_S = 30.0
 REQUEST_BYTES_MAX = 4096
 ANSWER_BYTES_MAX = 256 << 10
 SERVERS_MAX = 256
+#: Of one name: a name of all servers has an address for each.
+ADDRESSES_MAX = 16
+#: What OpenSSL says of an answer that is no TLS.
+NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
 
 
 class Identity(Protocol):
@@ -211,21 +217,35 @@ async def discover(
 ) -> list[ServerAddress]:
     """The servers known at any of `addresses` (host or host:port, 8301 if none), each once, in the order of asking.
 
-    Never raises for an address that does not answer: `on_failure(address, reason)` is told, in words for an operator.
+    A name stands for all of its addresses. Never raises for what does not answer: `on_failure(address, reason)` is
+    told, in words for an operator, where nobody does.
     """
     places = asyncio.Semaphore(HANDSHAKES_MAX)
 
     async def ask(address: str) -> list[ServerAddress]:
         try:
             host, port = parse_address(address)
+            hosts = await _resolve(host, timeout_s)
+        except (OSError, RostraError) as e:
+            answers: list[list[ServerAddress] | Exception] = [e]
+        else:
+            answers = await asyncio.gather(*(ask_one(address, host, port) for host in hosts))
+        failures = [a for a in answers if isinstance(a, Exception)]
+        if len(failures) == len(answers) and on_failure is not None:
+            reasons = dict.fromkeys(e.message if isinstance(e, RostraError) else explain(e) for e in failures)
+            on_failure(address, "; ".join(reasons))
+        return [server for answer in answers if isinstance(answer, list) for server in answer]
+
+    async def ask_one(address: str, host: str, port: int) -> list[ServerAddress] | Exception:
+        try:
             async with places:
                 reply, key_hash = await _ask(host, port, identity, {"kind": "servers"}, timeout_s)
             info = _parse_info(reply.get("self"))
             servers = [_parse_server(s) for s in _list(reply.get("servers"))[:SERVERS_MAX]]
+        except ssl.SSLError as e:
+            return BadRequest(_no_join_port(port)) if e.reason in NOT_TLS else e
         except (OSError, ValueError, RostraError) as e:
-            if on_failure is not None:
-                on_failure(address, e.message if isinstance(e, RostraError) else explain(e))
-            return []
+            return e
         if on_agent is not None:
             on_agent(address, info)
         if info.role == "server" and info.rpc_port:
@@ -242,6 +262,15 @@ async def discover(
         if known is None or (server.key_hash and not known.key_hash):
             found[server.host, server.port] = server
     return list(found.values())
+
+
+async def _resolve(host: str, timeout_s: float) -> list[str]:
+    """All addresses of a name, resolved now; an address is itself. Raises OSError."""
+    with contextlib.suppress(ValueError):
+        return [str(ipaddress.ip_address(host))]
+    async with asyncio.timeout(timeout_s):
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(where[0]) for *_, where in found))[:ADDRESSES_MAX]
 
 
 async def probe(address: str, expected_key_hash: str, identity: Identity, *, timeout_s: float = TIMEOUT_S) -> AgentInfo:
@@ -277,11 +306,15 @@ async def _ask(
             reply = unpack(await asking.answer())
     finally:
         asking.close()
-    if not isinstance(reply, dict):
-        raise BadRequest(f"{host}:{port} gives an unknown answer")
+    if not isinstance(reply, dict) or reply.get("kind") not in ("pong", "servers", "error"):
+        raise BadRequest(_no_join_port(port))  # it is the port of a server's RPC, most likely
     if reply.get("kind") == "error":
         raise BadRequest(f"{host}:{port}: {str(reply.get('reason'))[:200]}")
     return reply, key_hash
+
+
+def _no_join_port(port: int) -> str:
+    return f"not a join port; joins use {PORT}" if port != PORT else "another program than a Rostra agent answers there"
 
 
 class _Asking(FrameConnection):

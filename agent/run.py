@@ -39,6 +39,8 @@ log = logging.get("agent")
 
 STOP_S = 1.6
 FDS_NEEDED = 4096
+#: How often a server's agent asks its core whether the join addresses are to be asked again.
+LOOK_AGAIN_S = 5.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -573,15 +575,18 @@ class RunningAgent:
 
         joins = [*self.config.retry_join, *self.config.start_join]
         assert self._identity is not None
-        while not self._servers_known:
-            found = await discover(joins, self._identity, on_failure=self._not_joined)
-            if found:
+        found: list[Any] = []
+        while True:
+            is_searching = True
+            with contextlib.suppress(RostraError):  # without a core there is nobody to tell
+                is_searching = await self._session.act("join.found", {"addresses": [str(s) for s in found]}) is True
+            # All servers may have moved since it was configured: as long as its core misses one, names are resolved
+            # again and all addresses are asked again.
+            found = await discover(joins, self._identity, on_failure=self._not_joined) if is_searching else []
+            if not self._servers_known:
                 with contextlib.suppress(RostraError):
-                    await self._session.act("join.found", {"addresses": [f"{s.host}:{s.port}" for s in found]})
-            await asyncio.sleep(min(1.0, self.config.retry_interval_s))
-            with contextlib.suppress(RostraError):
-                await self._learn_servers()
-        await asyncio.Event().wait()
+                    await self._learn_servers()
+            await asyncio.sleep(min(LOOK_AGAIN_S if self._servers_known else 1.0, self.config.retry_interval_s))
 
     async def _listen_http(self, http: Any) -> str:
         """Open every HTTP address; the URL under which this host's own proxies reach the API."""

@@ -49,7 +49,7 @@ class Acts:
         roster: Roster,
         autopilot: Autopilot,
         *,
-        learn_candidates: Callable[[list[str]], None],
+        learn_candidates: Callable[[list[str]], bool],
         servers: Callable[[], list[dict[str, Any]]],
         metrics: Callable[[], dict[str, Any]],
     ) -> None:
@@ -351,11 +351,11 @@ class Acts:
         return await self._at_leader("autopilot.health", {}, answer, answer_s=2.0)
 
     async def join_found(self, peer: Peer, args: dict[str, Any]) -> Any:
-        """{addresses: ["host:port" of servers' RPC]}: what this host's agent found by asking its join addresses."""
+        """{addresses: ["host:port" of servers' RPC]}: what this host's agent found by asking its join addresses.
+        -> whether this server looks for others still, so that it is worth to ask them again."""
         if not peer.local:
             raise Denied("only the agent of this host tells where to join")
-        self._learn([a for a in args["addresses"] if isinstance(a, str) and len(a) <= 300][:64])
-        return ()
+        return self._learn([a for a in args["addresses"] if isinstance(a, str) and len(a) <= 300][:64])
 
 
 def _server_named(args: dict[str, Any]) -> dict[str, str]:

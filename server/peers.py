@@ -2,8 +2,8 @@
 
 Every connection is mTLS and the other end must show the key that the replicated member list names. A peer that is
 down is tried again with a short back-off; a peer that does not answer a ping in time is dropped, because a cut network
-closes no connection by itself. Where a server was last heard from is tried before the address in the list: it may have
-moved, and it is its key that says who it is.
+closes no connection by itself. Where a server was last heard from is tried before the address in the list, and so is
+where others say that it is: it may have moved, and it is its key that says who it is.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Peers:
         self._members: dict[str, Member] = {}
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._callers: dict[str, Caller] = {}
-        self._hints: dict[str, tuple[str, int]] = {}
+        self._hints: dict[str, tuple[str, int]] = {}  # where a server itself was reached or heard from
+        self._hearsay: dict[str, tuple[str, int]] = {}  # where another one says that it is
 
     def follow(self, members: Iterable[Member]) -> None:
         """Keep a caller to each of `members` but ourselves, and to nobody else. The newest list counts."""
@@ -100,9 +101,11 @@ class Peers:
         for server_id in [i for i in self._tasks if i not in self._members]:
             self._tasks.pop(server_id).cancel()
             self._hints.pop(server_id, None)
+            self._hearsay.pop(server_id, None)
         for server_id, member in self._members.items():
-            if self._hints.get(server_id) == (member.host, member.port):
-                del self._hints[server_id]
+            for known in (self._hints, self._hearsay):
+                if known.get(server_id) == (member.host, member.port):
+                    del known[server_id]
             if server_id not in self._tasks:
                 self._tasks[server_id] = self._spawn(self._keep(server_id))
 
@@ -117,24 +120,38 @@ class Peers:
         else:
             self._hints.pop(server_id, None)
 
+    def hear_say(self, server_id: str, host: str, port: int) -> None:
+        """Another server says that this one is there. It may be what that one's old list says: it replaces no hint."""
+        member = self._members.get(server_id)
+        if member is not None and (member.host, member.port) != (host, port):
+            self._hearsay[server_id] = (host, port)
+
+    def where(self, member: Member) -> tuple[str, int]:
+        """Where that server was last reached or heard from, to tell others."""
+        return self._hints.get(member.id, (member.host, member.port))
+
     async def dial_raft(self, member: Member) -> FrameConnection:
         """For the Raft layer: a connection that has exchanged hellos. Raises RostraError."""
         return await self._dial(member, "raft")
 
     async def _dial(self, member: Member, protocol: str) -> FrameConnection:
-        connection = await self._dial_hint_first(member, hello(protocol, **self._about()))
+        connection = await self._dial_where_it_may_be(member, hello(protocol, **self._about()))
         connection.is_of_the_cluster()
         return connection
 
-    async def _dial_hint_first(self, member: Member, greeting: bytes) -> FrameConnection:
-        hint = self._hints.get(member.id)
-        if hint is not None:
+    async def _dial_where_it_may_be(self, member: Member, greeting: bytes) -> FrameConnection:
+        for known in (self._hints, self._hearsay):
+            place = known.get(member.id)
+            if place is None:
+                continue
             try:
-                connection, _, _ = await dial(*hint, self._context(), greeting, key_hash=member.key_hash, timeout_s=1.0)
+                connection, _, _ = await dial(
+                    *place, self._context(), greeting, key_hash=member.key_hash, timeout_s=1.0
+                )
                 return connection
             except RostraError:
-                if self._hints.get(member.id) == hint:
-                    del self._hints[member.id]
+                if known.get(member.id) == place:
+                    del known[member.id]
         connection, _, _ = await dial(member.host, member.port, self._context(), greeting, key_hash=member.key_hash)
         return connection
 

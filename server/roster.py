@@ -109,8 +109,8 @@ def removal_problem(members: Collection[Member], reachable: Collection[str], lea
 
 
 class Roster:
-    """`hello` says what this server says of itself; `hint(id, host, port)` is told where a server was heard from;
-    `introduce(members)` has these heard as well."""
+    """`hello` says what this server says of itself; `hint(id, host, port)` is told where a server was heard from,
+    and `where(member)` says it; `introduce(members)` has these heard as well."""
 
     def __init__(
         self,
@@ -120,11 +120,12 @@ class Roster:
         version: str,
         hello: Callable[[], dict[str, Any]],
         hint: Callable[[str, str, int], None],
+        where: Callable[[Member], tuple[str, int]],
         introduce: Callable[[Members], None],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node, self._serf_port, self._version = node, serf_port, version
-        self._hello, self._hint, self._introduce, self._now = hello, hint, introduce, now
+        self._hello, self._hint, self._where, self._introduce, self._now = hello, hint, where, introduce, now
         self._waiting: dict[str, Waiting] = {}
         self._change = ""  # the one that is on its way
         self._removing = asyncio.Lock()  # one at a time from its first step: its steps must not be another's
@@ -472,8 +473,9 @@ class Roster:
     # -- what operators see ---------------------------------------------------------------------------------------
 
     def _membership(self, raft: RaftLog) -> Membership:
+        """The list, each server where it was last heard from: who asks may have been told by none that it has moved."""
         infos = [
-            ServerInfo(m.id, m.name, m.host, m.port, m.key_hash, self._node.datacenter, m.suffrage)
+            ServerInfo(m.id, m.name, *self._where(m), m.key_hash, self._node.datacenter, m.suffrage)
             for m in raft.members
         ]
         return Membership(self._node.cluster_id, self._node.datacenter, tuple(sorted(infos)))

@@ -65,6 +65,8 @@ HAND_OVER_S = 0.8
 #: Where a development server keeps its identity; younger directories may not have taken their lock yet.
 DEV_PREFIX = "rostra-dev-"
 STALE_S = 60.0
+#: Addresses of servers that are remembered beside those of the configuration.
+FOUND_MAX = 32
 
 
 class UnusableData(Conflict):
@@ -79,7 +81,8 @@ class Core:
         self._stop = stop
         self._tasks = Tasks("server", on_crash=self._crashed)
         self._temporary: Path | None = None
-        self._candidates: list[str] = list(settings.candidates)
+        self._found: list[str] = []  # by asking the join addresses, the newest first
+        self._standing: Standing | None = None
         self._members: Members = ()
         self._server_ids: dict[str, str] = {}
         self._stranger_ids: dict[str, str] = {}
@@ -127,6 +130,7 @@ class Core:
             version=s.version,
             hello=self._bootstrap.hello,
             hint=self._peers.hint,
+            where=self._peers.where,
             introduce=self._introduce,
         )
         self._autopilot = Autopilot(node, self._roster, heartbeat_s=s.heartbeat_s)
@@ -263,7 +267,7 @@ class Core:
     async def _join(self) -> None:
         membership = self._bootstrap.committed
         if membership is None:
-            membership = await self._bootstrap.run(lambda: self._candidates, self._call_bootstrap)
+            membership = await self._bootstrap.run(self._candidates, self._call_bootstrap)
         await self._lead_in(membership)
 
     async def _lead_in(self, membership: Membership) -> None:
@@ -302,13 +306,13 @@ class Core:
         gc.disable()
         self._tasks.keep("leader duties", self._leader.run)
         self._tasks.keep("autopilot", self._autopilot.run)
-        standing = Standing(
+        standing = self._standing = Standing(
             self.node,
             raft,
             self._peers,
             host=s.advertise,
             port=self.rpc_port,
-            candidates=lambda: self._candidates,
+            candidates=self._candidates,
             asking=lambda: {**self._bootstrap.asking(), **self._roster.introduction()},
             ask=self._call_bootstrap,
             moved=self._roster.moved,
@@ -333,7 +337,7 @@ class Core:
         """A server says that these are the servers now. Only the log changes the list, but whoever leads may be one
         that it does not have yet, and is heard."""
         for member in members:
-            self._peers.hint(member.id, member.host, member.port)
+            self._peers.hear_say(member.id, member.host, member.port)
         if self._raft is not None:
             self._raft.introduce(members)  # and comes back through `_members_changed`
 
@@ -395,10 +399,13 @@ class Core:
             {"id": m.id, "name": m.name, "host": m.host, "port": m.port, "key_hash": m.key_hash} for m in self._members
         ]
 
-    def learn(self, addresses: list[str]) -> None:
-        for address in addresses:
-            if address not in self._candidates and len(self._candidates) < 64:
-                self._candidates.append(address)
+    def learn(self, addresses: list[str]) -> bool:
+        """Servers were found there; whether more such addresses would help."""
+        self._found = list(dict.fromkeys([*addresses, *self._found]))[:FOUND_MAX]
+        return self._standing is None or self._standing.misses_others()
+
+    def _candidates(self) -> list[str]:
+        return [*self.settings.candidates, *self._found]
 
     async def _call_bootstrap(self, address: str, kind: str, args: dict[str, Any]) -> tuple[dict[str, Any], str]:
         host, _, port = address.rpartition(":")

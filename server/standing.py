@@ -3,8 +3,10 @@
 A server keeps its place by its key, not by its address. So one that was started with another address tells the leader;
 one that hears of no leader asks around, at the addresses of the list, at those of `retry_join` and wherever others were
 heard from, and learns from the answers where they are, who else belongs to the cluster by now, and whether it still
-does. What such an answer says counts only if it comes from a key that this server hears already, or from one that
-proves to be a server's (`introduction.py`), as the question does too; addresses are hints at most.
+does. One that has a leader but cannot reach a member does the same now and then: both may have moved, and perhaps only
+one was told where the other is now. What such an answer says counts only if it comes from a key that this server hears
+already, or from one that proves to be a server's (`introduction.py`), as the question does too; addresses are hints at
+most.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ ASK_EVERY_S = 1.0
 ASKED_MAX = 64
 #: Who was introduced is heard until this server has followed a leader of its own list for this long.
 SETTLED_S = 10.0
+#: How often a member that cannot be reached is looked for, while there is a leader.
+LOOK_FOR_S = 5.0
 
 
 class Standing:
@@ -56,7 +60,7 @@ class Standing:
         self._candidates, self._asking, self._ask = candidates, asking, ask
         self._moved, self._introduce, self._hear, self._now = moved, introduce, hear, now
         self._lacks_leader_since: float | None = None
-        self._follows_since = now()
+        self._follows_since = self._whole_at = self._looked_at = now()
         self._limited = RateLimited(log, 30.0)
 
     async def keep(self) -> None:
@@ -68,6 +72,9 @@ class Standing:
             if self._is_settled():
                 self._introduce(())  # its own list says it all
             await self._report_address()
+            if self._misses_one():
+                self._looked_at = self._now()
+                await self._ask_around(is_led=True)
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _me(self) -> Member | None:
@@ -90,6 +97,18 @@ class Standing:
             self._follows_since = now
         return now - self._follows_since > SETTLED_S
 
+    def misses_others(self) -> bool:
+        """Whether more addresses to ask would help."""
+        return self._now() - self._whole_at > ALONE_S
+
+    def _misses_one(self) -> bool:
+        """Whether it is time to look for a member that cannot be reached."""
+        now = self._now()
+        me, caller = self._node.node_id, self._peers.caller
+        if self._raft.leader_id is not None and all(m.id == me or caller(m.id) for m in self._raft.members):
+            self._whole_at = now
+        return self.misses_others() and now - self._looked_at > LOOK_FOR_S
+
     # -- it has moved -------------------------------------------------------------------------------------------
 
     async def _report_address(self) -> None:
@@ -111,22 +130,26 @@ class Standing:
 
     # -- who is there -------------------------------------------------------------------------------------------
 
-    async def _ask_around(self) -> None:
-        listed = [address_of(m) for m in self._raft.heard if m.id != self._node.node_id]
+    async def _ask_around(self, *, is_led: bool = False) -> None:
+        others = [m for m in self._raft.heard if m.id != self._node.node_id]
+        known = [join_address(*self._peers.where(m)) for m in others] + [address_of(m) for m in others]
         own = join_address(self._host, self._port)
-        addresses = [a for a in dict.fromkeys([*listed, *self._candidates()]) if a != own][:ASKED_MAX]
-        await asyncio.gather(*(self._ask_one(a) for a in addresses))
+        addresses = [a for a in dict.fromkeys([*known, *self._candidates()]) if a != own][:ASKED_MAX]
+        await asyncio.gather(*(self._ask_one(a, is_led=is_led) for a in addresses))
 
-    async def _ask_one(self, address: str) -> None:
+    async def _ask_one(self, address: str, *, is_led: bool = False) -> None:
         try:
             async with asyncio.timeout(2.0):
                 reply, key_hash = await self._ask(address, JOIN, self._asking())
             said = parse_server(reply)
             member = next((m for m in self._raft.heard if m.key_hash == key_hash and m.id == said.node_id), None)
             if member is None:
-                self._hear(said, reply, key_hash)  # whoever that is, this server does not know it
+                if not is_led:
+                    self._hear(said, reply, key_hash)  # whoever that is, this server does not know it
                 return
             self._peers.hint(member.id, said.address, said.rpc_port)
+            if is_led:
+                return  # the leader says who belongs to the cluster; the other's list may be older
             if reply.get("membership") is not None:  # settled or not: who is heard counts for nothing
                 self._introduce(parse_membership(reply.get("membership")).as_members())
             elif reply.get("state") == WAITING:

@@ -15,7 +15,7 @@ from rostra.server.endpoint import Peer
 from rostra.server.introduction import introduce
 from rostra.server.raft import Limits, Member, RaftLog
 from rostra.server.raft.members import LEARNER, Members
-from rostra.server.run import Core, UnusableData
+from rostra.server.run import FOUND_MAX, Core, UnusableData
 from rostra.server.standing import Standing
 from rostra.server.state.cluster import CLUSTER_CA_KEY
 from rostra.server.state.kv import SetKey
@@ -267,6 +267,32 @@ async def test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_n
         await standing._ask_one(f"127.0.0.1:{core.rpc_port}")
         assert sorted(m.name for m in introduced[0]) == ["s1", "s2", "s3", "s4"]
         await change
+
+
+async def test_an_old_list_that_another_server_shows_takes_no_hint_away(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        core, other = cluster.followers()
+        raft = core.node.raft
+        assert raft is not None
+        listed = next(m for m in raft.members if m.id == other._identity.node_id)
+        core._peers.hint(listed.id, "127.0.0.9", 1)
+        core._introduce(raft.members)
+        assert core._peers.where(listed) == ("127.0.0.9", 1)
+        core._introduce(())
+
+
+async def test_a_server_says_that_it_looks_for_others_while_it_misses_one_and_keeps_what_was_found_last(
+    tmp_path: Path,
+) -> None:
+    async with Cluster(tmp_path) as cluster:
+        core, other = cluster.followers()
+        await eventually(lambda: core.learn([]) is False)
+        await cluster.stop(other.settings.node_name)
+        found = [f"127.0.0.1:{n}" for n in range(1, 3 * FOUND_MAX)]
+        await eventually(lambda: core.learn(found) is True)
+        assert core._candidates() == found[:FOUND_MAX]
+        assert core.learn(["127.0.0.1:9"]) is True
+        assert core._candidates()[0] == "127.0.0.1:9"
 
 
 async def test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that_is_left(tmp_path: Path) -> None:

@@ -140,10 +140,9 @@ class Operator:
         machine.move()
         yield
         machine.start()
-        host = machine.name
 
         def is_known(members: Members) -> bool:  # unless it was removed meanwhile
-            return all(m.host == host for m in members if m.id == machine.id)
+            return all(m.host == machine.name for m in members if m.id == machine.id)
 
         yield from self._change(lambda members: members, is_known)
 

@@ -94,8 +94,8 @@ class Cluster:
         self.written_s = 0.0  # when the first write that began after that was acknowledged
         self._values = 0
         self._silent_until = 0.0  # clients do not write for a while
-        #: What the fault injector expects to see stopping, by host.
-        self.doomed: set[str] = set()
+        #: What the fault injector expects to see stopping, by the number of its machine.
+        self.doomed: set[int] = set()
         self.dead: list[Server] = []
         self.is_quiet = False  # clients begin nothing new
 
@@ -167,8 +167,8 @@ class Cluster:
 
     def fail_stopped(self, server: Server, reason: str) -> None:
         machine = server.machine
-        if machine.name in self.doomed:
-            self.doomed.discard(machine.name)
+        if machine.number in self.doomed:
+            self.doomed.discard(machine.number)
             self.counts["fail-stops"] += 1
         else:
             self.world.violated("stops only for a reason", f"{server.host} stopped: {reason}")

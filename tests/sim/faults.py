@@ -50,6 +50,7 @@ class Faults:
             (self.transfer, 9),
             (self.remove_alone, 4),
             (self.snapshot, 4),
+            (self.move_apart, 5),
         )
 
     def begin(self) -> None:
@@ -83,7 +84,7 @@ class Faults:
         for each in undo.values():
             each()
         for machine in self.cluster.machines:
-            if machine.name in self.cluster.doomed:  # its disk has failed, it only does not know yet
+            if machine.number in self.cluster.doomed:  # its disk has failed, it only does not know yet
                 machine.kill()
             machine.disk.fails = None
             machine.disk.when_syncing = None
@@ -415,9 +416,9 @@ class Faults:
 
     def _doom(self, machine: Machine) -> None:
         """Its process is expected to stop; it is started again, whether it has stopped or not."""
-        doomed, name = self.cluster.doomed, machine.name
-        doomed.add(name)
-        self.world.after(6.0, doomed.discard, name)
+        doomed, number = self.cluster.doomed, machine.number
+        doomed.add(number)
+        self.world.after(6.0, doomed.discard, number)
         self._undo_after(0.3 + self.chance.random(), machine.start)
 
     # -- what operators do
@@ -469,6 +470,27 @@ class Faults:
             if machine.id in voting:
                 self.world.after(at, operator.remove_now, leader, machine.id)
                 at += 0.01 + 0.02 * self.chance.random()
+        return True
+
+    def move_apart(self) -> bool:
+        """Some servers, or all, stop; each comes back under another address, and some cannot be reached yet.
+
+        Each is told at its start where the others are then: of two, the one that came later knows about the other.
+        """
+        there = [m for m in self.cluster.machines if not m.is_gone]
+        if len(there) < 2:
+            return False
+        moving = there if self.chance.random() < 0.6 else self.chance.sample(there, self.chance.randint(2, len(there)))
+        moving = self.chance.sample(moving, len(moving))
+        for machine in moving:
+            machine.move(power=self.chance.random() < 0.5)
+            self._start_later(machine, 0.05 + 2.0 * self.chance.random() ** 2)
+        away = moving[: self.chance.randrange(len(moving))]
+        if away:
+            others = [m for m in there if m not in away]
+            pairs = [(a.name, b.name) for a in away for b in others]
+            self.world.note("net", "cut off " + " ".join(m.name for m in away))
+            self._block(pairs + [(b, a) for a, b in pairs], 0.5 + 2.0 * self.chance.random())
         return True
 
     def snapshot(self) -> bool:

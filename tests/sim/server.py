@@ -117,9 +117,12 @@ class Machine:
         self.generation += 1
         self._identify()
 
-    def move(self) -> None:
+    def move(self, *, power: bool = False) -> None:
         """It stops, and will come back under another address."""
-        self.kill()
+        if power:
+            self.cut_power()
+        else:
+            self.kill()
         self.moves += 1
         self.name = f"s{self.number}{'abcdefghijklmnopqrstuvwxyz'[self.moves % 26]}"
 
@@ -146,6 +149,8 @@ class Server:
         self.members: Members = ()
         self._server_ids: dict[str, str] = {}
         self._stranger_ids: dict[str, str] = {}
+        #: Its -retry-join: where the others are when it is started. Whoever moves later is not where it says.
+        self._joins = [f"{m.name}:{PORT}" for m in self.cluster.machines if m is not machine and not m.is_gone]
         #: what clients have asked of this process: told when it dies
         self.asked: dict[Any, None] = {}
         world.note(self.host, f"starts as {self.id}")
@@ -177,6 +182,7 @@ class Server:
             version="1",
             hello=self._hello,
             hint=self.peers.hint,
+            where=self.peers.where,
             introduce=self._introduce,
             now=self.loop.time,
         )
@@ -232,7 +238,7 @@ class Server:
             self.peers,
             host=self.host,
             port=PORT,
-            candidates=list,
+            candidates=lambda: self._joins,
             asking=lambda: {**self._hello(), **self.roster.introduction(), "suffrage": "learner", "version": "1"},
             ask=self._call_bootstrap,
             moved=self.roster.moved,
@@ -301,7 +307,7 @@ class Server:
 
     def _introduce(self, members: Members) -> None:
         for member in members:
-            self.peers.hint(member.id, member.host, member.port)
+            self.peers.hear_say(member.id, member.host, member.port)
         if self.raft is not None:
             before = self.raft.heard
             self.raft.introduce(members)

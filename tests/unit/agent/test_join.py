@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 from functools import partial
 
@@ -48,6 +49,57 @@ async def test_discovery_finds_the_servers_that_others_know_each_once(tmp_path):
         found = await discover([first, second, first], c, on_agent=agents.__setitem__)
     assert [(s.host, s.key_hash) for s in found] == [("10.0.0.1", "k1"), ("10.0.0.2", "k2"), ("10.0.0.3", "k3")]
     assert {i.name for i in agents.values()} == {"a", "b"}
+
+
+async def test_all_addresses_of_a_name_are_asked_each_time(tmp_path, monkeypatch):
+    a, b, c = (node(tmp_path, n) for n in "abc")
+    loop, resolve = asyncio.get_running_loop(), asyncio.get_running_loop().getaddrinfo
+    there = ["127.0.0.1"]
+
+    async def getaddrinfo(host, port, **options):
+        if host != "servers.example":
+            return await resolve(host, port, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in there]
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    failures: dict[str, str] = {}
+    async with listening(a, servers=[ServerAddress("10.0.0.1", 1)]) as (_, first):
+        port = int(first.rpartition(":")[2])
+        asked = [f"servers.example:{port}"]
+        assert [s.host for s in await discover(asked, c)] == ["10.0.0.1"]
+        there += ["127.0.0.2", "127.0.0.3"]  # nobody is at the last one
+        second = JoinListener(b, lambda: about(b), lambda: [ServerAddress("10.0.0.2", 1)])
+        await second.start("127.0.0.2", port)
+        found = await discover(asked, c, on_failure=failures.__setitem__)
+        await second.stop()
+    assert [s.host for s in found] == ["10.0.0.1", "10.0.0.2"]
+    assert not failures
+
+
+@pytest.mark.parametrize("speaks", [b"HTTP/1.1 400 Bad Request\r\n\r\n", pack({"protocol": "ok"})])
+async def test_another_port_than_the_join_port_is_named_as_the_mistake(tmp_path, speaks):
+    a, b = node(tmp_path, "a"), node(tmp_path, "b")
+    is_http = speaks.startswith(b"HTTP")
+
+    def answering():
+        connection = FrameConnection()
+        connection.on_frame = lambda _: connection.send(speaks)
+        return connection
+
+    async def http(reader, writer):
+        await reader.read(1)
+        writer.write(speaks)
+        writer.close()
+
+    if is_http:
+        server = await asyncio.start_server(http, "127.0.0.1", 0)
+    else:
+        server = await asyncio.get_running_loop().create_server(answering, "127.0.0.1", 0, ssl=a.server_context())
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    failures: dict[str, str] = {}
+    assert await discover([address], b, on_failure=failures.__setitem__) == []
+    assert failures == {address: "not a join port; joins use 8301"}
+    server.close()
 
 
 async def test_the_agent_of_a_server_names_itself_with_the_key_that_tls_proved(tmp_path):
