@@ -1,18 +1,20 @@
 """The catalog as DNS sees it: `dns.source.Source` on the agent's shared watches.
 
-One watch tells which services exist, one the nodes, and one per service asked for tells its instances. Rows that did
+One watch tells which services exist, one the nodes, one per service asked for its instances, and one the addresses of
+instances, from the first question about an address that no node has. Rows that did
 not change are not converted again, and the first conversion of a large service is done in slices.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rostra.dns.source import Instance, Node, NodesView, Status, pack_address
-from rostra.server.state.catalog import Nodes, ServiceNames
-from rostra.server.state.health import ServiceInstances
+from rostra.dns.source import AddressesView, Instance, Node, NodesView, Status, pack_address
+from rostra.server.state.catalog import Nodes, ServiceAddresses, ServiceNames
+from rostra.server.state.health import ConnectInstances, ServiceInstances
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 from rostra.wire.errors import RostraError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
 
 SLICE_ROWS = 100
+SIDECAR_SUFFIX = "-sidecar-proxy"
 
 
 class CatalogSource:
@@ -62,6 +65,16 @@ class CatalogSource:
         if self._nodes is None:
             raise RuntimeError("CatalogSource.start() was not called")
         return self._nodes
+
+    @property
+    def addresses(self) -> AddressesView:
+        return _Addresses(self._results.live(ServiceAddresses(), token=self._token))
+
+    def connect(self, name: str) -> _Service | None:
+        # Whoever is reached through a proxy has a name of his own in the catalog, or his sidecar has its usual one.
+        if self._spelling is None or not (self._spelling.all_of(name) or self._spelling.all_of(name + SIDECAR_SUFFIX)):
+            return None
+        return _Service(self._results.live(ConnectInstances(name), token=self._token), self._datacenter)
 
     def service(self, name: str) -> _Service | None:
         if self._spelling is None or not self._spelling.all_of(name):
@@ -111,6 +124,7 @@ class _Nodes:
         self._datacenter = datacenter
         self._spelling = _Spelling(live)
         self._by_address: dict[bytes, str] = {}
+        self._above: set[str] = set()  # "b.c" for a node "a.b.c"
         self._version = -1
 
     @property
@@ -130,13 +144,56 @@ class _Nodes:
         row = NodeRow(*self._live.rows[found[0]])
         return Node(row.name, row.datacenter or self._datacenter, row.address, row.meta)
 
+    def has_below(self, name: str) -> bool:
+        self._update()
+        return name in self._above
+
+    def _update(self) -> None:
+        if self._version == self._live.version:
+            return
+        rows = [NodeRow(*row) for row in self._live.rows.values()]
+        self._by_address = {pack_address(row.address): row.name.lower() for row in rows}
+        self._above = set()
+        for name in (row.name.lower() for row in rows if "." in row.name):
+            while "." in name:
+                name = name.partition(".")[2]
+                self._above.add(name)
+        self._version = self._live.version
+
     def by_address(self, ip: bytes) -> Node | None:
-        if self._version != self._live.version:
-            rows = (NodeRow(*row) for row in self._live.rows.values())
-            self._by_address = {pack_address(row.address): row.name.lower() for row in rows}
-            self._version = self._live.version
+        self._update()
         name = self._by_address.get(ip)
         return self.get(name) if name else None
+
+
+class _Addresses:
+    """Which service an address of its own belongs to: of several, the one whose name comes first."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._by_address: dict[bytes | str, str] = {}  # version 6 packed, version 4 as it is written
+        self._version = -1
+
+    @property
+    def is_ready(self) -> bool:
+        return self._live.is_ready
+
+    async def ready(self, timeout_s: float) -> bool:
+        return await _is_ready(self._live, timeout_s)
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self._live.on_change(callback)
+
+    def service_at(self, ip: bytes) -> str:
+        if self._version != self._live.version:
+            found: dict[bytes | str, str] = {}
+            for address, name in self._live.rows.values():
+                key = pack_address(address) if ":" in address else address
+                if key not in found or name < found[key]:
+                    found[key] = name
+            self._by_address = found
+            self._version = self._live.version
+        return self._by_address.get(ip if len(ip) == 16 else socket.inet_ntoa(ip), "").lower()
 
 
 class _Service:

@@ -73,6 +73,11 @@ class DnsConfig:
         zones = {parse_zone(d) for d in (self.domain, self.alt_domain) if d.strip(".")}
         return tuple(sorted(zones, key=len, reverse=True))
 
+    @property
+    def zone(self) -> Labels:
+        """The one that answers are in where the question is in none. Raises ValueError."""
+        return parse_zone(self.domain if self.domain.strip(".") else self.alt_domain)
+
     def ttl_of(self, service: str) -> int:
         """The exact name's, else the longest matching prefix's."""
         exact = self.service_ttl_s.get(service)
@@ -87,7 +92,9 @@ class DnsConfig:
 
 
 class Plan(NamedTuple):
-    """`records` in any order: the resolver shuffles and cuts them. `one_only`: a CNAME admits no second record.
+    """`records` in any order: the resolver shuffles and cuts them. `one_only`: a CNAME admits no second record, and its
+    `target` says where it leads. `lead` stands before them, `extras` in Additional, if there is room. `each_matters`:
+    the number of answers is not limited, for none stands for the others.
 
     `is_lasting`: the answer is about something that exists, so it may be kept until that changes; what does not exist
     is never remembered, or random names would fill the cache.
@@ -99,6 +106,9 @@ class Plan(NamedTuple):
     additional: tuple[bytes, ...] = ()
     one_only: bool = False
     is_lasting: bool = False
+    lead: tuple[bytes, ...] = ()
+    extras: tuple[bytes, ...] = ()
+    each_matters: bool = False
 
 
 @lru_cache(maxsize=16)
@@ -129,7 +139,10 @@ def select_instances(instances: Sequence[Instance], tag: str, *, only_passing: b
 def plan_service(lookup: Lookup, qtype: int, instances: Sequence[Instance], config: DnsConfig, soa: bytes) -> Plan:
     chosen = select_instances(instances, lookup.tag, only_passing=config.only_passing)
     if not chosen:
-        return plan_nothing(NXDOMAIN, soa)
+        below = "." + lookup.tag
+        healthy = select_instances(instances, "", only_passing=config.only_passing) if lookup.tag else []
+        has_below = any(tag.endswith(below) for i in healthy for tag in i.tags if "." in tag)
+        return plan_nothing(NOERROR if has_below else NXDOMAIN, soa)
     ttl_s = config.ttl_of(lookup.name)
     if qtype == TYPE_SRV:
         # Two instances at one address and port are one for a client: Consul names them once too.
@@ -150,9 +163,7 @@ def encode_ahead(instances: Sequence[Instance], zone: Labels, config: DnsConfig,
 
 
 def _address_records(found: Sequence[Instance] | Sequence[Node], qtype: int, ttl_s: int) -> tuple[list[Record], bool]:
-    """A and AAAA as asked; where all addresses are host names, a CNAME, of which DNS admits only one."""
-    if qtype not in (TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_CNAME):
-        return [], False
+    """A and AAAA as asked; where all addresses are host names, a CNAME whatever is asked: DNS admits only one."""
     addresses: dict[bytes, Record] = {}
     hosts: dict[str, Record] = {}
     any_address = False
@@ -165,7 +176,7 @@ def _address_records(found: Sequence[Instance] | Sequence[Node], qtype: int, ttl
                 weight = thing.weight if isinstance(thing, Instance) else 1
                 addresses[ip] = Record(owner_is_question(rtype, ttl_s, ip), weight)
         elif thing.host not in hosts and (target := _host_or_none(thing.host)):
-            hosts[thing.host] = Record(owner_is_question(TYPE_CNAME, ttl_s, target))
+            hosts[thing.host] = Record(owner_is_question(TYPE_CNAME, ttl_s, target), target=target)
     if any_address:
         return list(addresses.values()), False
     return list(hosts.values()), True
@@ -219,18 +230,20 @@ def _host_or_none(host: str) -> bytes | None:
         return None
 
 
-def plan_node(node: Node | None, qtype: int, config: DnsConfig, soa: bytes) -> Plan:
+def plan_node(node: Node | None, qtype: int, config: DnsConfig, soa: bytes, *, has_below: bool = False) -> Plan:
     """A node's address whatever its health, and its metadata as TXT; `rfc1035-` keys give the bare value."""
     if node is None:
-        return plan_nothing(NXDOMAIN, soa)
+        return plan_nothing(NOERROR if has_below else NXDOMAIN, soa)
     records, one_only = _address_records([node], qtype, config.node_ttl_s)
+    if qtype == TYPE_TXT and node.meta:
+        records, one_only = [], False  # what is asked for is there, whatever a CNAME admits
     if qtype in (TYPE_TXT, TYPE_ANY) and not (records and one_only):
         for key, value in sorted(node.meta.items()):
             text = value if key.lower().startswith("rfc1035-") else f"{key}={value}"
             records.append(Record(owner_is_question(TYPE_TXT, config.node_ttl_s, encode_txt(text))))
     if not records:
         return plan_nothing(NOERROR, soa, is_lasting=True)
-    return Plan(records=records, one_only=one_only, is_lasting=True)
+    return Plan(records=records, one_only=one_only, is_lasting=True, each_matters=True)
 
 
 def plan_address(lookup: Lookup, qtype: int, config: DnsConfig, soa: bytes) -> Plan:
@@ -242,6 +255,13 @@ def plan_address(lookup: Lookup, qtype: int, config: DnsConfig, soa: bytes) -> P
     return Plan(records=[Record(owner_is_question(rtype, config.node_ttl_s, ip))])
 
 
+def plan_servers(qtype: int, servers: Sequence[Instance], config: DnsConfig, soa: bytes) -> Plan:
+    """`ns.consul`, which the SOA names: the addresses of servers."""
+    healthy = select_instances(servers, "", only_passing=config.only_passing)
+    records, one_only = _address_records(healthy[:NAME_SERVERS_MAX], qtype, config.node_ttl_s)
+    return plan_nothing(NOERROR, soa) if one_only or not records else Plan(records=records)
+
+
 def plan_apex(lookup: Lookup, qtype: int, servers: Sequence[Instance], config: DnsConfig, soa: bytes) -> Plan:
     """SOA and NS of the domain; the name servers are the cluster's servers."""
     ns: dict[bytes, Record] = {}
@@ -251,7 +271,7 @@ def plan_apex(lookup: Lookup, qtype: int, servers: Sequence[Instance], config: D
                 break
             target = _srv_target(server, lookup.zone)
             if target is not None and server.ip:
-                wire = owner_is_question(TYPE_NS, config.node_ttl_s, target)
+                wire = encode_record(soa[:2], TYPE_NS, config.node_ttl_s, target)  # of the zone, as the SOA
                 rtype = TYPE_A if len(server.ip) == 4 else TYPE_AAAA
                 glue = encode_record(b"", rtype, config.node_ttl_s, server.ip)
                 ns[target] = Record(wire, 1, target, len(wire) - len(target), glue)
@@ -265,12 +285,13 @@ def plan_apex(lookup: Lookup, qtype: int, servers: Sequence[Instance], config: D
     return plan_nothing(NOERROR, soa)
 
 
-def plan_reverse(node: Node | None, qtype: int, config: DnsConfig, zone: Labels) -> Plan | None:
-    """The node that has the address; None where we know of none, for then the question is not ours."""
-    if node is None or qtype not in (TYPE_PTR, TYPE_ANY):
-        return None
+def plan_reverse(node: Node | None, service: str, config: DnsConfig) -> Plan | None:
+    """The node that has the address, else the service; None where DNS cannot carry the name."""
     try:
-        target = _encode_node(node.name, node.datacenter, zone)
+        if node is not None:
+            target = _encode_node(node.name, node.datacenter, config.zone)
+        else:
+            target = encode_labels((service,)) + _encode_suffix("service", config.datacenter, config.zone)
     except ValueError:
         return None
     return Plan(records=[Record(owner_is_question(TYPE_PTR, config.node_ttl_s, target))])

@@ -20,7 +20,9 @@ class Kind(Enum):
     SERVICE = "service"
     NODE = "node"
     ADDRESS = "addr"
+    CONNECT = "connect"
     APEX = "apex"
+    SERVERS = "ns"
     EMPTY = "empty"  # exists, has no records of its own
     UNKNOWN = "unknown"  # inside the domain, and there is no such name
     REVERSE = "reverse"
@@ -64,6 +66,8 @@ def parse_name(labels: Labels, qtype: int, zones: tuple[Labels, ...], datacenter
 def _parse_inside(labels: Labels, qtype: int, zone: Labels, datacenter: str) -> Lookup:
     if not labels:
         return Lookup(Kind.APEX, zone=zone)
+    if labels == ("ns",):
+        return Lookup(Kind.SERVERS, zone=zone)
     unknown = Lookup(Kind.UNKNOWN, zone=zone)
     for at in range(len(labels) - 1, -1, -1):
         label = labels[at]
@@ -76,6 +80,8 @@ def _parse_inside(labels: Labels, qtype: int, zone: Labels, datacenter: str) -> 
             break
     else:
         is_datacenter = _datacenter_of(labels, datacenter) == datacenter or labels == ("dc",)
+        if labels[0] == "_tcp" and _datacenter_of(labels[1:], datacenter) == datacenter:
+            return Lookup(Kind.EMPTY, zone=zone)  # `_web._tcp.consul` lies below
         return Lookup(Kind.EMPTY, zone=zone) if is_datacenter else unknown
 
     where = _datacenter_of(suffix, datacenter)
@@ -87,6 +93,8 @@ def _parse_inside(labels: Labels, qtype: int, zone: Labels, datacenter: str) -> 
         return unknown
     if keyword == "service":
         return _parse_service(parts, where, zone)
+    if keyword == "connect":  # tags say nothing here, as in Consul
+        return Lookup(Kind.CONNECT, parts[-1], "", where, zone) if parts else Lookup(Kind.EMPTY, zone=zone)
     if keyword == "node":
         if not parts:
             return Lookup(Kind.EMPTY, zone=zone)
@@ -104,7 +112,7 @@ def _datacenter_of(suffix: Labels, default: str) -> str | None:
 
 
 def _parse_service(parts: Labels, datacenter: str, zone: Labels) -> Lookup:
-    if not parts:
+    if not parts or parts == ("_tcp",):
         return Lookup(Kind.EMPTY, zone=zone)
     if len(parts) == 2 and parts[0].startswith("_") and parts[1].startswith("_"):
         tag = parts[1][1:]

@@ -1,7 +1,8 @@
-"""Other people's names, forwarded to the configured recursors in order. Small on purpose: no cache, no chasing.
+"""Other people's names, asked of the configured recursors in order. Small on purpose: no cache.
 
-A query goes out under a fresh random id from a fresh random port and an answer counts only if it comes from that
-recursor with that id and that question (RFC 5452). Bounded in flight; answers keep the client's own id.
+A client's query is passed on as it is; what our own answers lack (`alias.py`) is asked in one of ours. Each goes out
+under a fresh random id from a fresh random port, and an answer counts only if it comes from that recursor with that id
+and that question (RFC 5452). Bounded in flight; answers keep the client's own id.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from rostra.dns.message import Query, parse_query
+from rostra.dns.alias import Ask
+from rostra.dns.message import Found, Query, encode_query, is_truncated, parse_query, read_answers
 
 IN_FLIGHT_MAX = 256
 TIMEOUT_S = 2.0
@@ -58,12 +60,25 @@ class Recursor:
         finally:
             self._in_flight -= 1
 
+    async def look_up(self, ask: Ask) -> list[Found]:
+        """The records of an answer to a question of ours; none where nobody gave one."""
+        if not self.has_room:
+            return []
+        packet = b"\0\0" + encode_query(ask.name, ask.qtype)
+        answer = await self.ask(packet, tcp=False)
+        if answer is not None and is_truncated(answer):
+            answer = await self.ask(packet, tcp=True)
+        return read_answers(answer) if answer is not None else []
+
 
 def is_answer_to(question: bytes, answer: bytes) -> bool:
     query = parse_query(question)
     if not isinstance(query, Query) or len(answer) < 12 or answer[:2] != question[:2] or not answer[2] & 0x80:
         return False
-    return answer[4:6] == b"\0\0" or answer[12 : 12 + len(query.question)].lower() == query.question.lower()
+    name, rest = query.name, query.question[len(query.name) :]
+    asked = answer[12 : 12 + len(query.question)]
+    # An answer that repeats no question is of no use against spoofing (RFC 5452 §9.1).
+    return answer[4:6] == b"\0\1" and asked[: len(name)].lower() == name and asked[len(name) :] == rest
 
 
 class _Exchange(asyncio.DatagramProtocol):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import NamedTuple, cast
 
+from rostra.dns.alias import Ask, Known, Step, Trail, follow, place, spell_out
 from rostra.dns.answer import (
     DnsConfig,
     Plan,
@@ -25,6 +26,7 @@ from rostra.dns.answer import (
     plan_empty,
     plan_node,
     plan_reverse,
+    plan_servers,
     plan_service,
 )
 from rostra.dns.message import (
@@ -45,13 +47,18 @@ from rostra.dns.message import (
     TYPE_AAAA,
     TYPE_ANY,
     TYPE_AXFR,
+    TYPE_CNAME,
     TYPE_IXFR,
+    TYPE_NS,
+    TYPE_PTR,
+    TYPE_SOA,
     UDP_PLAIN_BYTES_MAX,
     Query,
     Record,
     Sections,
     assemble,
     encode_reply,
+    labels_of,
     parse_query,
 )
 from rostra.dns.name import Kind, Lookup, parse_name
@@ -61,6 +68,9 @@ ROTATIONS = 16
 #: Sizes that replies are encoded for; a client's own size is rounded down to one of them.
 SIZE_CLASSES = (4096, 2048, 1452, 1400, 1232, 1024, 512)
 SERVERS_SERVICE = "consul"
+#: Host names in one SRV answer whose addresses are looked up.
+HOSTS_MAX = 8
+_ADDRESSES = (Kind.REVERSE, "")
 #: Answers from knowledge older than this are counted as stale.
 STALE_AFTER_S = 5.0
 
@@ -78,6 +88,12 @@ class Forward(NamedTuple):
     """Not our name: ask a recursor."""
 
     query: Query
+
+
+class Look(NamedTuple):
+    """The answer depends on what recursors say to these: resolve again when it is known."""
+
+    asks: tuple[Ask, ...]
 
 
 class _Watched:
@@ -103,8 +119,16 @@ class _Key(NamedTuple):
     room: int
 
 
+class _Limits(NamedTuple):
+    """Bytes for all records; the number of answers; and what it would be but for `udp_answer_limit`."""
+
+    room: int
+    take: int
+    most: int
+
+
 class _Rotation:
-    """The encoded orders of one plan. `take` bounds how many records each has."""
+    """The encoded orders of one plan. Each has `take` records at most, of the `most` that there were to take."""
 
     __slots__ = (
         "_made",
@@ -112,6 +136,7 @@ class _Rotation:
         "_rest",
         "_weighted",
         "hot_keys",
+        "most",
         "offset",
         "plan",
         "size",
@@ -120,12 +145,13 @@ class _Rotation:
         "watched",
     )
 
-    def __init__(self, plan: Plan, key: _Key, take: int, watched: _Watched | None) -> None:
+    def __init__(self, plan: Plan, key: _Key, limits: _Limits, watched: _Watched | None) -> None:
         self.plan = plan
-        self.take = min(take, 1) if plan.one_only else take
+        self.take = 1 if plan.one_only else len(plan.records) if plan.each_matters else limits.take
+        self.most = min(len(plan.records), 1 if plan.one_only else limits.most)
         self.offset = 12 + len(key.name) + 4
         self.size = 0
-        self.wanted = ROTATIONS if len(plan.records) > 1 else 1
+        self.wanted = ROTATIONS if len(plan.records) > 1 and not plan.each_matters else 1
         self.hot_keys: list[bytes] = []
         self.watched = watched
         self._made: list[tuple[Sections, bool]] = []
@@ -134,7 +160,7 @@ class _Rotation:
         self._weighted = len({r.weight for r in plan.records}) > 1
 
     def draw(self, room: int, chance: Callable[[], float]) -> tuple[Sections, bool]:
-        """One encoded order, and whether the number of records was cut to `take`. Encodes at most one more."""
+        """One encoded order, and whether `take` cut the number of records. Encodes at most one more."""
         made = self._made
         if len(made) < self.wanted:
             made.append(self._encode(room, chance))
@@ -163,16 +189,16 @@ class _Rotation:
         plan = self.plan
         order = self._order(chance)
         chosen = order[: self.take]
-        sections = assemble(chosen, plan.authority, plan.additional, self.offset, room)
-        used, rest = sections.counts[0], len(self._rest)
+        sections = assemble(chosen, plan.authority, plan.additional, self.offset, room, plan.lead, plan.extras)
+        used, rest = max(sections.counts[0] - len(plan.lead), 0), len(self._rest)
         # Where a reply holds a part of the instances, the next one goes on where it ended: all get their turn.
         self._rest = () if self._weighted or used == len(order) else order[used : rest if used < rest else None]
         self.size += len(sections.tail)
-        return sections, len(chosen) < len(order) and not plan.one_only
+        return sections, len(chosen) < self.most
 
     def _order(self, chance: Callable[[], float]) -> Sequence[Record]:
         records = self.plan.records
-        if len(records) < 2:
+        if self.wanted == 1:
             return records
         if self._weighted:
             # Weighted sampling without replacement (Efraimidis, Spirakis): the earlier, the likelier by weight.
@@ -217,7 +243,7 @@ class Resolver:
         self._kept: dict[_Key, _Rotation] = {}
         self._kept_bytes = 0
         self._hot_bytes = 0
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[tuple[Kind, str], _Watched] = {}
         self._nodes: _Watched | None = None
         self._now = 0
         self._kept_max, self._kept_bytes_max, self._hot_bytes_max = kept_max, kept_bytes_max, hot_bytes_max
@@ -226,27 +252,39 @@ class Resolver:
 
     # -- what the shell calls -----------------------------------------------------------------------------------
 
-    def resolve(self, packet: bytes, *, tcp: bool = False) -> bytes | Wait | Forward | None:
-        """The reply; or what it waits for; or None where no reply is due."""
+    def resolve(
+        self, packet: bytes, *, tcp: bool = False, known: Known | None = None, may_ask: bool = True
+    ) -> bytes | Wait | Look | Forward | None:
+        """The reply; or what it waits for; or None where no reply is due.
+
+        `known` is what recursors said to the `Look` before; without `may_ask` the reply does without more of it.
+        """
         query = parse_query(packet)
         if not isinstance(query, Query):
             self._add("malformed")
             return query
-        self._add("queries")
+        if known is None:
+            self._add("queries")
         if query.edns_version:
             return self._refuse(packet, query, BADVERS)
         if query.qclass not in (CLASS_IN, CLASS_ANY) or query.qtype in (TYPE_AXFR, TYPE_IXFR):
             return self._refuse(packet, query, REFUSED)
-        room, take = self._limits(query, tcp)
+        limits = self._limits(query, tcp)
+        room = limits.room
         key = _Key(query.name, query.qtype, room)
         rotation = self._kept.get(key)
         if rotation is None:
-            planned = self._plan(query)
-            if isinstance(planned, int):
-                return self._refuse(packet, query, planned)
-            if not isinstance(planned, _Planned):
+            planned = self._plan(query.name, query.labels, query.qtype)
+            if planned is None and self._config.recursors and query.flags & FLAG_RD:
+                return Forward(query)
+            if planned is None or isinstance(planned, int):
+                return self._refuse(packet, query, REFUSED if planned is None else planned)
+            if isinstance(planned, Wait):
                 return planned
-            rotation = self._keep(key, take, planned)
+            led = self._lead_on(query, planned, known, may_ask and bool(self._config.recursors))
+            if not isinstance(led, _Planned):
+                return led
+            rotation = self._keep(key, limits, led)
         elif rotation.watched is not None:
             rotation.watched.used = self._now
         size = rotation.size
@@ -274,9 +312,9 @@ class Resolver:
             else:
                 self._kept_bytes -= rotation.renew()
         if self._now % 60 == 0:
-            for name, watched in list(self._watched.items()):
+            for watched_key, watched in list(self._watched.items()):
                 if self._now - watched.used > self._idle_ticks:
-                    self._unwatch(name, watched)
+                    self._unwatch(watched_key, watched)
         if self.hot_hits:
             self._add("queries", self.hot_hits)
             self._add("hot_queries", self.hot_hits)
@@ -291,8 +329,8 @@ class Resolver:
         self._counts.clear()
 
     def close(self) -> None:
-        for name, watched in list(self._watched.items()):
-            self._unwatch(name, watched)
+        for key, watched in list(self._watched.items()):
+            self._unwatch(key, watched)
         if self._nodes is not None:
             self._nodes.remove()
             self._nodes = None
@@ -301,25 +339,24 @@ class Resolver:
 
     # -- from a question to a rotation --------------------------------------------------------------------------
 
-    def _limits(self, query: Query, tcp: bool) -> tuple[int, int]:
-        """(bytes for all records, number of answers)."""
+    def _limits(self, query: Query, tcp: bool) -> _Limits:
         config = self._config
-        size, take = TCP_BYTES_MAX, 0
+        size, take, most = TCP_BYTES_MAX, 1 << 30, 1 << 30
         if not tcp:
             size = UDP_PLAIN_BYTES_MAX
             if query.edns_bytes is not None and query.edns_bytes > size:
                 wanted = min(query.edns_bytes, config.edns_bytes_max)
                 size = next((c for c in SIZE_CLASSES if c <= wanted), UDP_PLAIN_BYTES_MAX)
             if size <= UDP_PLAIN_BYTES_MAX:
-                take = config.udp_answer_limit
+                take = config.udp_answer_limit or take
         if config.a_record_limit and query.qtype in (TYPE_A, TYPE_AAAA, TYPE_ANY):
-            take = min(take, config.a_record_limit) if take else config.a_record_limit
-        opt = OPT_BYTES if query.edns_bytes is not None else 0
-        return size - 12 - len(query.question) - opt, take or 1 << 30
+            most = config.a_record_limit
+        opt = OPT_BYTES + len(query.subnet) if query.edns_bytes is not None else 0
+        return _Limits(size - 12 - len(query.question) - opt, min(take, most), most)
 
-    def _keep(self, key: _Key, take: int, planned: _Planned) -> _Rotation:
+    def _keep(self, key: _Key, limits: _Limits, planned: _Planned) -> _Rotation:
         plan, watched = planned
-        rotation = _Rotation(plan, key, take, watched)
+        rotation = _Rotation(plan, key, limits, watched)
         if plan.rcode == NXDOMAIN:
             self._add("nxdomain")
         if plan.is_lasting and watched is not None:
@@ -329,62 +366,130 @@ class Resolver:
             watched.keys.add(key)
         return rotation
 
-    def _plan(self, query: Query) -> _Planned | Wait | Forward | int:
-        """The plan for a question that nothing is kept for; or a wait; or the rcode of a refusal."""
+    def _plan(self, name: bytes, labels: Sequence[str], qtype: int) -> _Planned | Wait | int | None:
+        """What a question is answered with; a wait; the rcode of a refusal; None where it is not ours."""
         config, source = self._config, self._source
-        lookup = parse_name(query.labels, query.qtype, self._zones, config.datacenter)
+        lookup = parse_name(tuple(labels), qtype, self._zones, config.datacenter)
         kind = lookup.kind
         if kind is Kind.OUTSIDE:
-            return self._outside(query)
+            return None
         if kind is Kind.REVERSE:
-            return self._plan_reverse(lookup, query)
-        soa = encode_soa(config, lookup.zone, len(query.name), int(self._clock()))
+            return self._plan_reverse(lookup, qtype)
+        soa = encode_soa(config, lookup.zone, len(name), int(self._clock()))
         if kind is Kind.ADDRESS:
-            return _Planned(plan_address(lookup, query.qtype, config, soa))
+            return _Planned(plan_address(lookup, qtype, config, soa))
         if kind is Kind.EMPTY or kind is Kind.UNKNOWN:
             return _Planned(plan_empty(kind, soa))
         if kind is Kind.NODE:
             nodes = self._watch_nodes()
             if not isinstance(nodes, _Watched):
                 return nodes
-            return _Planned(plan_node(source.nodes.get(lookup.name), query.qtype, config, soa), nodes)
-        name = lookup.name if kind is Kind.SERVICE else SERVERS_SERVICE
-        watched = self._watch_service(name)
+            node = source.nodes.get(lookup.name)
+            has_below = node is None and source.nodes.has_below(lookup.name)
+            return _Planned(plan_node(node, qtype, config, soa, has_below=has_below), nodes)
+        of_servers = kind is Kind.APEX or kind is Kind.SERVERS
+        key = (Kind.SERVICE, SERVERS_SERVICE) if of_servers else (kind, lookup.name)
+        watched = self._watch(key)
         if isinstance(watched, Wait):
             return watched
-        instances = self._instances(name, watched)
-        if kind is Kind.APEX:
-            return _Planned(plan_apex(lookup, query.qtype, instances, config, soa))
+        instances = self._instances(key, watched)
+        if kind is Kind.SERVERS and qtype not in (TYPE_SOA, TYPE_NS):
+            return _Planned(plan_servers(qtype, instances, config, soa))
+        if of_servers:
+            return _Planned(plan_apex(lookup, qtype, instances, config, soa))
         if watched is None and not source.is_ready:
             return SERVFAIL
-        return _Planned(plan_service(lookup, query.qtype, instances, config, soa), watched)
+        return _Planned(plan_service(lookup, qtype, instances, config, soa), watched)
 
-    def _plan_reverse(self, lookup: Lookup, query: Query) -> _Planned | Wait | Forward | int:
-        nodes = self._watch_nodes()
-        if isinstance(nodes, Wait):
-            return nodes
-        node = self._source.nodes.by_address(bytes.fromhex(lookup.name)) if isinstance(nodes, _Watched) else None
-        plan = plan_reverse(node, query.qtype, self._config, self._zones[-1])
-        return self._outside(query) if plan is None else _Planned(plan)
+    def _plan_reverse(self, lookup: Lookup, qtype: int) -> _Planned | Wait | None:
+        nodes = self._watch_nodes() if qtype in (TYPE_PTR, TYPE_ANY) else None
+        if not isinstance(nodes, _Watched):
+            return nodes if isinstance(nodes, Wait) else None
+        ip, service = bytes.fromhex(lookup.name), ""
+        node = self._source.nodes.by_address(ip)
+        if node is None:
+            addresses = self._watch(_ADDRESSES)
+            if isinstance(addresses, Wait):
+                return addresses
+            service = self._source.addresses.service_at(ip) if addresses is not None else ""
+        plan = plan_reverse(node, service, self._config) if node is not None or service else None
+        return None if plan is None else _Planned(plan)
 
-    def _outside(self, query: Query) -> Forward | int:
-        if self._config.recursors and query.flags & FLAG_RD:
-            return Forward(query)
-        return REFUSED
+    # -- aliases ------------------------------------------------------------------------------------------------
+
+    def _lead_on(self, query: Query, planned: _Planned, known: Known | None, may_ask: bool) -> _Planned | Wait | Look:
+        """The plan with what stands behind its host names, as far as it is ours or recursors tell.
+
+        Where that is nothing, the plan stays as it was, and is kept. What depends on others is not.
+        """
+        plan = planned.plan
+        if plan.one_only:
+            hosts = list(plan.records) if query.qtype != TYPE_CNAME else []
+        else:
+            hosts = [r for r in plan.records if r.target and not r.glue]
+        if not hosts or not (known is not None or may_ask or any(self._is_ours(r.target) for r in hosts)):
+            return planned
+        if plan.one_only:
+            trail = self._follow(query.name, self._pick(hosts), query.qtype, known, may_ask)
+            if not isinstance(trail, Trail):
+                return Look((trail,)) if isinstance(trail, Ask) else trail
+            lead, records = place(trail, 12 + len(query.question))
+            return _Planned(Plan(records=records, lead=tuple(lead)))
+        asks: list[Ask] = []
+        extras: list[bytes] = []
+        for target in list({r.target: None for r in hosts})[:HOSTS_MAX]:
+            found = self._follow(b"", Step(0, target), TYPE_A, known, may_ask)
+            if isinstance(found, Wait):
+                return found
+            if isinstance(found, Ask):
+                asks.append(found)
+            else:
+                extras += spell_out(found, target)
+        return Look(tuple(asks)) if asks else _Planned(plan._replace(extras=tuple(extras), is_lasting=False))
+
+    def _follow(
+        self, question: bytes, first: Step, qtype: int, known: Known | None, may_ask: bool
+    ) -> Trail | Ask | Wait:
+        return cast("Trail | Ask | Wait", follow(question, first, qtype, self._own, known, may_ask=may_ask))
+
+    def _own(self, name: bytes, qtype: int) -> Trail | Wait | None:
+        """What our zones say about a name."""
+        planned = self._plan(name, labels_of(name), qtype) if self._is_ours(name) else None
+        if not isinstance(planned, _Planned):
+            return Trail([], ()) if isinstance(planned, int) else planned
+        records = planned.plan.records
+        if planned.plan.one_only and records and qtype != TYPE_CNAME:
+            return Trail([self._pick(records)], ())
+        return Trail([], records)
+
+    def _is_ours(self, name: bytes) -> bool:
+        labels = labels_of(name.lower())
+        return any(labels[-len(zone) :] == zone for zone in self._zones)
+
+    def _pick(self, hosts: Sequence[Record]) -> Step:
+        """One of several CNAMEs."""
+        record = hosts[int(self._chance() * len(hosts))]
+        return Step(int.from_bytes(record.wire[6:10], "big"), record.target)
 
     # -- live views ---------------------------------------------------------------------------------------------
 
-    def _watch_service(self, name: str) -> _Watched | Wait | None:
+    def _view(self, key: tuple[Kind, str]) -> View | None:
+        kind, name = key
+        if key == _ADDRESSES:
+            return self._source.addresses
+        return self._source.connect(name) if kind is Kind.CONNECT else self._source.service(name)
+
+    def _watch(self, key: tuple[Kind, str]) -> _Watched | Wait | None:
         """None where the service is not registered, or nothing is known yet."""
-        watched = self._watched.get(name)
+        watched = self._watched.get(key)
         if watched is None:
-            view = self._source.service(name)
+            view = self._view(key)
             if view is None:
                 return None
             if len(self._watched) >= self._watched_max:
                 oldest = min(self._watched, key=lambda n: self._watched[n].used)
                 self._unwatch(oldest, self._watched[oldest])
-            watched = self._watched[name] = _Watched(view)
+            watched = self._watched[key] = _Watched(view)
             watched.remove = view.on_change(lambda: self._changed(watched))
         watched.used = self._now
         return watched if watched.view.is_ready else Wait(watched.view)
@@ -397,22 +502,22 @@ class Resolver:
             watched.remove = watched.view.on_change(lambda: self._changed(watched))
         return self._nodes if self._nodes.view.is_ready else Wait(self._nodes.view)
 
-    def _instances(self, name: str, watched: _Watched | None) -> Sequence[Instance]:
+    def _instances(self, key: tuple[Kind, str], watched: _Watched | None) -> Sequence[Instance]:
         if watched is None:
             return ()
         instances = cast(ServiceView, watched.view).instances()
-        if not instances and self._source.service(name) is None:
-            self._unwatch(name, watched)  # deregistered: the names' watch alone will tell when it is back
+        if not instances and self._view(key) is None:
+            self._unwatch(key, watched)  # deregistered: the names' watch alone will tell when it is back
         return instances
 
     def _changed(self, watched: _Watched) -> None:
         for key in list(watched.keys):
             self._forget(key)
 
-    def _unwatch(self, name: str, watched: _Watched) -> None:
+    def _unwatch(self, key: tuple[Kind, str], watched: _Watched) -> None:
         watched.remove()
         self._changed(watched)
-        del self._watched[name]
+        del self._watched[key]
 
     def _forget(self, key: _Key) -> None:
         rotation = self._kept.pop(key)
@@ -426,7 +531,7 @@ class Resolver:
 
     def _prepare(self, name: str, instances: Sequence[Instance]) -> None:
         """Called for a large service slice by slice, so that its first SRV answer needs not encode all in one step."""
-        encode_ahead(instances, self._zones[-1], self._config, name)
+        encode_ahead(instances, self._config.zone, self._config, name)
 
     def _encode(self, query: Query, rcode: int, sections: Sections, is_cut: bool, tcp: bool) -> bytes:
         flags = FLAG_AA | self._ra

@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rostra.dns.alias import Ask
 from rostra.dns.answer import DnsConfig
+from rostra.dns.message import Found
 from rostra.dns.recurse import Recursor
-from rostra.dns.resolver import Count, Draw, Forward, Resolver, Wait
+from rostra.dns.resolver import Count, Draw, Forward, Look, Resolver, Wait
 from rostra.dns.source import Source, View
 from rostra.runtime import log as logging
 from rostra.runtime.service import Tasks
@@ -28,6 +30,9 @@ log = logging.get("dns")
 
 PARKED_MAX = 4096
 READY_TIMEOUT_S = 2.0
+#: For all that recursors are asked about one query, and how often: a client does not wait longer either.
+LOOK_TIMEOUT_S = 3.0
+LOOKS_MAX = 6
 TCP_CONNECTIONS_MAX = 512
 TCP_IDLE_S = 10.0
 TCP_QUERY_BYTES_MAX = 4096
@@ -112,6 +117,8 @@ class DnsServer:
                 reply(found)
             elif isinstance(found, Wait):
                 self._park(found.view, packet, reply, tcp)
+            elif isinstance(found, Look):
+                self._look(found, packet, reply, tcp)
             else:
                 self._forward(found, packet, reply, tcp)
         except Exception:
@@ -172,6 +179,45 @@ class DnsServer:
             else:
                 self._fail(packet, reply)
 
+    def _look(self, found: Look, packet: bytes, reply: Reply, tcp: bool) -> None:
+        if self._recursor is None or not self._recursor.has_room:
+            self._reply_with({}, packet, reply, tcp)
+            return
+        self._spawn(self._look_up(self._recursor, found, packet, reply, tcp), "dns: look up")
+
+    async def _look_up(self, recursor: Recursor, found: Look, packet: bytes, reply: Reply, tcp: bool) -> None:
+        known: dict[Ask, list[Found]] = {}
+        try:
+            async with asyncio.timeout(LOOK_TIMEOUT_S):
+                for _ in range(LOOKS_MAX):
+                    said = await asyncio.gather(*map(recursor.look_up, found.asks))
+                    known.update(zip(found.asks, said))
+                    await self.turns.turn()
+                    again = self.resolver.resolve(packet, tcp=tcp, known=known)
+                    if isinstance(again, Wait):
+                        await again.view.ready(READY_TIMEOUT_S)
+                        again = self.resolver.resolve(packet, tcp=tcp, known=known)
+                    if not isinstance(again, Look):
+                        break
+                    found = again
+        except TimeoutError:
+            pass
+        except Exception:
+            log.err("DNS query failed", query=packet[:300].hex(), exc_info=True)
+        self._reply_with(known, packet, reply, tcp)
+
+    def _reply_with(self, known: dict[Ask, list[Found]], packet: bytes, reply: Reply, tcp: bool) -> None:
+        """The best answer that can be had now: at least the alias itself."""
+        try:
+            answer = self.resolver.resolve(packet, tcp=tcp, known=known, may_ask=False)
+        except Exception:
+            log.err("DNS query failed", query=packet[:300].hex(), exc_info=True)
+            answer = None
+        if isinstance(answer, bytes):
+            reply(answer)
+        else:
+            self._fail(packet, reply)
+
     def _forward(self, found: Forward, packet: bytes, reply: Reply, tcp: bool) -> None:
         if self._recursor is None or not self._recursor.has_room:
             self._fail(packet, reply)
@@ -180,6 +226,7 @@ class DnsServer:
 
     async def _recurse(self, recursor: Recursor, packet: bytes, reply: Reply, tcp: bool) -> None:
         answer = await recursor.ask(packet, tcp=tcp)
+        await self.turns.turn()
         if answer is None:
             self._fail(packet, reply)
         else:

@@ -89,8 +89,16 @@ class NodesView(View, Protocol):
     def get(self, name: str) -> Node | None:
         """The node of this name, which is lower case."""
 
+    def has_below(self, name: str) -> bool:
+        """Whether a node's name ends in `.` and this lower-case name."""
+
     def by_address(self, ip: bytes) -> Node | None:
         """A node that has this packed address."""
+
+
+class AddressesView(View, Protocol):
+    def service_at(self, ip: bytes) -> str:
+        """The name of a service of which an instance has this packed address for its own; "" where there is none."""
 
 
 class Source(Protocol):
@@ -108,5 +116,11 @@ class Source(Protocol):
     def service(self, name: str) -> ServiceView | None:
         """The live view of the service of this lower-case name; None where none is registered."""
 
+    def connect(self, name: str) -> ServiceView | None:
+        """As `service`, of what accepts connections of the mesh for it."""
+
     @property
     def nodes(self) -> NodesView: ...
+
+    @property
+    def addresses(self) -> AddressesView: ...

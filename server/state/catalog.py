@@ -167,6 +167,24 @@ class ServiceNames:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceAddresses:
+    """{(node, service id): (address, service name)} of the instances that have an address of their own."""
+
+    kind: ClassVar[str] = "catalog.addresses"
+
+    def allowed(self, can: Authorizer) -> bool:
+        return True
+
+    def keys(self, view: View) -> list[tuple[str, str]]:
+        view.reads("table:service-addresses")
+        return list(view.tables.services.rows)
+
+    def row(self, view: View, key: tuple[str, str]) -> tuple[str, str] | None:
+        service = view.tables.services.get(key)
+        return (service.address, service.name) if service is not None and service.address else None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeServices:
     """{("",): NodeRow, ("s", service id): ServiceRow}, empty when there is no such node."""
 
@@ -293,6 +311,8 @@ def put_service(tx: Tx, fields: dict[str, Any]) -> None:
     tx.put(tables.services, key, row)
     touch_instance(tx, row)
     tx.touch("node:" + row.node.lower(), ("s", row.id))
+    if (old.address, old.name) != (row.address, row.name) if old is not None else row.address:
+        tx.touch("table:service-addresses", key)
     for name in names:
         if before[name] != _name_row(tables, name):
             tx.touch("table:service-names", name)
@@ -354,6 +374,8 @@ def remove_service(tx: Tx, node: str, service_id: str) -> None:
     before = _name_row(tables, row.name)
     touch_instance(tx, row)
     tx.touch("node:" + node.lower(), ("s", service_id))
+    if row.address:
+        tx.touch("table:service-addresses", (node, service_id))
     tx.delete(tables.services, (node, service_id))
     if before != _name_row(tables, row.name):
         tx.touch("table:service-names", row.name)

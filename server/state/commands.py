@@ -45,6 +45,7 @@ QUERIES: tuple[type[Any], ...] = (
     catalog.Nodes,
     catalog.ServiceNames,
     catalog.NodeServices,
+    catalog.ServiceAddresses,
     health.ServiceInstances,
     health.ConnectInstances,
     health.NodeChecks,

@@ -2,8 +2,8 @@
 
     kv:<key>  kvdir:<directory>  service:<name>  connect:<destination>  node:<name>  session:<id>
     intention:<destination>  config:<kind>/<name>
-    table:nodes  table:service-names  table:checks  table:sessions  table:intentions  table:ca  table:cluster
-    table:autopilot
+    table:nodes  table:service-names  table:service-addresses  table:checks  table:sessions  table:intentions
+    table:ca  table:cluster  table:autopilot
 
 Names of nodes and services do not differ by case, so their granules are in lower case. Agents see only the 64-bit hash.
 """

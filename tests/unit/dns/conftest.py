@@ -20,6 +20,7 @@ class FakeView:
         self.arrived = asyncio.Event()
         self.rows: list[Instance] = []
         self.nodes: dict[str, Node] = {}
+        self.services: dict[bytes, str] = {}
         self.callbacks: list[Callable[[], None]] = []
 
     async def ready(self, timeout_s: float) -> bool:
@@ -41,6 +42,12 @@ class FakeView:
     def get(self, name: str) -> Node | None:
         return self.nodes.get(name)
 
+    def has_below(self, name: str) -> bool:
+        return any(node.endswith("." + name) for node in self.nodes)
+
+    def service_at(self, ip: bytes) -> str:
+        return self.services.get(ip, "")
+
     def by_address(self, ip: bytes) -> Node | None:
         return next((n for n in self.nodes.values() if n.ip == ip), None)
 
@@ -56,6 +63,8 @@ class FakeCatalog:
         self.is_ready = True
         self.age_s = 0.0
         self.services: dict[str, FakeView] = {}
+        self.meshed: dict[str, FakeView] = {}
+        self.addresses = FakeView()
         self.nodes = FakeView()
         self.asked: list[str] = []
         self.prepare: Callable[[str, Sequence[Instance]], None] = lambda name, instances: None
@@ -65,6 +74,9 @@ class FakeCatalog:
         if view is not None:
             self.asked.append(name)
         return view
+
+    def connect(self, name: str) -> FakeView | None:
+        return self.meshed.get(name)
 
     def add(self, service: str, node: str, node_address: str, **fields: Any) -> Instance:
         view = self.services.setdefault(service.lower(), FakeView())

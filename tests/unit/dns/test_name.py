@@ -49,7 +49,7 @@ def meaning(name: str, qtype: int = A, zones: Any = ZONES) -> Any:
         ("0a0000.addr.dc1.consul", Kind.UNKNOWN, "", ""),
         ("zz000001.addr.dc1.consul", Kind.UNKNOWN, "", ""),
         ("x.0a000001.addr.dc1.consul", Kind.UNKNOWN, "", ""),
-        ("web.connect.consul", Kind.UNKNOWN, "", ""),
+        ("web.connect.consul", Kind.CONNECT, "web", ""),
         ("web.virtual.consul", Kind.UNKNOWN, "", ""),
         ("web.ingress.consul", Kind.UNKNOWN, "", ""),
         ("web.query.consul", Kind.UNKNOWN, "", ""),
