@@ -183,7 +183,7 @@ class DnsServer:
         if self._recursor is None or not self._recursor.has_room:
             self._reply_with({}, packet, reply, tcp)
             return
-        self._spawn(self._look_up(self._recursor, found, packet, reply, tcp), "dns: look up")
+        self._tasks.start("look up", self._look_up(self._recursor, found, packet, reply, tcp))
 
     async def _look_up(self, recursor: Recursor, found: Look, packet: bytes, reply: Reply, tcp: bool) -> None:
         known: dict[Ask, list[Found]] = {}

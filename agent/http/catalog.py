@@ -176,6 +176,8 @@ async def register(request: Request, agent: Agent) -> Response:
     if not body.text("Address") and not skip:
         raise HttpError(500, "Must provide address if SkipNodeUpdate is not set")
     service_fields, check_fields = body.object("Service"), body.object("Check")
+    if service_fields and service_fields.text("Address") in ("0.0.0.0", "::", "[::]"):
+        raise HttpError(500, "Invalid service address")
     given = [check_fields] if check_fields else []
     given += body.objects("Checks")
     for check in given:

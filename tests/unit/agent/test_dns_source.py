@@ -174,3 +174,41 @@ def test_the_worst_check_decides(statuses: Any, worst: Any) -> None:
 def test_a_row_of_an_older_server_makes_an_instance() -> None:
     instance = make_instance((("n1", "", "10.0.0.1", ""), ("n1", "web", "web", "", 80, ("A",)), ()), "dc9")
     assert (instance.node, instance.datacenter, instance.port, instance.tags) == ("n1", "dc9", 80, frozenset({"a"}))
+
+
+async def test_an_address_of_their_own_leads_to_services_and_follows_changes(dns: Dns) -> None:
+    dns.register("n1", "Web", address="10.9.9.9")
+    dns.register("n2", "api", address="10.9.9.9")
+    dns.register("n2", "six", address="FD00::0099")
+    await eventually(lambda: dns.source.service("six"))
+
+    async def name_of(reverse: str) -> list[str]:
+        return [str(rr.rdata) for rr in (await dns.ask(reverse, "PTR")).rr]
+
+    assert await name_of("9.9.9.10.in-addr.arpa") == ["web.service.dc1.consul."]
+    assert await name_of("9.9." + "0." * 28 + "d.f.ip6.arpa") == ["six.service.dc1.consul."]
+    assert await name_of("2.0.0.10.in-addr.arpa") == ["n2.node.dc1.consul."]
+    assert await name_of("7.7.7.10.in-addr.arpa") == []
+    dns.register("n1", "Web", address="10.7.7.7")
+    await eventually(lambda: dns.source.addresses.service_at(bytes([10, 7, 7, 7])) == "web")
+    assert await name_of("7.7.7.10.in-addr.arpa") == ["web.service.dc1.consul."]
+    assert await name_of("9.9.9.10.in-addr.arpa") == ["api.service.dc1.consul."]
+    dns.servers.apply(Deregister("n2"))
+    await eventually(lambda: not dns.source.addresses.service_at(bytes([10, 9, 9, 9])))
+    assert await name_of("9.9.9.10.in-addr.arpa") == []
+
+
+async def test_what_speaks_for_a_service_in_the_mesh_is_found_under_connect(dns: Dns) -> None:
+    dns.register("n1", "web")
+    proxy = {"destination_service_name": "web"}
+    dns.register("n2", "web-sidecar-proxy", kind="connect-proxy", proxy=proxy, address="10.5.5.5")
+    await eventually(lambda: dns.source.service("web-sidecar-proxy"))
+    assert await dns.addresses("web.connect.consul") == ["10.5.5.5"]
+    assert dns.source.connect("none") is None
+
+
+async def test_nodes_with_dots_in_their_names_make_names_above_them(dns: Dns) -> None:
+    dns.register("a.B.c", "web")
+    await eventually(lambda: dns.source.service("web"))
+    await dns.ask("x.node.consul")
+    assert [dns.source.nodes.has_below(name) for name in ("b.c", "c", "a.b.c", "a")] == [True, True, False, False]

@@ -24,6 +24,7 @@ from rostra.dns.message import (
     encode_srv_record,
     encode_txt,
     parse_query,
+    read_answers,
 )
 
 WEB = b"\x03web\x07service\x06consul\0\0\x01\0\x01"
@@ -165,3 +166,84 @@ def test_a_name_that_dns_cannot_carry_is_refused(labels: Any) -> None:
 def test_a_long_text_is_cut_into_strings_of_255_bytes() -> None:
     assert encode_txt("x" * 300) == b"\xff" + b"x" * 255 + b"\x2d" + b"x" * 45
     assert encode_txt("") == b"\0"
+
+
+# -- what a recursor answered -----------------------------------------------------------------------------------------
+
+
+def test_names_in_a_recursors_records_are_read_whole_whatever_they_point_to() -> None:
+    reply = dnslib.DNSRecord.question("Www.example.com", "ANY").reply()
+    zone = [
+        "www.example.com. 5 A 192.0.2.1",
+        "www.example.com. 5 AAAA 2001:db8::1",
+        "www.example.com. 5 MX 10 mail.example.com.",
+        'www.example.com. 5 TXT "a text"',
+        "alias.example.com. 5 CNAME www.example.com.",
+        "_x._tcp.example.com. 5 SRV 1 2 3 www.example.com.",
+        "example.com. 5 SOA ns.example.com. host.example.com. 1 2 3 4 5",
+    ]
+    for line in zone:
+        reply.add_answer(*dnslib.RR.fromZone(line))
+    packed = bytes(reply.pack())
+    found = read_answers(packed)
+    assert len(found) == 7
+    again = dnslib.DNSRecord(dnslib.DNSHeader(qr=1, aa=1))
+    again.header.a = 7
+    buffer = bytes(again.pack()) + b"".join(encode_record(f.owner, f.rtype, f.ttl_s, f.rdata) for f in found)
+    read_again = dnslib.DNSRecord.parse(buffer[:6] + b"\0\7" + buffer[8:])
+    assert sorted(map(str, read_again.rr)) == sorted(map(str, dnslib.DNSRecord.parse(packed).rr))
+
+
+@given(st.binary(max_size=400))
+def test_no_answer_of_a_recursor_raises(junk: bytes) -> None:
+    for packet in (b"\0" * 12 + junk, b"\0\0\x81\x80\0\1\0\x09\0\0\0\0" + WEB + junk, junk.ljust(12, b"\0")):
+        for found in read_answers(packet):
+            assert len(found.owner) <= 255
+
+
+def test_pointers_that_run_in_circles_end() -> None:
+    head = b"\0\0\x81\x80\0\0\0\1\0\0\0\0"
+    for circle in (b"\xc0\x0c", b"\xc0\x0e\xc0\x0c", b"\1a\xc0\x0c", b"\xff\xff"):
+        assert read_answers(head + circle + b"\0\1\0\1\0\0\0\0\0\4\1\2\3\4") == []
+
+
+# -- EDNS client subnet (RFC 7871) ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "echo"),
+    [
+        ("0001 18 00 010203", "0001 18 00 010203"),
+        ("0001 18 18 010203", "0001 18 00 010203"),
+        ("0001 20 00 01020304", "0001 20 00 01020304"),
+        ("0002 38 00 20010db8000000", "0002 38 00 20010db8000000"),
+        ("0001 00 00", "0001 00 00"),
+        ("", None),
+        ("0001 18", None),
+        ("0001 18 00 0102", None),
+        ("0001 18 00 01020304", None),
+        ("0001 21 00 0102030405", None),
+        ("0003 08 00 01", None),
+    ],
+)
+def test_a_clients_subnet_comes_back_with_scope_0_or_is_malformed(option: str, echo: str | None) -> None:
+    data = bytes.fromhex(option)
+    options = b"\0\x0a\0\2xy" + b"\0\x08" + len(data).to_bytes(2, "big") + data
+    packet = header(ar=1) + WEB + b"\0\0\x29\x10\0\0\0\0\0" + len(options).to_bytes(2, "big") + options
+    query = parse_query(packet)
+    if echo is None:
+        assert isinstance(query, bytes)
+        assert query[3] & 15 == 1
+        return
+    assert isinstance(query, Query)
+    reply = dnslib.DNSRecord.parse(packet[:2] + encode_reply(query, 0, 0, assemble([], (), (), 0, 400)))
+    assert [(o.code, o.data.hex()) for o in reply.ar[0].rdata] == [(8, echo.replace(" ", ""))]
+
+
+def test_the_checking_disabled_bit_is_copied() -> None:
+    packet = header() + WEB
+    packet = packet[:3] + bytes([packet[3] | 0x10]) + packet[4:]
+    query = parse_query(packet)
+    assert isinstance(query, Query)
+    assert encode_reply(query, 0, 0, assemble([], (), (), 0, 400))[1] & 0x10
+    assert not encode_reply(parse_query(header() + WEB), 0, 0, assemble([], (), (), 0, 400))[1] & 0x10  # type: ignore[arg-type]

@@ -35,3 +35,16 @@ def test_only_the_answer_to_our_question_under_our_id_counts() -> None:
     other.header.id = question.header.id
     assert not is_answer_to(bytes(question.pack()), bytes(other.pack()))
     assert not is_answer_to(bytes(question.pack()), b"\0" * 5)
+
+
+def test_an_answer_that_repeats_no_question_or_one_of_another_type_does_not_count() -> None:
+    question = dnslib.DNSRecord.question("www.example.com", "A")
+    asked = bytes(question.pack())
+    bare = asked[:2] + b"\x81\x80\0\0\0\1\0\0\0\0" + bytes(question.reply().pack())[12:]
+    assert not is_answer_to(asked, bare)
+    other = dnslib.DNSRecord.question("www.example.com", "AAAA").reply()
+    other.header.id = question.header.id
+    assert not is_answer_to(asked, bytes(other.pack()))
+    shouted = dnslib.DNSRecord.question("WWW.example.com", "A").reply()
+    shouted.header.id = question.header.id
+    assert is_answer_to(asked, bytes(shouted.pack()))

@@ -234,6 +234,29 @@ def test_the_a_record_limit_holds_for_addresses_on_every_transport_and_not_for_s
     assert len(asker.ask("big.service.consul", "SRV", edns=4096).rr) == 30
 
 
+def test_the_a_record_limit_never_sets_tc(catalog: Any, asking: Any) -> None:
+    catalog.set("big", many(30))
+    asker = asking(catalog, a_record_limit=2, truncation_flag="always")
+    for more in ({}, {"edns": 4096}, {"tcp": True}):
+        reply = asker.ask("big.service.consul", **more)
+        assert (len(reply.rr), reply.header.tc) == (2, 0)
+    assert asking(catalog, a_record_limit=9, truncation_flag="always").ask("big.service.consul").header.tc == 1
+    assert asking(catalog, truncation_flag="always").ask("big.service.consul").header.tc == 1
+
+
+@pytest.mark.parametrize("qtype", ["TXT", "ANY"])
+def test_the_metadata_of_a_node_is_limited_by_bytes_only(qtype: str, catalog: Any, asking: Any) -> None:
+    catalog.add_node("m", "10.0.0.1", **{f"key{n}": "a value of some length" for n in range(60)})
+    asker = asking(catalog, a_record_limit=1)
+    count = 60 + (qtype == "ANY")
+    assert len(asker.ask("m.node.consul", qtype, edns=4096).rr) == count
+    assert len(asker.ask("m.node.consul", qtype, tcp=True).rr) == count
+    small = asker.ask("m.node.consul", qtype)
+    assert small.header.tc == 1  # the rest is had over TCP
+    assert len(small.rr) > 3
+    assert qtype == "TXT" or str(small.rr[0].rdata) == "10.0.0.1"
+
+
 # -- order --------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +315,60 @@ def test_targets_are_named_in_the_domain_that_was_asked(web: Any, asking: Any) -
     targets = {str(rr.rdata.target) for rr in asker.ask("web.service.corp.example", "SRV").rr}
     assert "n1.node.dc1.corp.example." in targets
     assert str(asker.ask("nope.service.corp.example").auth[0].rname) == "corp.example."
+
+
+def test_a_name_for_an_address_is_in_the_domain_and_not_in_the_other_one(web: Any, asking: Any) -> None:
+    asker = asking(web, domain="corp.example", alt_domain="zz")
+    assert asker.answers("1.0.0.10.in-addr.arpa", "PTR") == ["n1.node.dc1.corp.example."]
+    asker = asking(web, domain="a", alt_domain="much.longer.example")
+    assert asker.answers("1.0.0.10.in-addr.arpa", "PTR") == ["n1.node.dc1.a."]
+
+
+def test_an_address_that_no_node_has_is_a_services(web: Any, asking: Any) -> None:
+    web.addresses.services = {
+        bytes([10, 9, 9, 9]): "sa",
+        bytes([10, 0, 0, 1]): "no",
+        b"\xfd" + b"\0" * 14 + b"\x09": "sa6",
+    }
+    asker = asking(web)
+    assert asker.answers("9.9.9.10.in-addr.arpa", "PTR") == ["sa.service.dc1.consul."]
+    assert asker.answers("1.0.0.10.in-addr.arpa", "PTR") == ["n1.node.dc1.consul."]
+    six = "9." + "0." * 29 + "d.f.ip6.arpa"
+    assert asker.answers(six, "PTR") == ["sa6.service.dc1.consul."]
+    assert asker.rcode("8.9.9.10.in-addr.arpa", "PTR") == "REFUSED"
+    web.addresses.is_ready = False
+    assert isinstance(asker.ask("9.9.9.10.in-addr.arpa", "PTR"), Wait)
+
+
+def test_connect_names_what_speaks_for_a_service_in_the_mesh(web: Any, asking: Any) -> None:
+    view = web.meshed["web"] = type(web.services["web"])()
+    view.rows = [Instance("n1", "dc1", "10.0.0.1", port=21000), Instance("n2", "dc1", "10.0.0.2", status="critical")]
+    asker = asking(web)
+    assert asker.answers("web.connect.consul") == ["10.0.0.1"]
+    assert asker.answers("web.connect.dc1.consul", "SRV") == ["1 1 21000 n1.node.dc1.consul."]
+    assert asker.rcode("none.connect.consul") == "NXDOMAIN"
+    view.rows = []
+    view.changed()
+    assert asker.rcode("web.connect.consul") == "NXDOMAIN"
+
+
+def test_the_name_server_that_the_soa_names_has_an_address(web: Any, asking: Any) -> None:
+    asker = asking(web)
+    name = str(asker.ask("consul", "SOA").rr[0].rdata.mname)
+    assert asker.answers(name) == ["127.0.0.36"]
+    assert str(asker.ask(name, "SOA").rr[0].rname) == "consul."
+    assert [str(rr.rname) for rr in asker.ask(name, "NS").rr] == ["consul."]
+    assert asker.rcode(name, "TXT") == "NOERROR"
+
+
+def test_a_name_with_others_below_it_is_nodata(web: Any, asking: Any) -> None:
+    web.add("dotted", "n1", "10.0.0.1", tags=["a.b"])
+    web.add_node("x.y", "10.0.0.9")
+    asker = asking(web)
+    for name in ("_tcp.service.consul", "b.dotted.service.consul", "y.node.consul", "connect.consul"):
+        assert asker.rcode(name) == "NOERROR", name
+    for name in ("c.dotted.service.consul", "z.node.consul", "_udp.service.consul"):
+        assert asker.rcode(name) == "NXDOMAIN", name
 
 
 def test_a_node_whose_name_dns_cannot_carry_is_left_out_of_srv(catalog: Any, asking: Any) -> None:

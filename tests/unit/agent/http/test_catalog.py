@@ -289,3 +289,13 @@ async def test_a_check_that_names_another_node_is_refused_with_everything_else(a
 async def test_the_services_of_a_node_without_any_are_null_in_the_list(api):
     assert (await api.get("/v1/catalog/node-services/s1")).json["Services"] is None
     assert (await api.get("/v1/catalog/node/s1")).json["Services"] == {}
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "[::]"])
+async def test_an_address_that_stands_for_all_addresses_is_none_of_a_service(api, address):
+    reply = await api.put(
+        "/v1/catalog/register", {"Node": "n", "Address": "10.0.0.1", "Service": {"Service": "s", "Address": address}}
+    )
+    assert (reply.status, reply.text) == (500, "Invalid service address")
+    assert "s" not in (await api.get("/v1/catalog/services")).json
+    assert (await api.put("/v1/catalog/register", {"Node": "n", "Address": address})).status == 200  # as Consul

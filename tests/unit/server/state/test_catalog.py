@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from rostra.server.state.catalog import Deregister, Nodes, NodeServices, Register, ServiceNames, canonical
+from rostra.server.state.catalog import (
+    Deregister,
+    Nodes,
+    NodeServices,
+    Register,
+    ServiceAddresses,
+    ServiceNames,
+    canonical,
+)
 from rostra.server.state.health import Checks, ConnectInstances, NodeChecks, ServiceInstances
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 from rostra.server.state.session import CreateSession, Sessions
@@ -198,6 +206,28 @@ def test_service_names_are_touched_by_names_and_tags_only(log):
     assert "table:service-names" not in log.touched()
     log.do(Deregister("n1"))
     assert "table:service-names" in log.touched()
+
+
+def test_addresses_of_services_are_touched_by_addresses_and_names_only(log):
+    log.register("n1", {"name": "web", "address": "10.9.9.9"}, {"id": "c", "service_id": "web"})
+    log.register("n2", {"name": "web"})
+    assert log.ask(ServiceAddresses()) == {("n1", "web"): ("10.9.9.9", "web")}
+    at = log.index_of(ServiceAddresses())
+    log.register("n1", {"name": "web", "address": "10.9.9.9", "port": 8}, {"id": "c", "status": "passing"})
+    log.register("n2", {"name": "web", "port": 9})
+    assert log.index_of(ServiceAddresses()) == at
+    for change, expected in (
+        ({"name": "web", "address": "10.8.8.8"}, {("n1", "web"): ("10.8.8.8", "web")}),
+        ({"id": "web", "name": "api", "address": "10.8.8.8"}, {("n1", "web"): ("10.8.8.8", "api")}),
+        ({"id": "web", "name": "api"}, {}),
+        ({"id": "web", "name": "api", "address": "::1"}, {("n1", "web"): ("::1", "api")}),
+    ):
+        log.register("n1", change)
+        assert log.ask(ServiceAddresses()) == expected
+        assert log.index_of(ServiceAddresses()) == log.store.index
+    log.apply(Deregister("n1"))
+    assert log.ask(ServiceAddresses()) == {}
+    assert log.index_of(ServiceAddresses()) == log.store.index
 
 
 def test_a_change_on_a_node_touches_each_instance_on_it_and_no_other(log):
