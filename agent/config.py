@@ -3,8 +3,9 @@
 `load(argv)` reads Consul's flags and configuration keys; each field of `Config` names its key, its flag, its meaning
 and whether a reload may change it, and nothing else has to be edited for a new one. Keys that Consul knows and Rostra
 has no use for are accepted with one warning (`UNUSED`); keys that nobody knows are errors. Service and check
-definitions are checked for form and handed on as plain maps (`Definition`). Imports the standard library and
-`agent/hcl.py` only: it runs before anything heavy is loaded.
+definitions are checked as the running agent checks them (`agent/file_definitions.py`) and handed on as plain maps
+(`Definition`). null is "not set", and "" in lists and maps of strings. Imports the standard library, and where a file
+asks for it `agent/hcl.py` and `agent/file_definitions.py`: it runs before anything heavy is loaded.
 """
 
 # ruff: noqa: RUF009  (setting() returns a dataclass field)
@@ -129,6 +130,12 @@ def _only(*types: type) -> Callable[[Any], Any]:
     return read
 
 
+def _integer(value: Any) -> int:
+    if type(value) is float and value.is_integer():  # 80.0 and 1e2 of a program that knows floats only
+        return int(value)
+    return cast(int, _only(int)(value))
+
+
 def _whole(text: str) -> int:
     try:
         return int(text)
@@ -143,15 +150,15 @@ def _switch(text: str) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list) or not all(isinstance(v, str | None) for v in value):
         raise TypeError
-    return tuple(value)
+    return tuple(v or "" for v in value)
 
 
 def _text_map(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(v, str | None) for v in value.values()):
         raise TypeError
-    return dict(value)
+    return {k: v or "" for k, v in value.items()}
 
 
 def _duration(value: Any) -> float:
@@ -162,7 +169,7 @@ def _duration(value: Any) -> float:
 
 
 def _port(value: Any) -> int:
-    port = cast(int, _only(int)(value))
+    port = _integer(value)
     if not -1 <= port <= 65535:
         raise ValueError(f"invalid port {port}: 1 to 65535, or -1 to switch it off")
     return port
@@ -217,11 +224,12 @@ def _refuse_template(text: str) -> None:
 
 
 def _joins(value: Any) -> tuple[str, ...]:
-    for address in _texts(value):
+    addresses = tuple(filter(None, _texts(value)))
+    for address in addresses:
         if "=" in address:
             raise ValueError(f'cloud auto-join is not supported: "{address}"; give addresses or host names')
         _refuse_template(address)
-    return tuple(value)
+    return addresses
 
 
 def _secret_key(value: Any) -> Secret:
@@ -258,15 +266,16 @@ def _one_of(*choices: str) -> Kind:
 
 def _between(low: int, high: int) -> Kind:
     def read(value: Any) -> int:
-        if not low <= cast(int, _only(int)(value)) <= high:
-            raise ValueError(f"cannot be {value}; it must be between {low} and {high}")
-        return int(value)
+        number = _integer(value)
+        if not low <= number <= high:
+            raise ValueError(f"cannot be {number}; it must be between {low} and {high}")
+        return number
 
     return Kind("a whole number", read, lambda text: read(_whole(text)))
 
 
 def _durations(value: Any) -> dict[str, float]:
-    return {key: duration_s(text) for key, text in _text_map(value).items()}
+    return {key: duration_s(text) if text else 0.0 for key, text in _text_map(value).items()}
 
 
 def _append(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -278,7 +287,7 @@ def _update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 TEXT = Kind("a string", _only(str), str)
-WHOLE = Kind("a whole number", _only(int), _whole)
+WHOLE = Kind("a whole number", _integer, _whole)
 SWITCH = Kind("true or false", _only(bool), _switch, is_switch=True)
 DURATION = Kind('a duration in quotes, such as "30s"', _duration, _duration)
 PORT = Kind("a port number", _port, lambda text: _port(_whole(text)))
@@ -314,7 +323,7 @@ def _keep_list(value: Any) -> list[str]:
 
 
 def _headers(value: Any) -> dict[str, list[str]]:
-    return {key: [v] if isinstance(v, str) else _keep_list(v) for key, v in _only(dict)(value).items()}
+    return {key: [v] if isinstance(v, str) else _keep_list(v or []) for key, v in _only(dict)(value).items()}
 
 
 def _duration_text(value: Any) -> str:
@@ -339,6 +348,7 @@ CHECK_SHAPE: dict[str, Any] = {
         ("output_max_size", "success_before_passing", "failures_before_warning", "failures_before_critical"), WHOLE),
     "status": _STATUS,
     "args": _LIST,
+    "script_args": _LIST,
     "header": _HEADERS,
 }  # fmt: skip
 _GATEWAY_SHAPE: dict[str, Any] = {"mode": TEXT}
@@ -379,7 +389,8 @@ SERVICE_SHAPE: dict[str, Any] = {
     "checks": Many(CHECK_SHAPE),
     "proxy": _PROXY_SHAPE,
 }
-SERVICE_SHAPE["connect"] = {"native": SWITCH, "sidecar_service": dict(SERVICE_SHAPE)}
+_NESTED: dict[str, Any] = {"native": SWITCH, "sidecar_service": MAP}  # refused, but in Consul's words
+SERVICE_SHAPE["connect"] = {"native": SWITCH, "sidecar_service": {**SERVICE_SHAPE, "connect": _NESTED}}
 
 
 # ── the settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -549,40 +560,40 @@ UNUSED: tuple[str, ...] = tuple(  # one word each, as prose: a list would be 170
     """
     acl.disabled_ttl acl.down_policy acl.enable_key_list_policy acl.enable_token_persistence
     acl.enable_token_replication acl.msp_disable_bootstrap acl.policy_ttl acl.role_ttl acl.token_ttl acl.tokens.*
-    acl_agent_master_token acl_agent_token acl_datacenter acl_down_policy acl_enable_key_list_policy
-    acl_master_token acl_replication_token acl_token acl_ttl addresses.grpc addresses.grpc_tls addresses.https
-    advertise_addr_ipv4 advertise_addr_ipv6 advertise_addr_wan advertise_addr_wan_ipv4 advertise_addr_wan_ipv6
-    advertise_reconnect_timeout audit.* auto_config.* auto_encrypt.* auto_reload_config
-    autopilot.cleanup_dead_servers autopilot.disable_upgrade_migration autopilot.last_contact_threshold
-    autopilot.max_trailing_logs autopilot.min_quorum autopilot.redundancy_zone_tag
-    autopilot.server_stabilization_time autopilot.upgrade_version_tag ca_file ca_path cert_file
+    acl_agent_master_token acl_agent_token acl_datacenter acl_disabled_ttl acl_down_policy acl_enable_key_list_policy
+    acl_enforce_version_8 acl_master_token acl_replication_token acl_token acl_ttl addresses.grpc addresses.grpc_tls
+    addresses.https advertise_addr_ipv4 advertise_addr_ipv6 advertise_addr_wan advertise_addr_wan_ipv4
+    advertise_addr_wan_ipv6 advertise_reconnect_timeout ae_interval audit.* auto_config.* auto_encrypt.*
+    auto_reload_config autopilot.cleanup_dead_servers autopilot.disable_upgrade_migration
+    autopilot.last_contact_threshold autopilot.max_trailing_logs autopilot.min_quorum autopilot.redundancy_zone_tag
+    autopilot.server_stabilization_time autopilot.upgrade_version_tag ca_file ca_path cache.* cert_file
     check_deregister_interval_min check_reap_interval cloud.* config_entries.* connect.ca_config.*
     connect.enable_mesh_gateway_wan_federation connect.enable_serverless_plugin connect.enabled
-    connect.test_ca_leaf_root_change_spread disable_anonymous_signature disable_coordinates disable_host_node_id
-    disable_http_unprintable_char_filter disable_keyring_file disable_remote_exec disable_update_check
-    discovery_max_stale dns_config.allow_stale dns_config.cache_max_age dns_config.disable_compression
-    dns_config.enable_additional_node_meta_txt dns_config.max_stale dns_config.prefer_namespace
-    dns_config.recursor_strategy dns_config.recursor_timeout dns_config.use_cache enable_acl_replication
-    enable_agent_tls_for_checks enable_central_service_config enable_debug enable_syslog encrypt_verify_incoming
-    encrypt_verify_outgoing experiments gossip_lan.* gossip_wan.* http_config.max_header_bytes http_config.use_cache
-    key_file leave_drain_time leave_on_terminate license_path limits.http_max_header_bytes
+    connect.test_ca_leaf_root_change_spread consul.* disable_anonymous_signature disable_coordinates
+    disable_host_node_id disable_http_unprintable_char_filter disable_keyring_file disable_remote_exec
+    disable_update_check discovery_max_stale dns_config.allow_stale dns_config.cache_max_age
+    dns_config.disable_compression dns_config.enable_additional_node_meta_txt dns_config.max_stale
+    dns_config.prefer_namespace dns_config.recursor_strategy dns_config.recursor_timeout dns_config.use_cache
+    enable_acl_replication enable_agent_tls_for_checks enable_central_service_config enable_debug enable_syslog
+    encrypt_verify_incoming encrypt_verify_outgoing experiments gossip_lan.* gossip_wan.* http_config.max_header_bytes
+    http_config.use_cache key_file leave_drain_time leave_on_terminate license_path limits.http_max_header_bytes
     limits.https_handshake_timeout limits.request_limits.* limits.rpc_client_timeout limits.rpc_handshake_timeout
     limits.rpc_max_burst limits.rpc_max_conns_per_client limits.rpc_rate limits.txn_max_req_len locality.* log_file
     log_rotate_bytes log_rotate_duration log_rotate_max_files log_sublevels.* partition peering.*
     performance.grpc_keepalive_interval performance.grpc_keepalive_timeout performance.leave_drain_time
     performance.rpc_hold_timeout ports.expose_max_port ports.expose_min_port ports.grpc ports.grpc_tls ports.https
-    ports.serf_wan primary_datacenter primary_gateways primary_gateways_interval protocol raft_boltdb.*
-    raft_logstore.* raft_protocol raft_snapshot_interval raft_snapshot_threshold raft_trailing_logs
-    reconnect_timeout reconnect_timeout_wan rejoin_after_leave reporting.* retry_interval_wan retry_join_wan
-    retry_max_wan rpc.* rpc_hold_timeout segment segment_limit segment_name_limit segments serf_lan
-    serf_lan_allowed_cidrs serf_wan serf_wan_allowed_cidrs server_name server_rejoin_age_max skip_leave_on_interrupt
-    snapshot_agent.* start_join_wan sync_coordinate_interval_min sync_coordinate_rate_target syslog_facility
-    telemetry.* tls.* tls_cipher_suites tls_min_version tls_prefer_server_cipher_suites translate_wan_addrs ui
-    ui_config.content_path ui_config.dashboard_url_templates.* ui_config.dir ui_config.enabled
-    ui_config.metrics_provider ui_config.metrics_provider_files ui_config.metrics_provider_options_json
-    ui_config.metrics_proxy.* ui_content_path ui_dir unix_sockets.* use_streaming_backend verify_incoming
-    verify_incoming_https verify_incoming_rpc verify_outgoing verify_server_hostname version version_prerelease
-    watches xds.*
+    ports.proxy_max_port ports.proxy_min_port ports.serf_wan primary_datacenter primary_gateways
+    primary_gateways_interval protocol raft_boltdb.* raft_logstore.* raft_protocol raft_snapshot_interval
+    raft_snapshot_threshold raft_trailing_logs reconnect_timeout reconnect_timeout_wan rejoin_after_leave reporting.*
+    retry_interval_wan retry_join_wan retry_max_wan revision rpc.* rpc_hold_timeout segment segment_limit
+    segment_name_limit segments serf_lan serf_lan_allowed_cidrs serf_wan serf_wan_allowed_cidrs server_name
+    server_rejoin_age_max skip_leave_on_interrupt snapshot_agent.* start_join_wan sync_coordinate_interval_min
+    sync_coordinate_rate_target syslog_facility tagged_addresses.* telemetry.* tls.* tls_cipher_suites tls_min_version
+    tls_prefer_server_cipher_suites translate_wan_addrs ui ui_config.content_path ui_config.dashboard_url_templates.*
+    ui_config.dir ui_config.enabled ui_config.metrics_provider ui_config.metrics_provider_files
+    ui_config.metrics_provider_options_json ui_config.metrics_proxy.* ui_content_path ui_dir unix_sockets.*
+    use_streaming_backend verify_incoming verify_incoming_https verify_incoming_rpc verify_outgoing
+    verify_server_hostname version version_prerelease watches xds.*
     """.split()  # noqa: SIM905
 )
 _UNUSED_FLAGS = """
@@ -770,7 +781,8 @@ class _Loading:
             self.problem(path, "", f"not UTF-8 text: byte {e.start} is {e.object[e.start]:#04x}")
             return
         self.files.append(path)
-        self.read_text(path, text, format)
+        if text:  # an empty file sets nothing, in JSON too
+            self.read_text(path, text, format)
 
     def read_text(self, name: str, text: str, format: str) -> None:
         from rostra.agent import hcl
@@ -797,6 +809,8 @@ class _Loading:
                     self.problem(where, key, f"unknown configuration key{_did_you_mean(raw, tree)}")
                 continue
             node = tree[name]
+            if item is None:
+                continue
             if node == _UNUSED_LEAF:
                 self.unused[key] = None
             elif isinstance(node, _Definitions):
@@ -810,7 +824,7 @@ class _Loading:
         if set(tree) == {"*"}:
             self.unused[key] = None
             return
-        blocks = item if isinstance(item, list) else [item]
+        blocks = [b for b in item if b is not None] if isinstance(item, list) else [item]
         if not all(isinstance(block, dict) for block in blocks):
             self.problem(where, key, f"must be a block, not {_describe(item)}")
             return
@@ -849,6 +863,8 @@ class _Loading:
     ) -> None:
         many = isinstance(item, list)
         for i, one in enumerate(item if many else [item]):
+            if one is None:
+                continue
             where = document.where(item, i) if many else document.where(container, raw)
             key = f"{node.key}[{i}]" if many else node.key
             if not isinstance(one, dict):
@@ -875,6 +891,8 @@ class _Loading:
             if name is None:
                 self.problem(where, f"{key}.{raw}", f"unknown configuration key{_did_you_mean(raw, shape)}")
                 continue
+            if item is None:
+                continue
             result = self.shaped_value(document, value, raw, item, shape[name], f"{key}.{name}", where)
             if result is not _BAD:
                 found[name] = result
@@ -895,6 +913,7 @@ class _Loading:
                     document.where(item, i) if isinstance(item, list) else where,
                 )
                 for i, one in enumerate(items)
+                if one is not None
             ]  # fmt: skip
         blocks = item if isinstance(item, list) else [item]
         if not all(isinstance(block, dict) for block in blocks):
@@ -902,7 +921,7 @@ class _Loading:
             return _BAD
         if isinstance(form, MapOf):
             return {
-                name: self.shaped_value(document, block, name, one, form.shape, f"{key}.{name}", where)
+                name: self.shaped_value(document, block, name, one or {}, form.shape, f"{key}.{name}", where)
                 for block in blocks
                 for name, one in block.items()
             }
@@ -926,6 +945,8 @@ class _Loading:
         _settle_servers(self)
         _settle_addresses(self)
         _settle_rest(self)
+        if self.services or self.checks:
+            _settle_definitions(self)
         if self.problems:
             raise ConfigErrors(self.problems)
         if self.unused:
@@ -971,13 +992,12 @@ def _settle_names(loading: _Loading) -> None:
         v[name] = str(v[name]).strip().strip(".").lower()
         if re.search(r"[\s/]|\.\.", v[name]) or (name == "domain" and not v[name]):
             loading.complain(name, f'"{v[name]}" is not a DNS domain')
-    for key, text in v["node_meta"].items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", key):
-            loading.complain("node_meta", f'"{key}" is no metadata key: 1 to 128 of a-z, A-Z, 0-9, - and _')
-        elif len(text) > 512:
-            loading.complain("node_meta", f'the value of "{key}" is longer than 512 characters')
-    if len(v["node_meta"]) > 64:
-        loading.complain("node_meta", f"{len(v['node_meta'])} pairs; 64 are possible")
+    if v["node_meta"]:
+        from rostra.agent.definition import meta_problem
+
+        problem = meta_problem(v["node_meta"])
+        if problem:
+            loading.complain("node_meta", problem)
 
 
 def _settle_servers(loading: _Loading) -> None:
@@ -985,7 +1005,7 @@ def _settle_servers(loading: _Loading) -> None:
     if v["dev"] and v["bootstrap_expect"] > 0:
         loading.complain("bootstrap_expect", "'bootstrap_expect > 0' not allowed in dev mode")
     elif v["bootstrap_expect"] > 0:
-        if v["bootstrap"]:
+        if v["bootstrap"] and v["bootstrap_expect"] > 1:
             loading.complain("bootstrap_expect", "'bootstrap_expect > 0' and 'bootstrap = true' are mutually exclusive")
         if not v["server"]:
             loading.complain("bootstrap_expect", "'bootstrap_expect > 0' requires 'server = true'")
@@ -1081,13 +1101,34 @@ def _settle_rest(loading: _Loading) -> None:
                 ipaddress.ip_network(network, strict=False)
             except ValueError:
                 loading.complain("allow_write_http_from", f'"{network}" is not a network such as 10.0.0.0/8')
+    for name in ("dns_udp_answer_limit", "dns_a_record_limit"):
+        if v[name] < 0:
+            loading.complain(name, f"cannot be {v[name]}; 0 or more")
+    for name in ("dns_soa_refresh_s", "dns_soa_retry_s", "dns_soa_expire_s", "dns_soa_min_ttl_s"):
+        if not 0 <= v[name] < 2**32:
+            loading.complain(name, f"cannot be {v[name]}; 0 to 4294967295 seconds")
     for recursor in v["recursors"]:
         host, colon, port = recursor.rpartition(":")
         plain = recursor.strip("[]")
+        if plain in _ANY_ADDRESS or host.strip("[]") in _ANY_ADDRESS:
+            loading.complain("recursors", f'"{recursor}" is no address of a server: it cannot be 0.0.0.0, :: or [::]')
+            continue
         if not _is_address(plain) and not (colon and port.isdigit() and _is_address(host.strip("[]"))):
             loading.complain("recursors", f'"{recursor}" is not an address or address:port')
     if v["acl_enabled"]:
         loading.warnings.append("acl.enabled: tokens are not enforced by this version; every request is allowed")
+
+
+def _settle_definitions(loading: _Loading) -> None:
+    from rostra.agent.definition import Scripts
+    from rostra.agent.file_definitions import problems
+
+    v = loading.values
+    scripts = Scripts(v["enable_script_checks"], v["enable_script_checks"] or v["enable_local_script_checks"])
+    data_dir = "" if v["dev"] else v["data_dir"]
+    found = problems(loading.services, loading.checks, node=v["node_name"], scripts=scripts, data_dir=data_dir)
+    for where, what, message in found:
+        loading.problem(where, what, message)
 
 
 def _is_local(address: str) -> bool:

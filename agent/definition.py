@@ -16,7 +16,7 @@ from typing import Any
 
 from rostra.agent.http.durations import SECOND, parse_duration
 from rostra.server.state.rows import ServiceRow
-from rostra.wire.errors import BadRequest
+from rostra.wire.errors import BadRequest, Denied
 
 INTERVAL_MIN_S = 1.0
 DEREGISTER_AFTER_MIN_S = 60.0
@@ -30,6 +30,10 @@ _META_PAIRS_MAX = 64
 _META_KEY_MAX = 128
 _META_VALUE_MAX = 512
 _META_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class ScriptsDisabled(Denied):
+    """This agent runs no scripts, or none that came over HTTP."""
 
 
 class DecodeError(BadRequest):
@@ -68,6 +72,27 @@ class CheckSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Scripts:
+    """Whose script checks are run."""
+
+    remote: bool = False  # enable_script_checks: registered over HTTP, too
+    local: bool = False  # enable_local_script_checks: from configuration files
+
+    def allow(self, spec: CheckSpec, from_file: bool) -> None:
+        """Raises ScriptsDisabled."""
+        if spec.type != "script" or self.remote or (from_file and self.local):
+            return
+        if from_file:
+            raise ScriptsDisabled(
+                "Scripts are disabled on this agent; to enable, configure 'enable_script_checks' or "
+                "'enable_local_script_checks' to true"
+            )
+        raise ScriptsDisabled(
+            "Scripts are disabled on this agent from remote calls; to enable, configure 'enable_script_checks' to true"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceDefinition:
     """One service with its checks; `sidecar` is the proxy that `connect { sidecar_service }` asked for."""
 
@@ -86,13 +111,16 @@ def parse_service(raw: Any, *, node: str) -> ServiceDefinition:
     return definition
 
 
-def parse_check(raw: Any) -> CheckSpec:
-    """A check registered on its own, for the node or (with ServiceID) for a service. Raises as above."""
+def parse_check(raw: Any, *, from_file: bool = False) -> CheckSpec:
+    """A check registered on its own, for the node or (with ServiceID) for a service. In a file an id is name enough.
+
+    Raises as above.
+    """
     fields = _Fields(raw, "")
     name = fields.text("name")
     check_id = fields.text("id") or fields.text("check_id") or name
     service_id = fields.text("service_id")
-    if not name:
+    if not name and not (from_file and check_id):
         raise BadRequest("Missing check name")
     spec = _read_check(fields, id=check_id, name=name, service_id=service_id, bad_status="Bad check status")
     fields.end()
@@ -395,7 +423,7 @@ def _mode_map(fields: _Fields | None) -> dict[str, str]:
 def _read_tagged_addresses(fields: _Fields) -> dict[str, dict[str, Any]]:
     addresses: dict[str, dict[str, Any]] = {}
     for name, value in fields.free_map("tagged_addresses").items():
-        entry = _Fields(value, f"TaggedAddresses.{name}.")
+        entry = _Fields({} if value is None else value, f"TaggedAddresses.{name}.")
         addresses[name] = {"address": entry.text("address"), "port": entry.integer("port")}
         entry.end()
     return addresses
@@ -420,17 +448,23 @@ def _check_weights(passing: int, warning: int) -> None:
 
 
 def _check_meta(meta: Mapping[str, str]) -> None:
+    problem = meta_problem(meta)
+    if problem:
+        raise BadRequest(f"Invalid Service Meta: {problem}")
+
+
+def meta_problem(meta: Mapping[str, str]) -> str:
+    """What is wrong with the metadata of a node or service; "" where nothing is."""
     if len(meta) > _META_PAIRS_MAX:
-        raise BadRequest(
-            f"Invalid Service Meta: Node metadata cannot contain more than {_META_PAIRS_MAX} key/value pairs"
-        )
+        return f"Node metadata cannot contain more than {_META_PAIRS_MAX} key/value pairs"
     for key, value in meta.items():
-        problem = _meta_problem(key, value)
+        problem = _pair_problem(key, value)
         if problem:
-            raise BadRequest(f"Invalid Service Meta: Couldn't load metadata pair ('{key}', '{value}'): {problem}")
+            return f"Couldn't load metadata pair ('{key[:_META_KEY_MAX]}', '{value[:_META_KEY_MAX]}'): {problem}"
+    return ""
 
 
-def _meta_problem(key: str, value: str) -> str:
+def _pair_problem(key: str, value: str) -> str:
     if not key:
         return "Key cannot be blank"
     if not _META_KEY.fullmatch(key):
@@ -623,21 +657,23 @@ class _Fields:
         if not isinstance(value, list | tuple):
             raise self._wrong(name, value, "[]string")
         for item in value:
-            if not isinstance(item, str):
+            if not isinstance(item, str | None):
                 raise self._wrong(name, item, "string")
-        return tuple(value)
+        return tuple(item or "" for item in value)
 
     def text_map(self, name: str) -> dict[str, str]:
         pairs = self.free_map(name)
         for value in pairs.values():
-            if not isinstance(value, str):
+            if not isinstance(value, str | None):
                 raise self._wrong(name, value, "string")
-        return pairs
+        return {key: value or "" for key, value in pairs.items()}
 
     def header(self, name: str) -> dict[str, tuple[str, ...]]:
         header: dict[str, tuple[str, ...]] = {}
         for key, value in self.free_map(name).items():
-            values = (value,) if isinstance(value, str) else value
+            values = (value,) if isinstance(value, str) else value or ()
+            if isinstance(values, list | tuple):
+                values = [v or "" if isinstance(v, str | None) else v for v in values]
             if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
                 raise self._wrong(name, value, "[]string")
             if any(c in text for text in (key, *values) for c in "\r\n"):

@@ -42,6 +42,8 @@ from rostra.agent.definition import (
     OUTPUT_BYTES_MAX,
     SIDECAR_SUFFIX,
     CheckSpec,
+    Scripts,
+    ScriptsDisabled,
     ServiceDefinition,
     expand_sidecar_checks,
     frozen,
@@ -53,7 +55,7 @@ from rostra.agent.local_files import Files
 from rostra.runtime import log as _log
 from rostra.runtime.service import AGAIN_MAX_S, Tasks
 from rostra.server.state.rows import CheckRow, ServiceRow
-from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound
+from rostra.wire.errors import BadRequest, Conflict, NotFound
 
 if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
@@ -68,10 +70,6 @@ FIRST_PAUSE_S = 0.25
 STOP_S = 1.0
 
 _NO_REASON = "Maintenance mode is enabled for this {}, but no reason was provided. This is a default message."
-
-
-class ScriptsDisabled(Denied):
-    """This agent runs no scripts, or none that came over HTTP."""
 
 
 @dataclass(slots=True, eq=False)
@@ -97,14 +95,6 @@ class LocalCheck:
     stop: Callable[[], None] = lambda: None
     quiet_until: float = 0.0  # an output-only change before this time waits
     output_timer: asyncio.TimerHandle | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scripts:
-    """Whose script checks are run."""
-
-    remote: bool = False  # enable_script_checks: registered over HTTP, too
-    local: bool = False  # enable_local_script_checks: from configuration files
 
 
 _P = ParamSpec("_P")
@@ -221,7 +211,7 @@ class LocalAgent:
         wanted = parse_service(definition, node=self.node)
         for part in (wanted, wanted.sidecar):
             for spec in part.checks if part is not None else ():
-                self._allow_script(spec, from_file)
+                self._scripts.allow(spec, from_file)
         named = [_service(wanted.row.id), _service(wanted.row.id + SIDECAR_SUFFIX)]
         async with self._change(*named, *(["sidecar ports"] if wanted.sidecar is not None else [])):
             parts = [(wanted, "")]
@@ -305,8 +295,8 @@ class LocalAgent:
     @_whole
     async def register_check(self, definition: Mapping[str, Any], *, token: str = "", from_file: bool = False) -> str:
         """Add or replace one check; the id of its service, if any. Raises BadRequest, NotFound, ScriptsDisabled."""
-        spec = parse_check(definition)
-        self._allow_script(spec, from_file)
+        spec = parse_check(definition, from_file=from_file)
+        self._scripts.allow(spec, from_file)
         async with self._change(_check(spec.id), _service(spec.service_id)):
             if spec.service_id and spec.service_id not in self.services:
                 raise NotFound(f'ServiceID "{spec.service_id}" does not exist')
@@ -491,18 +481,6 @@ class LocalAgent:
             self._refresh_aliases({row.service_id} if row.service_id else None)
             self._changed()
             await self._files.remove(*files)
-
-    def _allow_script(self, spec: CheckSpec, from_file: bool) -> None:
-        if spec.type != "script" or self._scripts.remote or (from_file and self._scripts.local):
-            return
-        if from_file:
-            raise ScriptsDisabled(
-                "Scripts are disabled on this agent; to enable, configure 'enable_script_checks' or "
-                "'enable_local_script_checks' to true"
-            )
-        raise ScriptsDisabled(
-            "Scripts are disabled on this agent from remote calls; to enable, configure 'enable_script_checks' to true"
-        )
 
     # -- sidecars -------------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ class Files:
 
     def _path(self, kind: str, name: str) -> Path:
         assert self._directory is not None
-        return self._directory / kind / (hashlib.sha256(name.encode()).hexdigest() + ".json")
+        return _path(self._directory, kind, name)
 
     async def _run(self, work: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
@@ -128,6 +128,18 @@ class Files:
             os.replace(_beside(path), path)
         except OSError as error:
             log.warn("cannot keep the state of a check", path=str(path), error=str(error))
+
+
+def is_kept(directory: Path, kind: str, name: str) -> bool:
+    """Whether an agent with this data directory has such a file. One that cannot be looked at has none."""
+    try:
+        return _path(directory, kind, name).exists()
+    except OSError:
+        return False
+
+
+def _path(directory: Path, kind: str, name: str) -> Path:
+    return directory / kind / (hashlib.sha256(name.encode()).hexdigest() + ".json")
 
 
 def _commit_batch(files: dict[Path, bytes | None]) -> dict[Path, OSError]:

@@ -242,11 +242,12 @@ class RunningAgent:
 
     async def start(self) -> None:
         from rostra.agent.context import Agent
+        from rostra.agent.definition import Scripts
         from rostra.agent.dns_source import CatalogSource
         from rostra.agent.http.app import HttpServer
         from rostra.agent.http.gate import Gate
         from rostra.agent.leaf import Leaves
-        from rostra.agent.local import LocalAgent, Scripts
+        from rostra.agent.local import LocalAgent
         from rostra.agent.metrics import Metrics
         from rostra.agent.proxycfg import ProxyConfigs
         from rostra.agent.results import Results

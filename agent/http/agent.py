@@ -22,14 +22,14 @@ from rostra.acl.identity import BadIdentity, ServiceIdentity, parse
 from rostra.acl.intention import Intention, decide
 from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, aggregate
 from rostra.agent.context import Agent
-from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, DecodeError
+from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, DecodeError, ScriptsDisabled
 from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
 from rostra.agent.http.machine import describe
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
 from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
-from rostra.agent.local import LocalAgent, ScriptsDisabled
+from rostra.agent.local import LocalAgent
 from rostra.agent.metrics import Metrics
 from rostra.agent.proxycfg import ProxyConfigs
 from rostra.agent.sync import Sync

@@ -1,6 +1,7 @@
 """Flags, JSON and HCL → one Config, or every problem with its place."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -345,7 +346,7 @@ def test_service_and_check_definitions_are_collected_with_their_places(write: An
         "web.hcl",
         'service {\n  Name = "web" Port = 80\n  checks = [{ HTTP = "http://x" interval = "10s" }]\n'
         '  connect { sidecar_service { proxy { upstreams { destination_name = "api" LocalBindPort = 9 } } } }\n}\n'
-        'check { id = "mem" args = ["true"] interval = "10s" }\n',
+        'check { id = "mem" tcp = "localhost:1" interval = "10s" }\n',
     )
     write("more.json", '{"services": [{"name": "a"}, {"name": "b"}], "checks": [{"name": "c", "ttl": "10s"}]}')
     c = load([*BASE, "-config-file=web.hcl", "-config-file=more.json"])
@@ -359,13 +360,14 @@ def test_service_and_check_definitions_are_collected_with_their_places(write: An
         "connect": {"sidecar_service": {"proxy": {"upstreams": [{"destination_name": "api", "local_bind_port": 9}]}}},
     }
     assert [d.value for d in c.checks] == [
-        {"id": "mem", "args": ["true"], "interval": "10s"}, {"name": "c", "ttl": "10s"},
+        {"id": "mem", "tcp": "localhost:1", "interval": "10s"}, {"name": "c", "ttl": "10s"},
     ]  # fmt: skip
 
 
 def test_maps_of_the_user_inside_definitions_stay_as_written() -> None:
     text = """service { name = "x" meta { MyKey = "V" } tagged_addresses { LAN_x { Address = "10.0.0.1" Port = 1 } }
-      proxy { config { Envoy_Thing { b_C = 1 } } } check { http = "x" header { X-Y = ["1"] Z = "2" } } }"""
+      proxy { config { Envoy_Thing { b_C = 1 } } } 
+      check { http = "x" interval = "1s" header { X-Y = ["1"] Z = "2" } } }"""
     (service,) = from_hcl(text).services
     assert service.value["meta"] == {"MyKey": "V"}
     assert service.value["tagged_addresses"] == {"LAN_x": {"address": "10.0.0.1", "port": 1}}
@@ -490,3 +492,167 @@ def test_a_port_that_others_have_to_know_is_a_fixed_one(argv: list[str], flag: s
 
 def test_ports_that_only_this_host_asks_for_may_be_any() -> None:
     load(["-dev", "-server-port=0", "-http-port=0", "-dns-port=0"])
+
+
+# ── as Consul takes files ──
+
+
+def test_every_key_of_consul_is_known() -> None:
+    lines = (Path(__file__).parent / "consul_1_8_keys.txt").read_text().splitlines()
+    other = {"service.proxy.expose.port"}  # a slip of Consul's: it reads it nowhere
+    unknown = []
+    for line in lines:
+        block, _, words = line.partition(": ")
+        for word in words.split() if not line.startswith("#") else ():
+            path = word if block == "-" else f"{block}.{word}"
+            document: Any = None
+            for key in reversed(path.split(".")):
+                document = {key: document}
+            loading = config._Loading()
+            loading.read_text("f", json.dumps(document), "json")
+            if path not in other:
+                unknown += [p for p in map(str, loading.problems) if "unknown configuration key" in p]
+    assert unknown == []
+    assert len(lines) > 30
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "acl_enforce_version_8 = false",
+        'acl_disabled_ttl = "1s"',
+        "cache { entry_fetch_rate = 3 entry_fetch_max_burst = 2 }",
+        "ports { proxy_min_port = 20000 proxy_max_port = 20255 }",
+        'consul { raft { election_timeout = "1s" } }',
+    ],
+)
+def test_a_key_of_older_files_is_taken_with_a_warning(text: str) -> None:
+    (warning,) = from_hcl(text).warnings
+    assert text.split()[0] in warning
+
+
+def test_null_is_not_set_at_every_depth_and_empty_in_lists_and_maps_of_strings(write: Any) -> None:
+    write(
+        "null.json",
+        """{"node_name": null, "ports": {"http": null}, "dns_config": null, "retry_join": [null, "10.0.0.1"],
+        "node_meta": {"a": null}, "checks": null, "services": [null, {"name": "b"}], "tls": null,
+        "service": {"name": "a", "tags": [null, "t"], "meta": {"k": null}, "port": null, "weights": null,
+          "tagged_addresses": {"lan": null}, "connect": {"sidecar_service": null}, "checks": [null],
+          "check": {"ttl": "1s", "header": {"H": null}, "status": null}}}""",
+    )
+    c = load([*BASE, "-config-file=null.json"])
+    assert (c.node_name, c.http_port, c.retry_join, c.node_meta) == ("n1", 8500, ("10.0.0.1",), {"a": ""})
+    assert c.warnings == ()
+    assert c.services[1].value == {
+        "name": "a",
+        "tags": ["", "t"],
+        "meta": {"k": ""},
+        "tagged_addresses": {"lan": {}},
+        "connect": {},
+        "checks": [],
+        "check": {"ttl": "1s", "header": {"H": []}},
+    }
+
+
+def test_a_whole_number_may_be_written_as_a_float_and_no_other_type_stands_for_another(write: Any) -> None:
+    write("f.json", '{"ports": {"http": 8501.0}, "service": {"name": "a", "port": 1e2, "weights": {"passing": 2.0}}}')
+    c = load([*BASE, "-config-file=f.json"])
+    assert (c.http_port, c.services[0].value["port"]) == (8501, 100)
+    assert type(c.http_port) is int
+    for wrong in (
+        '{"ports": {"http": "8501"}}',
+        '{"ports": {"http": 8501.5}}',
+        '{"server": "true"}',
+        '{"server": 1}',
+        '{"node_name": 5}',
+        '{"node_name": true}',
+        '{"retry_join": "a"}',
+        '{"service": {"name": "a", "tags": "t"}}',
+        '{"service": {"name": "a", "meta": {"k": 5}}}',
+        '{"service": {"name": "a", "check": {"ttl": 10}}}',
+        '{"retry_interval": 30}',
+    ):
+        write("w.json", wrong)
+        (problem,) = problems(*BASE, "-config-file=w.json")
+        assert "must be" in problem
+
+
+def test_an_empty_file_sets_nothing_whatever_its_name(write: Any) -> None:
+    for name in ("d/empty.json", "d/empty.hcl"):
+        write(name, "")
+    write("d/z.json", '{"datacenter": "dc7"}')
+    assert load([*BASE, "-config-dir=d", "-config-file=d/empty.json"]).datacenter == "dc7"
+
+
+def test_bootstrap_and_a_cluster_of_one_say_the_same() -> None:
+    assert from_hcl("server = true bootstrap = true bootstrap_expect = 1").bootstrap
+    assert "mutually exclusive" in hcl_problems("server = true bootstrap = true bootstrap_expect = 2")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('service { name = "a" weights { passing = 0 } }', "Passing must be greater than 0"),
+        ('service { name = "a" weights { passing = 1 warning = -1 } }', "Warning must be greater or equal than 0"),
+        ('service { name = "a" kind = "connect-proxy" port = 1 proxy {} }', "DestinationServiceName must be non-empty"),
+        (
+            'service { name = "a" kind = "connect-proxy" proxy { destination_service_name = "b" } }',
+            "Port must be set for a Connect proxy",
+        ),
+        ('service { name = "a" connect { sidecar_service { id = "x" } } }', "cannot specify an ID"),
+        (
+            'service { name = "a" connect { sidecar_service { connect { sidecar_service {} } } } }',
+            "cannot have a nested SidecarService",
+        ),
+        ('service { name = "a" meta { "a b" = "x" } }', "Key contains invalid characters"),
+        ('service { name = "a" meta { "consul-x" = "x" } }', "reserved for internal use"),
+        ('service { name = "a" meta { "k" = "' + "v" * 513 + '" } }', "Value is too long"),
+        ('service { name = "a" meta { ' + " ".join(f'k{i} = "v"' for i in range(65)) + " } }", "more than 64"),
+        ('service { name = "a" port = 70000 }', "70000 is not between 0 and 65535"),
+        ('service { name = "a" address = "0.0.0.0" }', "Invalid service address"),
+        ('service { name = "a" check { http = "http://x" } }', "Interval must be > 0"),
+        ('service { name = "a" check { args = ["x"] interval = "10s" } }', "Scripts are disabled on this agent"),
+        ('check { name = "c" ttl = "0s" }', "TTL must be > 0"),
+        ('check { name = "c" service_id = "nope" ttl = "10s" }', 'ServiceID "nope" does not exist'),
+    ],
+)
+def test_a_definition_is_refused_with_its_place_before_anything_starts(text: str, said: str) -> None:
+    (problem,) = hcl_problems(text)
+    assert problem.startswith("-hcl:1:1: ")
+    assert said in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dns_config { udp_answer_limit = -1 }", "dns_config.udp_answer_limit: cannot be -1"),
+        ("dns_config { a_record_limit = -1 }", "dns_config.a_record_limit: cannot be -1"),
+        ("dns_config { soa { refresh = -1 } }", "dns_config.soa.refresh: cannot be -1"),
+        ('recursors = ["::"]', "cannot be 0.0.0.0, :: or [::]"),
+        ('recursors = ["[::]:53"]', "cannot be 0.0.0.0, :: or [::]"),
+        ('recursors = ["0.0.0.0:53"]', "cannot be 0.0.0.0, :: or [::]"),
+        ('node_meta { "consul-x" = "y" }', "reserved for internal use"),
+    ],
+)
+def test_a_setting_that_nothing_could_work_with_is_refused(text: str, said: str) -> None:
+    (problem,) = hcl_problems(text)
+    assert said in problem
+
+
+def test_a_check_may_belong_to_a_service_of_another_file_to_a_sidecar_or_to_one_that_was_registered_before(
+    write: Any, tmp_path: Path
+) -> None:
+    service = 'service { name = "web" port = 1 connect { sidecar_service {} } }'
+    assert len(from_hcl(f'{service} check {{ name = "c" service_id = "web" ttl = "1s" }}').checks) == 1
+    assert len(from_hcl(f'{service} check {{ id = "c" service_id = "web-sidecar-proxy" ttl = "1s" }}').checks) == 1
+    kept = tmp_path / "data" / "services" / f"{hashlib.sha256(b'old').hexdigest()}.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    text = 'check { name = "c" service_id = "old" ttl = "1s" }'
+    assert len(load([*BASE, f"-data-dir={tmp_path / 'data'}", f"-hcl={text}"]).checks) == 1
+
+
+def test_script_checks_of_files_are_taken_where_they_are_allowed() -> None:
+    text = 'service { name = "a" check { script_args = ["x"] interval = "10s" } }'
+    for key in ("enable_script_checks", "enable_local_script_checks"):
+        assert len(from_hcl(f"{key} = true {text}").services) == 1

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from rostra.agent.local import LocalAgent, Scripts, ScriptsDisabled
+from rostra.agent.definition import Scripts, ScriptsDisabled
+from rostra.agent.local import LocalAgent
 from rostra.runtime import log
 from rostra.wire.errors import BadRequest, Conflict, NotFound
 from tests.support.waiting import eventually
