@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test attack sim torture mutants check bench venv clean
+.PHONY: demo test attack fuzz-http sim torture mutants check bench venv clean
 
 demo: venv  ## the whole product on this machine, step by step, each step verified
 	@$(VENV)/bin/python -P deploy/local/demo.py
@@ -12,6 +12,9 @@ test: venv  ## every test that this machine can run
 
 attack: venv  ## every attack of tests/attack, the long forms too; about ten minutes
 	@$(VENV)/bin/pytest -q -m "long or not long" tests/attack
+
+fuzz-http: venv  ## N=20000 requests in every odd but lawful form, on asyncio and on uvloop; SEED=
+	@$(VENV)/bin/python -m tests.fuzz.http -n $(or $(N),20000) $(if $(SEED),--seed $(SEED))
 
 torture: venv  ## real processes, MINUTES=10 of kill -9, stops, partitions, torn tails, full and slow disks; SEED=, SERVERS=3,5
 	@$(VENV)/bin/python -m tests.torture --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(SERVERS),--servers $(SERVERS))

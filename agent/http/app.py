@@ -24,17 +24,18 @@ from urllib.parse import quote, unquote
 
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_request import BaseRequest
-from aiohttp.web_server import Server
 
 from rostra.agent.context import Agent
 from rostra.agent.http import catalog, connect, health, kv, operator, session, status
+from rostra.agent.http.connection import Attention, Connection, Connections, PayloadBroken, insides_fit
 from rostra.agent.http.declared import WARNING_HEADER, check_parameters, warning
 from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, outcome
 from rostra.agent.http.gate import READS, Gate
-from rostra.agent.http.hot import HotConnection, HotReads, StoredAnswer, insides_fit
+from rostra.agent.http.hot import HotReads, StoredAnswer, key_of
 from rostra.agent.http.reads import WAIT_MAX_S
-from rostra.agent.http.routing import JSON_TYPE, TEXT_TYPE, Match, Request, Response, Route, Router
+from rostra.agent.http.routing import JSON_TYPE, TEXT_TYPE, Match, Request, Response, Route, Router, text_response
 from rostra.agent.metrics import Histogram
+from rostra.wire.turns import turns
 
 CONNECTIONS_PER_CLIENT = 200
 KEEPALIVE_S = 300.0
@@ -47,7 +48,6 @@ TURN_BYTES = 128 << 10
 LARGE_AT_ONCE = 8
 #: A large body whose reader pauses for longer goes on beside the others.
 PATIENCE_S = 0.02
-LINE_BYTES_MAX = 64 << 10
 #: Indenting larger bodies would hold the loop.
 PRETTY_INLINE_BYTES = 8 << 10
 
@@ -90,7 +90,9 @@ class HttpServer:
         self.turns = WriteTurns()
         self._deadlines = Deadlines()
         self.hot = HotReads(agent.servers, agent.metrics, _date_line)
-        self._server = _Server(self)
+        self._attention = Attention()
+        self._fits = True
+        self._server = Connections(self.handle, self._connection, self.gone, keepalive_s=KEEPALIVE_S)
         self._listeners: list[asyncio.Server] = []
         self._unix_paths: list[str] = []
         self._histograms: dict[str, Histogram] = {}
@@ -105,7 +107,7 @@ class HttpServer:
 
     async def start(self) -> None:
         """Must be called once before listening."""
-        self.hot.enabled = await insides_fit(self._server)
+        self._fits = self.hot.enabled = await insides_fit(self._server)
 
     async def listen_tcp(
         self, host: str, port: int, *, tls: ssl.SSLContext | None = None, sock: Any = None
@@ -141,6 +143,7 @@ class HttpServer:
             listener.close()
         await self.hot.close()
         self._deadlines.stop()
+        self._attention.stop()
         self._server.pre_shutdown()
         await self._server.shutdown(timeout_s)
         for path in self._unix_paths:
@@ -151,7 +154,14 @@ class HttpServer:
 
     # -- one connection -------------------------------------------------------------------------------------------
 
-    def admit(self, connection: HotConnection, transport: asyncio.Transport) -> bool:
+    def _connection(self, manager: Connections, **options: Any) -> Connection:
+        connection = _Connection(
+            manager, hot=self.hot, admit=self.admit, attention=self._attention, plain=not self._fits, **options
+        )
+        connection.turns = self.turns
+        return connection
+
+    def admit(self, connection: Connection, transport: asyncio.Transport) -> bool:
         """Count a client's connections; past the limit it is told so and closed."""
         peer = transport.get_extra_info("peername")
         if not isinstance(peer, tuple):
@@ -181,7 +191,9 @@ class HttpServer:
         """What aiohttp calls. Never raises, but for cancellation."""
         started = time.perf_counter()
         connection = base.protocol
-        raw = connection.take_whole_get() if isinstance(connection, HotConnection) else None
+        assert isinstance(connection, Connection)
+        if connection.others_wait:
+            await turns().turn()
         name = "unknown"
         keep_alive = base.keep_alive
         self._deadlines.begin(REQUEST_S)
@@ -201,8 +213,10 @@ class HttpServer:
             self._deadlines.end()
         if self._gate.headers:
             response.headers = {**response.headers, **self._gate.headers}
-        if keep_alive and raw is not None and response.hot is not None and base.version == (1, 1):
-            self._remember(raw, response)
+        if connection.is_last():
+            keep_alive = False
+        if response.hot is not None and keep_alive and base.version == (1, 1):
+            self._remember(base, response)
         self._histogram(name).add((time.perf_counter() - started) * 1000.0)
         return Reply(base, response, keep_alive, self.turns)
 
@@ -228,7 +242,7 @@ class HttpServer:
             return _other_method(method, match), "unknown"
         if "Host" not in base.headers and base.version == (1, 1):
             raise _CloseAfter(400, "400 Bad Request: missing required Host header")
-        body = await _read_body(base, route) if base.can_read_body else b""
+        body = await self._body(base, route) if base.can_read_body else b""
         request = Request(
             method, target, headers=base.headers, body=body, remote=base.remote or "", params=match.params
         )
@@ -242,7 +256,22 @@ class HttpServer:
             response = await _pretty(response)
         return response, f"{method} {route.path}"
 
-    def _remember(self, raw: bytes, response: Response) -> None:
+    async def _body(self, base: BaseRequest, route: Route) -> bytes:
+        """The whole body. What does not come whole is not done."""
+        try:
+            return await _read_body(base, route)
+        except PayloadBroken as e:
+            raise _CloseAfter(400, f"400 Bad Request: the body is {e}, nothing was done") from None
+        except asyncio.CancelledError:
+            if not self._deadlines.expired():
+                raise
+            text = f"408 Request Timeout: the body did not arrive within {REQUEST_S:g} s, nothing was done"
+            raise _CloseAfter(408, text) from None
+
+    def _remember(self, base: BaseRequest, response: Response) -> None:
+        raw = key_of(base)
+        if raw is None:
+            return
         headers = {k: v for k, v in response.headers.items() if k not in _SPLIT_AT}
         before = f"HTTP/1.1 {response.status} {_REASONS[response.status]}\r\n{_lines(headers)}".encode()
         after = b"Content-Length: %d\r\n\r\n" % len(response.body)
@@ -268,33 +297,7 @@ class _CloseAfter(HttpError):
     """An error after which the connection cannot be used any more: what follows on it was not read."""
 
 
-class _Server(Server):
-    """aiohttp's server, making our connections."""
-
-    def __init__(self, http: HttpServer) -> None:
-        super().__init__(
-            http.handle,  # type: ignore[arg-type]
-            handler_cancellation=True,
-            keepalive_timeout=KEEPALIVE_S,
-            access_log=None,
-            auto_decompress=False,
-            lingering_time=2.0,
-            max_line_size=LINE_BYTES_MAX,
-            max_field_size=LINE_BYTES_MAX,
-        )
-        self._http = http
-
-    def __call__(self) -> HotConnection:
-        connection = _Connection(self, hot=self._http.hot, admit=self._http.admit, loop=self._loop, **self._kwargs)
-        connection.turns = self._http.turns
-        return connection
-
-    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
-        self._http.gone(self._connections.get(handler))
-        super().connection_lost(handler, exc)
-
-
-class _Connection(HotConnection):
+class _Connection(Connection):
     __slots__ = ("turns",)
     turns: WriteTurns
 
@@ -304,6 +307,10 @@ class _Connection(HotConnection):
         """What could not be parsed, or failed outside our handler. Says little and closes."""
         if isinstance(exc, LineTooLong):
             status = 431
+        elif message and exc is None:
+            return Reply(
+                request, text_response(f"{status} {_REASONS[status]}: {message}", status=status), False, self.turns
+            )
         if status >= 500 and exc is not None and not isinstance(exc, TimeoutError):
             return Reply(request, error_response(exc), False, self.turns)
         text = f"{status} {_REASONS.get(status, 'Bad Request')}".encode()
@@ -442,7 +449,7 @@ class Reply:
             body = b""
         if len(body) <= WRITE_BYTES:
             transport.write(head + body)
-            if base.protocol._paused:
+            if base.protocol.writing_paused:
                 await self._drained()
             return
         transport.write(head)
@@ -465,7 +472,7 @@ class Reply:
                 if base.transport is None:
                     raise ConnectionResetError("the client has gone")
                 transport.write(body[at : at + WRITE_BYTES])
-                if base.protocol._paused:
+                if base.protocol.writing_paused:
                     patience = asyncio.get_running_loop().call_later(PATIENCE_S, give_place)
                     try:
                         await self._drained()

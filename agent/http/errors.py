@@ -61,6 +61,8 @@ def outcome(error: BaseException) -> str:
     """What became of a change that ended with this."""
     if isinstance(error, NoLeader):
         return "unknown" if isinstance(error, Lost) else "not-done"
+    if isinstance(error, HttpError) and error.status == 408:
+        return "not-done"
     if isinstance(error, HttpError) or (isinstance(error, RostraError) and error.code not in ("timeout", "internal")):
         return "refused"
     return "unknown"

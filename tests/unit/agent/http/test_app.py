@@ -178,26 +178,6 @@ async def test_a_request_that_takes_too_long_is_ended_with_500(monkeypatch):
     await api.server.close(1.0)
 
 
-async def test_a_handler_ends_when_its_client_goes():
-    entered, left = asyncio.Event(), asyncio.Event()
-
-    async def parked(request, agent):
-        entered.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            left.set()
-        return Response()
-
-    api = await make_api([Route("GET", "/v1/parked", parked)])
-    _, writer = await asyncio.open_connection(api.host, api.port)
-    writer.write(b"GET /v1/parked HTTP/1.1\r\nHost: a\r\n\r\n")
-    await asyncio.wait_for(entered.wait(), 5)
-    writer.close()
-    await asyncio.wait_for(left.wait(), 5)
-    await api.server.close(1.0)
-
-
 async def test_a_client_may_hold_only_so_many_connections_and_gets_room_again():
     api = await make_api(connections_per_client=2)
     held = [await asyncio.open_connection(api.host, api.port) for _ in range(2)]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rostra.agent.http.hot import HotConnection, insides_fit
+from rostra.agent.http.connection import Attention, Connection, insides_fit
 from rostra.server.state.catalog import Register
 from rostra.server.state.kv import SetKey
 from tests.unit.agent.http.conftest import Api
@@ -216,11 +216,17 @@ async def test_a_client_that_leaves_while_its_barrier_is_out_harms_nobody(api, c
 
 
 async def test_hot_reads_stay_off_where_aiohttp_differs(api):
-    class Changed(HotConnection):
+    class Changed(Connection):
         async def start(self) -> None:
             await asyncio.Event().wait()
 
     def make():
-        return Changed(api.server._server, hot=None, admit=lambda c, t: True, loop=asyncio.get_running_loop())
+        return Changed(
+            api.server._server,
+            hot=api.server.hot,
+            admit=lambda c, t: True,
+            attention=Attention(),
+            loop=asyncio.get_running_loop(),
+        )
 
     assert await insides_fit(make) is False
