@@ -970,14 +970,17 @@ class _Loading:
 
 # ── rules between settings ───────────────────────────────────────────────────────────────────────────────────────────
 
+_NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # as in runtime/identity.py, which would bring cryptography along
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 def _settle_names(loading: _Loading) -> None:
     v = loading.values
     v["node_name"] = str(v["node_name"]).strip() or socket.gethostname()
-    if re.search(r"[\s/]", v["node_name"]) or len(v["node_name"]) > 128:
-        loading.complain("node_name", f'"{v["node_name"]}" is no name for a node: no spaces or slashes, 128 at most')
+    if not _NODE_NAME.fullmatch(v["node_name"]):
+        loading.complain(
+            "node_name", f"\"{v['node_name']}\" is no name for a node: 1 to 64 letters, digits, '-', '_' or '.'"
+        )
     elif not re.fullmatch(r"[A-Za-z0-9-]+", v["node_name"]):
         loading.warnings.append(
             f'node name "{v["node_name"]}" will not be found by DNS: it has other characters than a-z, 0-9 and -'
@@ -1002,22 +1005,23 @@ def _settle_names(loading: _Loading) -> None:
 
 def _settle_servers(loading: _Loading) -> None:
     v = loading.values
-    if v["dev"] and v["bootstrap_expect"] > 0:
+    n = v["bootstrap_expect"]
+    if v["dev"] and n > 1:
         loading.complain("bootstrap_expect", "'bootstrap_expect > 0' not allowed in dev mode")
-    elif v["bootstrap_expect"] > 0:
-        if v["bootstrap"] and v["bootstrap_expect"] > 1:
+    elif n > 0:
+        if n > 1 and v["bootstrap"]:
             loading.complain("bootstrap_expect", "'bootstrap_expect > 0' and 'bootstrap = true' are mutually exclusive")
         if not v["server"]:
             loading.complain("bootstrap_expect", "'bootstrap_expect > 0' requires 'server = true'")
-        if v["bootstrap_expect"] == 1:
+        if n == 1:
             v["bootstrap"] = True
-        elif v["bootstrap_expect"] == 2:
-            loading.warnings.append("bootstrap_expect = 2: a cluster of 2 servers survives the loss of none")
-        elif v["bootstrap_expect"] % 2 == 0:
-            n = v["bootstrap_expect"]
-            loading.warnings.append(f"bootstrap_expect = {n}: {n} servers survive no more losses than {n - 1}")
+            if v["dev"]:
+                loading.warnings.append("bootstrap_expect = 1: the same as bootstrap = true, which -dev implies")
+        elif n % 2 == 0:
+            survived = f"{n // 2 - 1}, as one of {n - 1}" if n > 2 else "none"
+            loading.warnings.append(f"bootstrap_expect = {n}: a cluster of {n} servers survives the loss of {survived}")
     elif v["bootstrap_expect"] < 0:
-        loading.complain("bootstrap_expect", f"cannot be {v['bootstrap_expect']}")
+        loading.complain("bootstrap_expect", f"cannot be {n}")
     elif v["bootstrap"] and not v["server"]:
         loading.complain("bootstrap", "'bootstrap = true' requires 'server = true'")
     if v["non_voting_server"]:

@@ -28,7 +28,7 @@ from rostra import __version__
 from rostra.agent.config import Config, ConfigErrors, load
 from rostra.agent.core_process import CoreProcess
 from rostra.runtime import log as logging
-from rostra.runtime.service import end_with_threads
+from rostra.runtime.service import cannot, end_with_threads
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
         return _run(config)
     except RostraError as e:
         print(f"rostra agent: {e.message}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"rostra agent: cannot start: {cannot(e)}", file=sys.stderr)
         return 1
 
 
@@ -122,15 +125,16 @@ def core_settings(config: Config) -> dict[str, Any]:
 
 def _secrets(config: Config) -> tuple[Secret, ...]:
     """What proves that this node may enrol. None are needed where the cluster has issued it a certificate before."""
-    from rostra.runtime.identity import has_certificate, resolve_secrets
+    from rostra.runtime.identity import generate_secret, has_certificate, is_loopback, parse_secret, resolve_secrets
 
     encrypt = config.encrypt.reveal() or None
+    joins = (*config.retry_join, *config.start_join)
+    addresses = (config.bind_addr, config.advertise_addr or config.bind_addr)
+    if config.dev and encrypt is None and not joins and all(map(is_loopback, addresses)):
+        return (parse_secret(generate_secret()),)  # nobody else joins it: it needs no file of this user's
     if encrypt is None and _data_dir(config) and has_certificate(_data_dir(config)):
         return ()
-    advertise = config.advertise_addr or config.bind_addr
-    return resolve_secrets(
-        encrypt.split(",") if encrypt else None, [config.bind_addr, advertise, *config.retry_join, *config.start_join]
-    )
+    return resolve_secrets(encrypt.split(",") if encrypt else None, [*addresses, *joins])
 
 
 def _data_dir(config: Config) -> str:
@@ -209,7 +213,7 @@ async def _serve(config: Config, core: CoreProcess | None) -> int:
     try:
         # A signal must end a start that waits for something, too.
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
+        if starting.done() and not stop.is_set():
             starting.result()
             await stopping
         log.info("stopping")

@@ -38,7 +38,14 @@ _NOT_YET = frozenset(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command of these words (default: the process's) and returns its exit status."""
+    if argv is None:
+        _open_standard_files()
+        _insist_on_utf8()
     words = sys.argv[1:] if argv is None else argv
+    try:
+        "".join(words).encode()
+    except UnicodeEncodeError:
+        return _fail(f"rostra: an argument is not UTF-8: {next(w for w in words if not w.isprintable())!a}")
     try:
         status = _run(words)
         sys.stdout.flush()
@@ -49,6 +56,22 @@ def main(argv: list[str] | None = None) -> int:
         # Python flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _open_standard_files() -> None:
+    """Whoever started us with one of them closed: what we open later must not take its number, nor get our lines."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _insist_on_utf8() -> None:
+    """Paths and names are UTF-8 for all who read them; Python takes it from the locale, and only at its start."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _run(words: list[str]) -> int:

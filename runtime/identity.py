@@ -32,6 +32,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -52,7 +53,11 @@ SECRET_BYTES = (16, 24, 32)
 SECRETS_MAX = 2
 #: The version of the data directory that this program writes.
 FORMAT = 1
+#: Of each directory at a start; a node may have registered thousands of services.
+ENTRIES_LOOKED_AT = 200
 NODE_URI = "rostra://node/"
+#: The certificate bears it, and DNS answers it where it has no _ and no dot.
+NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _HKDF_INFO = b"rostra enrolment CA v1"
 # Dates of what every holder of the secret can issue for itself protect nothing, and a machine whose clock is wrong at
@@ -157,7 +162,13 @@ def local_secret(path: Path) -> Secret:
                     raise BadRequest(f"{path}: must be a file of this user with mode 0600; remove it to get a new one")
                 return parse_secret(file.read())
         except FileNotFoundError:
-            _write_once(path, (generate_secret() + "\n").encode())
+            try:
+                _write_once(path, (generate_secret() + "\n").encode())
+            except OSError as e:
+                raise BadRequest(
+                    f"{path}: the key of this user's clusters on loopback cannot be made: {e.strerror}; set `encrypt`,"
+                    f" or XDG_STATE_HOME to a directory of user {os.geteuid()}"
+                ) from None
         except UnicodeDecodeError:
             raise BadRequest(f"{path}: damaged; remove it to get a new one") from None
         except OSError as e:
@@ -256,6 +267,7 @@ class DataDirectory:
                     write_durably(directory / "format", json.dumps({"format": FORMAT}).encode() + b"\n")
             except OSError as e:
                 raise BadRequest(f"data directory {directory}: {e.strerror}") from None
+            _check_access(directory)
         except BaseException:
             os.close(fd)
             raise
@@ -291,6 +303,38 @@ def _check_format(directory: Path) -> None:
             f"data directory {directory} has format {found} of a newer Rostra; this one knows up to {FORMAT}."
             " Nothing was changed"
         )
+
+
+def _check_access(directory: Path) -> None:
+    """What somebody else has made here, or a file system that is read-only now, is told before it is in the way."""
+    for path in (directory, *_entries(directory, 2)):
+        wanted = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
+        if os.access(path, wanted, effective_ids=True) or not os.path.lexists(path):
+            continue
+        me, about = os.geteuid(), path.lstat()
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise BadRequest(f"data directory {directory}: {path} is on a read-only file system")
+        if about.st_uid != me:
+            raise BadRequest(
+                f"data directory {directory}: {path} belongs to user {about.st_uid}, not to {me} who starts this:"
+                f" `chown -R {me} {directory}`, or start it as that user"
+            )
+        raise BadRequest(
+            f"data directory {directory}: {path} has mode {stat.S_IMODE(about.st_mode):04o}, user {me} has to read and"
+            " write it"
+        )
+
+
+def _entries(directory: Path, depth: int) -> Iterator[Path]:
+    """Some of each directory, in no order: where one was made by another user, so were others."""
+    try:
+        found = [Path(entry.path) for entry in islice(os.scandir(directory), ENTRIES_LOOKED_AT)]
+    except OSError:
+        return
+    for path in found:
+        yield path
+        if depth > 1 and path.is_dir() and not path.is_symlink():
+            yield from _entries(path, depth - 1)
 
 
 # -- the node --------------------------------------------------------------------------------------------------------
@@ -332,7 +376,7 @@ class NodeIdentity:
         `node_id`: the configured one, if any; replaces the one on disk. `bind`: the address that this node listens on;
         without secrets it must be loopback, unless the cluster CA issued a certificate before. Raises BadRequest.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", node_name):
+        if not NODE_NAME.fullmatch(node_name):
             raise BadRequest(f"node name {node_name!r}: 1 to 64 letters, digits, '-', '_' or '.'")
         root = Path(data_dir)
         directory = root / "tls"
@@ -343,7 +387,7 @@ class NodeIdentity:
                 if not known and bind and not has_certificate(root):
                     known = resolve_secrets(None, [bind])
                 key = _node_key(directory / "node.key")
-                identity = cls(directory, _node_id(root / "node-id", node_id), node_name, _key_hash(key), known)
+                identity = cls(directory, _node_id(root / "node-id", node_id, key), node_name, _key_hash(key), known)
                 identity._refresh(key)
         except OSError as e:
             raise BadRequest(f"{e.filename or directory}: {e.strerror}") from None
@@ -503,15 +547,32 @@ def has_certificate(data_dir: str | os.PathLike[str]) -> bool:
     return (Path(data_dir) / "tls" / "issued.pem").exists()
 
 
-def _node_id(path: Path, configured: str) -> str:
+def _node_id(path: Path, configured: str, key: ec.EllipticCurvePrivateKey) -> str:
     try:
         node_id = str(uuid.UUID(configured)) if configured else str(uuid.UUID(path.read_text("ascii").strip()))
     except FileNotFoundError:
-        node_id = str(uuid.uuid4())
+        node_id = _certified_id(path.parent / "tls" / "issued.pem", key)
+        if node_id:
+            log.warn("the file node-id was lost: taken from this node's certificate", node_id=node_id)
+        else:
+            node_id = str(uuid.uuid4())
     except ValueError:
         raise BadRequest(f"{'node_id' if configured else path}: is not a UUID") from None
     write_if_changed(path, node_id.encode() + b"\n", mode=0o644)
     return node_id
+
+
+def _certified_id(path: Path, key: ec.EllipticCurvePrivateKey) -> str:
+    """The node id that the cluster CA has certified for `key`, "" where it has not."""
+    from cryptography import x509
+
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+        return str(uuid.UUID(uri.removeprefix(NODE_URI))) if _key_hash(certificate) == _key_hash(key) else ""
+    except (OSError, ValueError, x509.ExtensionNotFound):
+        return ""
 
 
 def _node_key(path: Path) -> ec.EllipticCurvePrivateKey:

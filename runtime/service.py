@@ -158,6 +158,12 @@ def end_with_threads() -> None:
     threading.excepthook = died
 
 
+def cannot(error: OSError) -> str:
+    """What the system refused, in words for an operator: the file comes first."""
+    what = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {what}" if isinstance(error.filename, str | bytes) else what
+
+
 def _is_wanted_end() -> bool:
     """Whether somebody asked the current task to end."""
     task = asyncio.current_task()

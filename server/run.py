@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NewerFormat, NodeIdentity, parse_secrets, read_node_id
-from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, end_with_threads
+from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads
 from rostra.runtime.steps import LoopSteps
 from rostra.runtime.wall import Wall
 from rostra.server.acts import Acts
@@ -298,6 +298,9 @@ class Core:
         except RostraError as e:
             log.err("this server's log cannot be used, it does not start", reason=e.message)
             os._exit(EXIT_DAMAGED)
+        except OSError as e:
+            log.err("this server's log cannot be opened, it does not start", reason=cannot(e))
+            os._exit(EXIT_CANNOT)
         self._raft = self.node.raft = raft
         self._follow_servers()
         # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).
@@ -634,6 +637,9 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
     except RostraError as e:
         ready({"error": [e.code, e.message]})
         return EXIT_DAMAGED if isinstance(e, (UnusableData, NewerFormat)) else EXIT_CANNOT
+    except OSError as e:
+        ready({"error": ["conflict", f"the core cannot start: {cannot(e)}"]})
+        return EXIT_CANNOT
     return 0
 
 

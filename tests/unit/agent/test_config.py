@@ -160,6 +160,10 @@ def test_a_wrong_flag_is_one_line(argv: list[str], message: str) -> None:
         ([*BASE, "-bootstrap-expect=3"], "-bootstrap-expect: 'bootstrap_expect > 0' requires 'server = true'"),
         ([*BASE, "-server", "-bootstrap", "-bootstrap-expect=3"],
          "-bootstrap-expect: 'bootstrap_expect > 0' and 'bootstrap = true' are mutually exclusive"),
+        (["-dev", "-node=a b"],
+         """-node: "a b" is no name for a node: 1 to 64 letters, digits, '-', '_' or '.'"""),
+        (["-dev", "-node=" + 65 * "a"],
+         f"""-node: "{65 * 'a'}" is no name for a node: 1 to 64 letters, digits, '-', '_' or '.'"""),
         (["-dev", "-bootstrap-expect=3"], "-bootstrap-expect: 'bootstrap_expect > 0' not allowed in dev mode"),
         ([*BASE, "-advertise=0.0.0.0"], "-advertise: advertise address cannot be 0.0.0.0, :: or [::]"),
         ([*BASE, "-bind={{ GetPrivateIP }}"],
@@ -169,7 +173,6 @@ def test_a_wrong_flag_is_one_line(argv: list[str], message: str) -> None:
          "-bind: cannot contain multiple addresses; use addresses.http and addresses.dns to listen on several"),
         ([*BASE, "-http-port=8600"], "-http-port: HTTP address 127.0.0.1:8600 already configured for DNS"),
         ([*BASE, "-datacenter=a b"], '-datacenter: datacenter cannot be "a b": use only a-z, 0-9, - and _'),
-        ([*BASE, "-node=a b"], '-node: "a b" is no name for a node: no spaces or slashes, 128 at most'),
         ([*BASE, "-node-id=x"], '-node-id: "x" is not a UUID'),
         ([*BASE, "-recursor=dns.example"], '-recursor: "dns.example" is not an address or address:port'),
         ([*BASE, "-data-dir=/dev/null"], "-data-dir: /dev/null is not a directory"),
@@ -320,9 +323,21 @@ def test_even_numbers_of_servers_are_warned_about() -> None:
     argv = [*BASE, "-server"]
     assert "survives the loss of none" in load([*argv, "-bootstrap-expect=2"]).warnings[0]
     assert load([*argv, "-bootstrap-expect=4"]).warnings == (
-        "bootstrap_expect = 4: 4 servers survive no more losses than 3",
+        "bootstrap_expect = 4: a cluster of 4 servers survives the loss of 1, as one of 3",
     )
     assert load([*argv, "-bootstrap-expect=1"]).bootstrap
+
+
+@pytest.mark.parametrize("flags", ["-bootstrap-expect=1", "-bootstrap", "-server", "-bootstrap -bootstrap-expect=1"])
+def test_a_development_agent_may_be_told_that_it_founds_a_cluster_of_one(flags: str) -> None:
+    config = load(["-dev", *flags.split()])
+    assert config.bootstrap
+    warnings = ["bootstrap_expect = 1: the same as bootstrap = true, which -dev implies"]
+    assert list(config.warnings) == (warnings if "expect" in flags else [])
+
+
+def test_bootstrap_and_an_expectation_of_one_server_say_the_same() -> None:
+    assert load([*BASE, "-server", "-bootstrap", "-bootstrap-expect=1"]).bootstrap
 
 
 def test_a_server_can_be_one_that_never_votes_under_both_of_its_names(write: Any) -> None:
@@ -454,6 +469,16 @@ def test_argv_alone_is_read_in_less_than_ten_milliseconds_and_a_file_in_less_tha
         best[name] = min(times)
     assert best["argv"] < 0.010
     assert best["file"] < 0.050
+
+
+def test_all_who_look_at_a_nodes_name_look_for_the_same() -> None:
+    from rostra.agent import config
+    from rostra.runtime import identity
+    from rostra.server import endpoint
+
+    assert {config._NODE_NAME.pattern, identity.NODE_NAME.pattern, endpoint._NODE_NAME.pattern} == {
+        "[A-Za-z0-9_.-]{1,64}"
+    }
 
 
 def test_reading_flags_imports_nothing_heavy() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -416,3 +417,53 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         ids.write_durably(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+@pytest.mark.parametrize("part", ["tls/node.key", "server", "tls", "node-id"])
+def test_what_another_user_made_in_a_data_directory_is_named_with_its_mending(part):
+    me = 65534
+    with tempfile.TemporaryDirectory() as name:  # pytest's are closed to others
+        root = Path(name)
+        (root / "server").mkdir()
+        (root / "tls").mkdir()
+        for file in ("format", "node-id", "agent.lock", "tls/node.key"):
+            (root / file).write_bytes(b'{"format": 1}' if file == "format" else b"x")
+        for path in (root, *root.rglob("*")):
+            os.chown(path, me, me)
+        os.chown(root / part, 0, 0)
+        os.seteuid(me)
+        try:
+            with pytest.raises(BadRequest) as refusal:
+                DataDirectory.lock(root, "agent.lock")
+        finally:
+            os.seteuid(0)
+    assert refusal.value.message == (
+        f"data directory {root}: {root / part} belongs to user 0, not to {me} who starts this:"
+        f" `chown -R {me} {root}`, or start it as that user"
+    )
+
+
+def test_a_lost_node_id_is_taken_from_the_certificate_of_the_same_key(tmp_path, capsys):
+    secret = Secret(os.urandom(32))
+    first = NodeIdentity.open(tmp_path, "c1", [secret])
+    ca_cert, ca_key = create_cluster_ca(int(time.time() * 1000))
+    issued = sign_node(
+        ca_cert,
+        ca_key,
+        first.public_key,
+        node_id=first.node_id,
+        name="c1",
+        role="client",
+        now_ms=int(time.time() * 1000),
+        serial=7,
+    )
+    first.install_certificate(issued, ca_cert)
+    (tmp_path / "node-id").unlink()
+    again = NodeIdentity.open(tmp_path, "c1", [secret])
+    assert again.node_id == first.node_id
+    assert again.is_enrolled
+    assert "the file node-id was lost: taken from this node's certificate" in capsys.readouterr().err
+    (tmp_path / "node-id").unlink()
+    (tmp_path / "tls" / "node.key").unlink()  # another key: the certificate says nothing of it
+    assert NodeIdentity.open(tmp_path, "c1", [secret]).node_id != first.node_id
