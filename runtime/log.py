@@ -22,6 +22,9 @@ _ALIASES = {"warning": "warn", "error": "err"}
 _TAGS = {"trace": "[TRACE]", "debug": "[DEBUG]", "info": "[INFO] ", "warn": "[WARN] ", "err": "[ERROR]"}
 _JSON_NAMES = {"warn": "warn", "err": "error"}
 
+#: Of one field, and of a traceback.
+VALUE_CHARS_MAX, TRACE_CHARS_MAX = 4096, 8192
+
 _SECRET_NAMES = ("secret", "secretid", "token", "encrypt", "key_pem", "password", "authorization")
 #: Names that end like a secret's but hold what a person needs to see.
 _PUBLIC_NAMES = frozenset({"token_accessor", "accessor", "token_name"})
@@ -192,6 +195,7 @@ def _structlog() -> Any:
             _redact_fields,
             TimeStamper(fmt="%Y-%m-%dT%H:%M:%S.%fZ", utc=True),
             format_exc_info,
+            _bound_fields,
             render,
         ],
         wrapper_class=Bound,
@@ -201,6 +205,22 @@ def _structlog() -> Any:
 
 def _redact_fields(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     return {k: v if k in ("event", "level", "logger", "exc_info") else redact(v, k) for k, v in fields.items()}
+
+
+def _bound_fields(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {k: _cut(v, TRACE_CHARS_MAX if k == "exception" else VALUE_CHARS_MAX) for k, v in fields.items()}
+
+
+def _cut(value: Any, chars_max: int) -> Any:
+    """`value`, or beginning and end of its text where that is longer: what strangers send gets into errors' texts."""
+    if isinstance(value, (dict, list, tuple, bytes)):
+        text = str(value) if len(str(value)) > chars_max else ""
+    else:
+        text = value if isinstance(value, str) else ""
+    if len(text) <= chars_max:
+        return value
+    half = chars_max // 2
+    return f"{text[:half]} [… {len(text) - 2 * half} characters …] {text[-half:]}"
 
 
 def _render_text(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> str:

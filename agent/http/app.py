@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from aiohttp.http_exceptions import LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 
 from rostra.agent.context import Agent
@@ -33,7 +34,17 @@ from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, 
 from rostra.agent.http.gate import READS, Gate
 from rostra.agent.http.hot import HotReads, StoredAnswer, key_of
 from rostra.agent.http.reads import WAIT_MAX_S
-from rostra.agent.http.routing import JSON_TYPE, TEXT_TYPE, Match, Request, Response, Route, Router, text_response
+from rostra.agent.http.routing import (
+    JSON_TYPE,
+    TEXT_TYPE,
+    Match,
+    Request,
+    Response,
+    Route,
+    Router,
+    check_escapes,
+    text_response,
+)
 from rostra.agent.metrics import Histogram
 from rostra.wire.turns import turns
 
@@ -168,7 +179,7 @@ class HttpServer:
             return True  # a unix socket: its file's mode is the limit
         host = peer[0]
         n = self._clients.get(host, 0)
-        if n >= self._per_client:
+        if n >= self._per_client and not self._attention.give_up_one(host):
             self._agent.metrics.count("http.connections.refused")
             transport.write(_TOO_MANY)
             transport.close()
@@ -240,9 +251,13 @@ class HttpServer:
         route = match.routes.get(method)
         if route is None:
             return _other_method(method, match), "unknown"
-        if "Host" not in base.headers and base.version == (1, 1):
-            raise _CloseAfter(400, "400 Bad Request: missing required Host header")
-        body = await self._body(base, route) if base.can_read_body else b""
+        if "Transfer-Encoding" in base.headers and base.content is EMPTY_PAYLOAD:
+            raise _CloseAfter(
+                400, "400 Bad Request: Transfer-Encoding says nothing"
+            )  # what follows is a body to others
+        # A body that broke before anybody read of it is at its end, too.
+        has_body = base.can_read_body or base.content.exception() is not None
+        body = await self._body(base, route) if has_body else b""
         request = Request(
             method, target, headers=base.headers, body=body, remote=base.remote or "", params=match.params
         )
@@ -542,6 +557,7 @@ async def _read_body(base: BaseRequest, route: Route) -> bytes:
 
 def _decoded(raw_path: str) -> str:
     """The path of text that can be shown: what is not UTF-8 or not printable ends up in no key, log or header."""
+    check_escapes(raw_path)
     try:
         path = unquote(raw_path, errors="strict")
     except UnicodeDecodeError:

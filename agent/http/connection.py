@@ -9,6 +9,7 @@ What leans on the insides of aiohttp is here; `insides_fit` tries it at start, a
 from __future__ import annotations
 
 import asyncio
+import re
 import select
 import socket
 import time
@@ -36,10 +37,18 @@ HEAD_BYTES_MAX = 256 << 10
 HEADERS_MAX = 2000
 #: A head that began is whole within this, however its bytes trickle.
 HEAD_S = 30.0
-#: Seconds. A client that is there but closed its sending side answers the kernel's probes; one that is gone does not.
+#: Seconds. A client that is there but closed its sending side answers the kernel's probes. One that has gone does not,
+#: or only for as long as its kernel remembers the connection: on Linux a minute.
 PROBE_AFTER, PROBE_EVERY, PROBES = 5, 5, 3
 
 _END = b"\r\n\r\n"
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
+
+
+def _escaped_target(piece: bytes) -> bytes:
+    """A request line as the parser takes it: clients send UTF-8 as it is, and Go reads it as if it were escaped."""
+    line, newline, rest = piece.partition(b"\n")
+    return _NOT_ASCII.sub(lambda found: b"%%%02X" % found[0][0], line) + newline + rest
 
 
 class PayloadBroken(Exception):
@@ -66,6 +75,16 @@ class Attention:
     def half_closed(self, fd: int, connection: Connection) -> None:
         self._half_closed[fd] = connection
         self._arm()
+
+    def give_up_one(self, host: str) -> bool:
+        """Drop the oldest connection of this client that it has half-closed: most likely it has gone altogether."""
+        for fd, connection in self._half_closed.items():
+            peer = connection.peername
+            if isinstance(peer, tuple) and peer[0] == host:
+                del self._half_closed[fd]
+                connection.abandon()
+                return True
+        return False
 
     def gone(self, fd: int, connection: Connection) -> None:
         self._heads.pop(connection, None)
@@ -116,6 +135,7 @@ class Connection(RequestHandler):
         "_held_at",
         "_held_bytes",
         "_hot",
+        "_line_done",
         "_payload",
         "_pending",
         "_plain",
@@ -152,6 +172,7 @@ class Connection(RequestHandler):
         # Where we are in the stream.
         self._exact = True  # the parser has agreed with us so far: only then are there hot reads
         self._head_bytes = 0  # of a head that has begun
+        self._line_done = False  # its first line has been seen
         self._seam = b""  # its last bytes, or those of a chunked body: its end may lie across two pieces
         self._body_left = 0
         self._chunked = False
@@ -352,16 +373,20 @@ class Connection(RequestHandler):
         return len(piece)
 
     def _feed_head(self, piece: bytes, is_end: bool) -> None:
+        if not piece.isascii() and not self._line_done:
+            piece = _escaped_target(piece)
         if not self._feed(piece):
             if not self._head_bytes:
                 self._attention.head_began(self)
             self._head_bytes += len(piece)
+            self._line_done = self._line_done or b"\n" in piece
             self._seam = b"" if is_end else (self._seam + piece)[-3:]
             if self._head_bytes > HEAD_BYTES_MAX:
                 self.refuse(431, "the request's head is too large")
             return
         if self._head_bytes:
             self._head_bytes = 0
+            self._line_done = False
             self._seam = b""
             self._attention.head_ended(self)
         message, payload = self._messages[-1]

@@ -7,6 +7,7 @@ may be empty: the handler then says what is missing (`request.require`). Nothing
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 JSON_TYPE = "application/json"
 TEXT_TYPE = "text/plain; charset=utf-8"
+
+#: What nests deeper is no request; what we do with it takes stack for each level.
+JSON_DEPTH_MAX = 100
+_TOO_DEEP = f"Request decode failed: nested deeper than {JSON_DEPTH_MAX}"
+_WRONG_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2}).{0,2}", re.DOTALL)
 
 #: Bodies of ordinary requests. A route with its own bound says so.
 BODY_BYTES_MAX = 512 * 1024
@@ -98,21 +104,36 @@ class JsonObject(dict[str, Any]):
 def load_json(body: bytes) -> Any:
     """The decoded body, objects as JsonObject. Raises BadRequest that names the position of the mistake."""
     try:
-        return _fold(orjson.loads(body))
+        return _fold(orjson.loads(body), JSON_DEPTH_MAX)
     except orjson.JSONDecodeError as e:
         raise BadRequest(f"Request decode failed: {e.msg} at line {e.lineno} column {e.colno}") from None
 
 
-def _fold(value: Any) -> Any:
+def _fold(value: Any, depth: int) -> Any:
     if type(value) is dict:
-        return JsonObject((k, _fold(v)) for k, v in value.items())
+        if not depth:
+            raise BadRequest(_TOO_DEEP)
+        return JsonObject((k, _fold(v, depth - 1)) for k, v in value.items())
     if type(value) is list:
-        return [_fold(v) for v in value]
+        if not depth:
+            raise BadRequest(_TOO_DEEP)
+        return [_fold(v, depth - 1) for v in value]
     return value
 
 
+def check_escapes(text: str) -> None:
+    """Raises BadRequest where a `%` in a path or query begins no escape: it would be taken for itself, or for none."""
+    wrong = _WRONG_ESCAPE.search(text)
+    if wrong is not None:
+        raise BadRequest(f'invalid URL escape "{_shown(wrong[0])}": a % itself is written %25')
+
+
+def _shown(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 class Query:
-    """The parameters after the `?`, decoded; a name without `=` has the value ""."""
+    """The parameters after the `?`, decoded; a name without `=` has the value "". Raises BadRequest."""
 
     __slots__ = ("_pairs",)
 
@@ -123,7 +144,11 @@ class Query:
                 continue
             name, _, value = part.partition("=")
             if "%" in part or "+" in part:
-                name, value = unquote_plus(name), unquote_plus(value)
+                check_escapes(part)
+                try:
+                    name, value = unquote_plus(name, errors="strict"), unquote_plus(value, errors="strict")
+                except UnicodeDecodeError:
+                    raise BadRequest("the query is not UTF-8") from None
             if name in pairs:
                 pairs[name].append(value)
             else:

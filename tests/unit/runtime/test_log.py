@@ -56,6 +56,22 @@ def test_levels_below_the_set_one_are_silent(lines, level, shown):
     assert stream.getvalue().count("\n") == shown
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_line_is_bounded_whatever_is_told_and_whatever_is_raised(lines, as_json):
+    def fall(n):
+        return [fall(n + 1) for _ in (1,)]
+
+    stream = lines(as_json=as_json)
+    try:
+        fall(0)
+    except RecursionError:
+        log.get("x").err("failed", exc_info=True, body="y" * 100_000, rows=list(range(100_000)))
+    text = stream.getvalue()
+    assert len(text) < 30_000
+    assert "RecursionError" in text
+    assert "characters" in text
+
+
 def test_an_unknown_level_is_refused_with_the_list():
     with pytest.raises(ValueError, match="trace, debug, info, warn, err"):
         log.parse_level("loud")

@@ -66,6 +66,22 @@ async def test_a_path_that_cannot_be_shown_is_400(api, path):
     assert (await api.get("/v1/kv/?keys")).json == []
 
 
+@pytest.mark.parametrize(
+    "target", ["/v1/kv/100%", "/v1/kv/a%2", "/v1/kv/a%zz", "/v1/kv/a?x=%zz", "/v1/kv/a?%", "/v1/kv/a?x=%ff"]
+)
+async def test_a_target_with_a_wrong_escape_is_400_and_stores_nothing(api, target):
+    reply = await api.put(target, b"x")
+    assert reply.status == 400
+    assert "invalid URL escape" in reply.text or "not UTF-8" in reply.text
+    assert (await api.get("/v1/kv/?keys")).json == []
+
+
+async def test_150_lines_of_headers_are_taken(api):
+    lines = b"".join(b"X-%d: y\r\n" % i for i in range(150))
+    got = await api.raw(b"GET /v1/status/leader HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + lines + b"\r\n")
+    assert got.startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_value_larger_than_512_kib_is_413_with_the_text_that_clients_match(api, chunked):
     body = iter([b"x" * BIG]) if chunked else b"x" * BIG

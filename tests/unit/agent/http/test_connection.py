@@ -101,6 +101,21 @@ async def test_a_handler_ends_when_its_client_on_a_unix_socket_goes(tmp_path):
     await api.server.close(1.0)
 
 
+async def test_at_its_limit_a_client_gets_the_place_of_a_connection_that_it_has_half_closed():
+    api, entered, left = await _with_parked(connections_per_client=1)
+    _, writer = await asyncio.open_connection(api.host, api.port)
+    writer.write(PARKED)
+    await asyncio.wait_for(entered.wait(), 5)
+    assert (await api.raw(b"")).startswith(b"HTTP/1.1 429 ")
+    writer.close()
+    async with asyncio.timeout(5):
+        while not api.server._attention._half_closed:
+            await asyncio.sleep(0)
+    assert (await api.raw(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))).startswith(b"HTTP/1.1 404 ")
+    await asyncio.wait_for(left.wait(), 5)
+    await api.server.close(1.0)
+
+
 async def test_a_client_that_connects_and_goes_leaves_nothing_behind(api):
     for data in (b"", b"GET /v1/kv/a HT", GET):
         _, writer = await asyncio.open_connection(api.host, api.port)
@@ -148,6 +163,14 @@ async def test_a_malformed_body_is_400_at_once_and_nothing_is_done(api, end):
     assert got.startswith(b"HTTP/1.1 400 ")
     assert b"\r\nX-Rostra-Outcome: refused\r\n" in got
     assert b"Connection: close" in got
+    assert (await api.get("/v1/kv/c")).status == 404
+
+
+@pytest.mark.parametrize("body", [b"zz\r\nabc\r\n", b"3\r\nabcd\r\n", b"\r\n"])
+async def test_a_malformed_body_that_comes_with_its_head_is_400_and_nothing_is_done(api, body):
+    got = await api.raw(CHUNKED + body)
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert got.count(b"HTTP/1.1 ") == 1
     assert (await api.get("/v1/kv/c")).status == 404
 
 

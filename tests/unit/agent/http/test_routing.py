@@ -110,3 +110,12 @@ def test_malformed_json_is_named_with_its_position():
 )
 def test_the_token_is_the_parameter_or_the_header_or_the_bearer(target, headers, token):
     assert Request("GET", target, headers=headers).token == token
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_json_that_nests_too_deep_is_refused_before_it_costs_anything(opening):
+    closing = b"]" if opening == b"[" else b"}"
+    assert load_json(opening * 100 + b"1" + closing * 100)
+    for depth in (101, 500, 1000, 1024, 100_000):
+        with pytest.raises(BadRequest, match="Request decode failed"):
+            load_json(opening * depth + b"1" + closing * depth)
