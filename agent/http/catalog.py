@@ -18,9 +18,10 @@ from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_
 from rostra.agent.http.shapes import as_array, as_object, catalog_service_json, node_json, service_json
 from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
-from rostra.server.state.catalog import Deregister, Nodes, NodeServices, Register, ServiceNames
+from rostra.server.state.catalog import NAME_RESERVED, Deregister, Nodes, NodeServices, Register, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
 from rostra.server.state.rows import ServiceRow
+from rostra.wire.errors import Conflict
 
 #: How many nodes `services?node-meta=` looks into at once.
 _NODES_MAX = 5000
@@ -194,7 +195,13 @@ async def register(request: Request, agent: Agent) -> Response:
         service=service_map(service_fields) if service_fields else None,
         checks=tuple(check_map(check) for check in given),
     )
-    await write(agent.servers, command, request.token)
+    try:
+        await write(agent.servers, command, request.token)
+    except Conflict as e:
+        if not e.message.startswith(NAME_RESERVED):
+            raise
+        renaming = f'Error while renaming Node ID: "{command.node_id}" ({command.address})'
+        raise HttpError(500, f"failed inserting node: {renaming}: {e.message}") from None
     return Response(200, b"true", {"Content-Type": JSON_TYPE})
 
 

@@ -22,6 +22,8 @@ from rostra.wire.errors import BadRequest, Conflict
 
 SERF_HEALTH = "serfHealth"
 SERF_HEALTH_NAME = "Serf Health Status"
+#: What the refusal of a name that another node has begins with.
+NAME_RESERVED = "Node name"
 STATUSES = ("passing", "warning", "critical")
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -80,7 +82,7 @@ class Register:
         if node_id and (old is None or old.id != node_id):
             if old is not None and old.id and _is_up(tables, name):
                 raise Conflict(
-                    f"Node name {name} is reserved by node {old.id} with name {name} ({old.address}): "
+                    f"{NAME_RESERVED} {name} is reserved by node {old.id} with name {name} ({old.address}): "
                     "give this node another name, or wait until that one has failed or left"
                 )
             former = tables.nodes.get(tables.node_by_id.get(node_id, ""))
@@ -253,12 +255,14 @@ def check_fields(tables: Tables, node: str, given: dict[str, Any]) -> dict[str, 
     fields["id"] = check_id
     service_id = fields.get("service_id")
     if service_id:
-        like = tables.services_like(node, service_id)
-        if not like:
-            raise BadRequest(
-                f'Missing service registration: check {check_id!r} names service {service_id!r} on node "{node}"'
-            )
-        service = tables.services.rows[like[0]]
+        service = tables.services.get((node, service_id))
+        if service is None:
+            like = tables.services_like(node, service_id)
+            if not like:
+                raise BadRequest(
+                    f'Missing service registration: check {check_id!r} names service {service_id!r} on node "{node}"'
+                )
+            service = tables.services.rows[like[0]]
         fields["service_id"], fields["service_name"], fields["service_tags"] = service.id, service.name, service.tags
     else:
         fields["service_name"], fields["service_tags"] = "", ()
@@ -289,57 +293,62 @@ def canonical(value: Any) -> Any:
 
 
 def put_service(tx: Tx, fields: dict[str, Any]) -> None:
-    """Create or change a service instance; its checks follow its name and tags."""
+    """Create or change a service instance; its checks follow its id, name and tags."""
     tables = tx.tables
+    rows = tables.services.rows
     key = (fields["node"], fields["id"])
-    like = tables.services_like(*key)
-    old = tables.services.rows[like[0]] if like else None
+    others = tables.other_services(key)
+    old = rows.get(key) or (rows[others[0]] if others else None)
     row = _row(ServiceRow, tx, fields, old)
     if row is None:
-        if old is None or len(like) == 1:
+        if old is None or not others:
             return
         row = old
-    former = [tables.services.rows[pair] for pair in like]
-    names = dict.fromkeys([*[one.name for one in former], row.name])
-    before = {name: _name_row(tables, name) for name in names}
-    checks = [check for pair in like for check in tables.checks_for.get(pair, ())]
-    for one in former:
+    before = {row.name: _name_row(tables, row.name)}
+    checks: tuple[CheckRow, ...] = ()
+    for pair in (key, *others) if old is not None else ():
+        one = rows.get(pair)
+        if one is None:
+            continue
+        before.setdefault(one.name, _name_row(tables, one.name))
+        checks += tables.checks_for.get(pair, ())
         touch_instance(tx, one)
-        if one.id != row.id:
+        if pair != key:  # the same service, spelled otherwise
             tx.touch("node:" + one.node.lower(), ("s", one.id))
-            tx.delete(tables.services, (one.node, one.id))
+            if one.address:
+                tx.touch("table:service-addresses", pair)
+            tx.delete(tables.services, pair)
     tx.put(tables.services, key, row)
     touch_instance(tx, row)
     tx.touch("node:" + row.node.lower(), ("s", row.id))
-    if (old.address, old.name) != (row.address, row.name) if old is not None else row.address:
+    addressed = (old.address, old.name) if old is not None and old.id == row.id else ("", row.name)
+    if addressed != (row.address, row.name):
         tx.touch("table:service-addresses", key)
-    for name in names:
-        if before[name] != _name_row(tables, name):
+    for name, was in before.items():
+        if was != _name_row(tables, name):
             tx.touch("table:service-names", name)
-    owner = (row.id, row.name, row.tags)
     for check in checks:
-        if (check.service_id, check.service_name, check.service_tags) != owner:
+        if check.service_id != row.id or check.service_name != row.name or check.service_tags != row.tags:
             put_check(tx, check._replace(service_id=row.id, service_name=row.name, service_tags=row.tags)._asdict())
 
 
 def put_check(tx: Tx, fields: dict[str, Any]) -> None:
     """Create or change a check; a critical one ends the sessions that rely on it."""
     tables = tx.tables
+    rows = tables.checks.rows
     key = (fields["node"], fields["id"])
-    like = tables.checks_like(*key)
-    old = tables.checks.rows[like[0]] if like else None
+    others = tables.other_checks(key)
+    old = rows.get(key) or (rows[others[0]] if others else None)
     row = _row(CheckRow, tx, fields, old)
     if row is None:
-        if old is None or len(like) == 1:
+        if old is None or not others:
             return
         row = old
-    for pair in like:
-        one = tables.checks.rows[pair]
-        if pair != key:  # the same check, spelled otherwise
-            touch_check(tx, one)
-            tx.delete(tables.checks, pair)
-        elif one.service_id != row.service_id:
-            touch_check(tx, one)
+    for pair in others:  # the same check, spelled otherwise
+        touch_check(tx, rows[pair])
+        tx.delete(tables.checks, pair)
+    if old is not None and old.service_id != row.service_id:
+        touch_check(tx, old)
     tx.put(tables.checks, key, row)
     touch_check(tx, row)
     if row.status == "critical":
@@ -436,6 +445,6 @@ def _name_row(tables: Tables, name: str) -> tuple[tuple[str, ...]] | None:
 
 def _is_up(tables: Tables, node: str) -> bool:
     """Whether the name is taken by a node that answers; one that nobody probes cannot defend its name."""
-    check = tables.checks.get((node, SERF_HEALTH))
+    checks = [tables.checks.rows[key] for key in tables.checks_like(node, SERF_HEALTH)]
     member = tables.members.get(node)
-    return check is not None and check.status != "critical" and (member is None or member.status == "alive")
+    return any(check.status != "critical" for check in checks) and (member is None or member.status == "alive")

@@ -8,7 +8,7 @@ it; nothing here knows a command.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from sortedcontainers import SortedList
@@ -231,11 +231,21 @@ class Tables:
 
         More than one only where an older version, to which they were different, has written them.
         """
-        return _like(self.services.rows, self.odd_services, node, service_id)
+        key = (node, service_id)
+        return [*([key] if key in self.services.rows else ()), *self.other_services(key)]
 
     def checks_like(self, node: str, check_id: str) -> list[Pair]:
         """As `services_like`, of checks."""
-        return _like(self.checks.rows, self.odd_checks, node, check_id)
+        key = (node, check_id)
+        return [*([key] if key in self.checks.rows else ()), *self.other_checks(key)]
+
+    def other_services(self, key: Pair) -> Sequence[Pair]:
+        """The keys of the service `key` in other spellings: none, as good as always."""
+        return _others(self.services.rows, self.odd_services, key)
+
+    def other_checks(self, key: Pair) -> Sequence[Pair]:
+        """As `other_services`, of checks."""
+        return _others(self.checks.rows, self.odd_checks, key)
 
     def intentions_like(self, source: str, destination: str) -> list[Pair]:
         """The intentions of a source and a destination that differ from these by case only; the exact one first."""
@@ -412,14 +422,13 @@ def _check_id(row: CheckRow) -> str:
 # -- ids that differ by case only ---------------------------------------------------------------------------------
 
 
-def _like(rows: dict[Pair, Any], odd: dict[Pair, list[Pair]], node: str, name: str) -> list[Pair]:
-    key, folded = (node, name), (node, name.lower())
-    found = [key] if key in rows else []
-    if folded != key and folded in rows:
-        found.append(folded)
-    if odd:
-        found += [other for other in odd.get(folded, ()) if other != key]
-    return found
+def _others(rows: dict[Pair, Any], odd: dict[Pair, list[Pair]], key: Pair) -> Sequence[Pair]:
+    name = key[1]
+    folded = name.lower()
+    if folded == name:
+        return [other for other in odd.get(key, ()) if other != key] if odd else ()
+    plain = (key[0], folded)
+    return [*([plain] if plain in rows else ()), *[other for other in odd.get(plain, ()) if other != key]]
 
 
 def _note_odd(odd: dict[Pair, list[Pair]], key: Pair, change: Callable[[Any, Any, Any], None]) -> None:
