@@ -484,6 +484,9 @@ class Endpoint:
 
     async def _later(self, stream: Any, min_index: int, answer: Callable[..., None], *args: Any) -> None:
         """`answer` when this server has caught up with what its asker has seen elsewhere."""
+        if stream.cancelled:
+            return
+        stream.on_cancel = asyncio.current_task().cancel  # type: ignore[union-attr]
         try:
             await self._node.at_least(min_index)
             if not stream.cancelled:

@@ -8,6 +8,7 @@ step of it may take longer than 2 ms.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -69,6 +70,9 @@ class ServerNode:
         self._sequence = 0
         self._outstanding: dict[int, None] = {}
         self._leader_changed = asyncio.Event()
+        #: who waits until the state has come to an index, and the first of these indexes
+        self._ahead: dict[asyncio.Future[None], int] = {}
+        self._ahead_first: float = math.inf
         self._default_round: _Rounds = _Rounds(lambda: self._round("default"), spawn)
         self._consistent_round: _Rounds = _Rounds(lambda: self._round("consistent"), spawn)
         #: key -> monotonic time until which it may not be acquired again; outside the state, see architecture 'Time'
@@ -95,6 +99,8 @@ class ServerNode:
             self.watches.applied(touches)
         if effects:
             self._note(effects)
+        if self.store.index >= self._ahead_first:
+            self._reached()
         return results
 
     def capture(self) -> Iterator[bytes | None]:
@@ -112,6 +118,7 @@ class ServerNode:
         self.session_seen = dict.fromkeys(self.store.tables.sessions.rows, now)
         self.lock_delays.clear()
         self.watches.touch_all()
+        self._reached()
 
     def _note(self, effects: Sequence[tuple[Any, ...]]) -> None:
         now = self.clock()
@@ -302,15 +309,27 @@ class ServerNode:
 
     async def at_least(self, min_index: int, timeout_s: float = HOLD_S) -> None:
         """Wait until the state's index is at least `min_index`. Raises Timeout."""
-        deadline = self.clock() + timeout_s
-        while self.store.index < min_index:
-            raft = self._running()
-            if self.clock() >= deadline:
-                raise Timeout(f"this server is at index {self.store.index}, {min_index} was asked for")
-            try:
-                await raft.wait_applied(raft.applied_index + 1, 0.05)
-            except RostraError:
-                pass
+        if self.store.index >= min_index:
+            return
+        self._running()
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ahead[waiter] = min_index
+        self._ahead_first = min(self._ahead_first, min_index)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await waiter
+        except TimeoutError:
+            raise Timeout(f"this server is at index {self.store.index}, {min_index} was asked for") from None
+        finally:
+            del self._ahead[waiter]
+
+    def _reached(self) -> None:
+        """The state has come to an index that somebody may wait for."""
+        index, ahead = self.store.index, self._ahead
+        for waiter, min_index in ahead.items():
+            if min_index <= index and not waiter.done():
+                waiter.set_result(None)
+        self._ahead_first = min((i for i in ahead.values() if i > index), default=math.inf)
 
     async def barrier(self, mode: str) -> int:
         """The index that an answer must have now to be as new as `mode` promises. See architecture, 'tracked reads'."""

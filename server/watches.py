@@ -17,6 +17,7 @@ from rostra.server.state.granules import granule_hash, parent_directories
 from rostra.server.state.store import Store, Touches
 from rostra.wire.errors import RostraError, Timeout
 from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, ServedStream, pack_rows
+from rostra.wire.turns import turns
 
 #: Rows looked at in one step of the loop: about 0.3 ms for joined rows.
 SLICE_ROWS = 100
@@ -29,10 +30,11 @@ MISSED_MAX = 65_536
 
 
 class _Subscriber:
-    __slots__ = ("missed", "once", "started", "stream")
+    __slots__ = ("called", "missed", "once", "started", "stream")
 
     def __init__(self, stream: ServedStream, once: bool) -> None:
-        self.stream, self.once, self.started = stream, once, False
+        self.stream, self.once = stream, once
+        self.called = self.started = False  # its first answer has been ordered; has begun
         #: keys that changed while the first answer went out, or while it took nothing; None: it gets every change
         self.missed: set[Any] | None = set()
 
@@ -69,7 +71,7 @@ class SharedWatch:
             self._dirty.add(key)
         if not self._busy:
             self._busy = True
-            self._hub.loop.call_soon(self._refresh)
+            self._hub.turns.queue(self._refresh)
 
     def touch_all(self) -> None:
         """Everything may differ, and nothing is known of when it changed: the next evaluation says."""
@@ -82,7 +84,7 @@ class SharedWatch:
         if self._busy:
             return  # answered when the refresh is done
         if self._filled:
-            self._hub.spawn(self._first_answer(subscriber))
+            self._call(subscriber)
         else:
             self._busy = True
             self._refresh()
@@ -131,7 +133,7 @@ class SharedWatch:
                 dirty, self._dirty = list(self._dirty), set()
                 for at in range(0, len(dirty), SLICE_ROWS):
                     if at:  # and not after the last: where something is touched in every turn, this has to end
-                        await asyncio.sleep(0)
+                        await self._hub.turns.turn()
                     some, gone = self._look_again(dirty[at : at + SLICE_ROWS])
                     for key, row in some:
                         changed[key] = row
@@ -160,15 +162,14 @@ class SharedWatch:
         if not self._filled:
             self.index = evaluation.index
         self._touched_index = max(self._touched_index, evaluation.index)
-        while part := evaluation.step(SLICE_ROWS):
+        while self.subscribers and (part := evaluation.step(SLICE_ROWS)):
             rows.update(part)
-            await asyncio.sleep(0)
+            await self._hub.turns.turn()
         return rows
 
     def _answer_waiting(self) -> None:
         for subscriber in self.subscribers:
-            if not subscriber.started:
-                self._hub.spawn(self._first_answer(subscriber))
+            self._call(subscriber)
 
     def _listen(self, granules: Iterable[str]) -> None:
         new = tuple(granules)
@@ -237,15 +238,21 @@ class SharedWatch:
         at += SLICE_SUBSCRIBERS
         if at < len(subscribers):
             self._sending = subscribers, chunks, at
-            self._hub.loop.call_soon(self._send_some)
+            self._hub.turns.queue(self._send_some)
             return
         self._sending = None
         if self._is_due:
             self._is_due = False
-            self._hub.loop.call_soon(self._refresh)
+            self._hub.turns.queue(self._refresh)
+
+    def _call(self, subscriber: _Subscriber) -> None:
+        if not subscriber.called:
+            subscriber.called = True
+            self._hub.spawn(self._first_answer(subscriber))
 
     async def _first_answer(self, subscriber: _Subscriber) -> None:
-        if subscriber.started or subscriber.stream.cancelled:
+        await self._hub.turns.turn()
+        if subscriber.stream.cancelled:
             return
         subscriber.started = True
         stream, index = subscriber.stream, self.index
@@ -262,7 +269,7 @@ class SharedWatch:
             if following is None:
                 break
             part, flags = following, 0
-            await asyncio.sleep(0)
+            await self._hub.turns.turn()
         if subscriber.once:
             self._unsubscribe(subscriber)
         else:
@@ -282,7 +289,7 @@ class SharedWatch:
                 removed = [key for key in part if key not in self.rows]
                 for chunk in self._delta(changed, removed, done=at + SLICE_ROWS >= len(keys)):
                     stream.send(chunk)
-                await asyncio.sleep(0)
+                await self._hub.turns.turn()
         subscriber.missed = None
 
 
@@ -319,7 +326,7 @@ class Watches:
 
     def __init__(self, store: Store, spawn: Callable[[Any], asyncio.Task[None]]) -> None:
         self.store, self.spawn = store, spawn
-        self.loop = asyncio.get_running_loop()
+        self.turns = turns()
         self._by_query: dict[Any, SharedWatch] = {}
         self._by_granule: dict[str, set[SharedWatch]] = {}
         self._of_keys = 0  # how many of these granules are of the KV table

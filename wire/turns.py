@@ -74,11 +74,19 @@ class Turns:
             self._call_soon(self._next_turn)
 
     async def turn(self) -> None:
-        """For tasks: come back at once where there is room, else when the turn has come."""
+        """For tasks, before each piece of work of at most a slice: come back at once where there is room, else when the
+        turn has come.
+        """
         if self.begin():
             return
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.queue(lambda: None if mine.done() else mine.set_result(None))
+
+        def go_on() -> None:
+            if not mine.done():
+                self._turn_ends -= self._slice_s  # it runs a little later, and what it takes then was taken of this
+                mine.set_result(None)
+
+        self.queue(go_on)
         await mine
 
     def _next_turn(self) -> None:

@@ -131,6 +131,12 @@ class Unhurried(turns.Turns):
     def begin(self) -> bool:
         return True
 
+    def queue(self, go_on: Callable[[], None]) -> None:
+        self._call_soon(go_on)
+
+    async def turn(self) -> None:
+        await asyncio.sleep(0)
+
     def room(self) -> bool:
         return True
 

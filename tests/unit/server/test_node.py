@@ -467,3 +467,28 @@ async def test_entries_show_the_time_that_the_server_is_given() -> None:
     await write(node)
     (entry,) = log_of(node).proposed
     assert unpack(entry)[3] == 1_700_000_000_500
+
+
+# -- waiting for an index ---------------------------------------------------------------------------------------------
+
+
+async def test_who_waits_for_an_index_costs_nothing_until_it_is_there() -> None:
+    node = server()
+    index = node.store.index
+    waiting = [asyncio.ensure_future(node.at_least(index + ahead)) for ahead in (1, 2, 2, 1_000_000)]
+    await asyncio.sleep(0)
+    apply_one(node, SetKey("a", b"1"))
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    assert [w.done() for w in waiting] == [True, False, False, False]
+    apply_one(node, SetKey("a", b"2"))
+    await asyncio.wait(waiting[:3])
+    waiting[3].cancel()
+    await asyncio.wait(waiting)
+    assert not node._ahead
+    with pytest.raises(Timeout, match="this server is at index"):
+        await node.at_least(index + 100, timeout_s=0.01)
+    assert not node._ahead
+
+
+def apply_one(node: ServerNode, command: Any) -> None:
+    node.apply([encode_entry(command, cluster_id=CLUSTER)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rostra.server.watches import LAG_CHUNKS, SLICE_ROWS, SLICE_SUBSCRIBERS, Wat
 from rostra.wire.codec import encode_value
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import CREDIT_CHUNKS, DONE, END, FULL, ServedStream
+from rostra.wire.turns import TURN_S
 
 
 class Wire:
@@ -240,3 +242,49 @@ async def test_watches_of_every_kind_stay_equal_to_a_fresh_evaluation() -> None:
     await server.settled()
     for number, query in numbers.items():
         assert server.wire.views[number] == server.truth(query), query
+
+
+async def test_a_change_that_concerns_a_thousand_watches_is_told_over_many_turns() -> None:
+    server = Server()
+    numbers = [server.watch(KeyNames("k" * i)) for i in range(400)]
+    async with asyncio.timeout(30):
+        while server.wire.done != set(numbers):
+            await asyncio.sleep(0)
+    had = sum(server.wire.chunks.values())
+    server.do(SetKey("k" * 400, b"1"))
+    turns, most, before = 0, 0, had
+    while sum(server.wire.chunks.values()) < had + len(numbers):
+        await asyncio.sleep(0)
+        now = sum(server.wire.chunks.values())
+        most, before, turns = max(most, now - before), now, turns + 1
+        assert turns < 100_000
+    assert most < len(numbers) / 2
+    assert [i for i, n in enumerate(numbers) if server.wire.views[n] != server.truth(KeyNames("k" * i))] == []
+
+
+async def test_what_is_evaluated_for_nobody_any_more_is_not_evaluated_to_its_end() -> None:
+    server = Server()
+    for i in range(SLICE_ROWS * 30):
+        server.do(SetKey(f"k/{i}", b""))
+    steps = 0
+    evaluate = server.store.evaluate
+
+    class Counted:
+        def __init__(self, query: Any) -> None:
+            self._inner = evaluate(query)
+            self.granules, self.index = self._inner.granules, self._inner.index
+
+        def step(self, rows: int) -> Any:
+            nonlocal steps
+            steps += 1
+            time.sleep(TURN_S)  # what a turn has room for
+            return self._inner.step(rows)
+
+    server.store.evaluate = Counted  # type: ignore[method-assign, assignment]
+    number = server.watch(ListKeys("k/"))
+    while steps < 2:
+        await asyncio.sleep(0)
+    server.cancel(number)
+    await server.settled()
+    assert not server.tasks
+    assert steps < 15

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
 import uvloop
 
+from rostra.wire.turns import SLICE_S as SLICE_S_REAL
+from rostra.wire.turns import TURN_S as TURN_S_REAL
 from rostra.wire.turns import Turns, turns
 
 TURN_S, SLICE_S, UNIT_S = 1.0, 0.25, 0.0625
@@ -156,3 +159,33 @@ def test_a_task_waits_for_its_turn_on_a_real_loop(new_loop: Callable[[], asyncio
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         assert runner.run(run()) == [1000] * 5
+
+
+def test_tasks_that_wait_together_hold_a_turn_no_longer_than_readers_do() -> None:
+    async def run() -> int:
+        mine, working = turns(), 0
+        most = in_this_turn = 0
+
+        def next_turn() -> None:
+            nonlocal most, in_this_turn
+            most, in_this_turn = max(most, in_this_turn), 0
+            if working:
+                asyncio.get_running_loop().call_soon(next_turn)
+
+        async def work() -> None:
+            nonlocal working, in_this_turn
+            for _ in range(5):
+                await mine.turn()
+                in_this_turn += 1
+                until = time.perf_counter() + SLICE_S_REAL
+                while time.perf_counter() < until:
+                    pass
+            working -= 1
+
+        tasks = [asyncio.ensure_future(work()) for _ in range(100)]
+        working = len(tasks)
+        next_turn()
+        await asyncio.wait_for(asyncio.gather(*tasks), 30)
+        return most
+
+    assert asyncio.run(run()) <= 3 * TURN_S_REAL / SLICE_S_REAL
