@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rostra import CONSUL_API_VERSION
 from rostra.runtime.log import RateLimited, get
 from rostra.server.node import ServerNode
+from rostra.server.raft.members import REPLICA
 from rostra.server.state.catalog import Deregister, Register
 from rostra.server.state.cluster import ForgetNode, SetMemberStatus, StateHash
 from rostra.server.state.rows import MemberRow, SessionRow
@@ -260,8 +262,26 @@ class Leader:
             row is not None
             and row.address == member.address
             and self._passes(member)
-            and (member.role != "server" or tables.services.get((name, "consul")) is not None)
+            and (member.role != "server" or self._is_listed(name, member))
         )
+
+    def _is_listed(self, name: str, member: MemberRow) -> bool:
+        """Whether the service `consul` of a server says what it should; an older version said less."""
+        service = self._node.store.tables.services.get((name, "consul"))
+        return service is not None and dict(service.meta) == self._meta(member)
+
+    def _meta(self, member: MemberRow) -> dict[str, str]:
+        """What Consul's clients look for, as Consul writes it."""
+        raft = self._node.raft
+        never_votes = raft is not None and any(m.id == member.node_id and m.suffrage == REPLICA for m in raft.members)
+        return {
+            "non_voter": str(never_votes).lower(),
+            "raft_version": "3",
+            "serf_protocol_current": "2",
+            "serf_protocol_max": "5",
+            "serf_protocol_min": "1",
+            "version": CONSUL_API_VERSION,
+        }
 
     def _passes(self, member: MemberRow) -> bool:
         tables = self._node.store.tables
@@ -317,7 +337,7 @@ class Leader:
                 "id": "consul",
                 "name": "consul",
                 "port": member.rpc_port,
-                "meta": {"raft_version": "3", "serf_protocol_current": "2", "version": member.version},
+                "meta": self._meta(member),
             }
         await self._node.own_write(
             Register(

@@ -481,9 +481,7 @@ class Core:
             from rostra.server.state.ca import SetRoot
 
             trust_domain = f"{self._cluster_id}.consul"
-            fields, key_pem = await asyncio.to_thread(
-                create_root, trust_domain, int(time.time() * 1000), 1, f"Rostra CA {self._cluster_id[:8]}"
-            )
+            fields, key_pem = await asyncio.to_thread(create_root, trust_domain, int(time.time() * 1000), 1)
             await node.own_write(SetRoot(root=fields, private_key_pem=key_pem, expected_active=""), hold_s=5)
             log.info("made the mesh CA's first root", trust_domain=trust_domain)
 

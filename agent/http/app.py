@@ -27,7 +27,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 
 from rostra.agent.context import Agent
-from rostra.agent.http import catalog, connect, health, kv, operator, session, status
+from rostra.agent.http import acl, catalog, connect, health, kv, operator, session, status
 from rostra.agent.http.connection import Attention, Connection, Connections, PayloadBroken, insides_fit
 from rostra.agent.http.declared import WARNING_HEADER, check_parameters, warning
 from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, outcome
@@ -73,7 +73,7 @@ _BLOCKS = ("index", "hash", "wait")
 
 def all_routes() -> list[Route]:
     """The routes of every resource module that exists."""
-    modules: list[Any] = [catalog, connect, health, kv, operator, session, status]
+    modules: list[Any] = [acl, catalog, connect, health, kv, operator, session, status]
     for name in ("agent", "ui"):
         if importlib.util.find_spec(f"rostra.agent.http.{name}") is not None:
             modules.append(importlib.import_module(f"rostra.agent.http.{name}"))

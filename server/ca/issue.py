@@ -47,7 +47,7 @@ class LeafCertificate:
 
 
 def create_root(
-    trust_domain: str, now_ms: int, serial: int, name: str = "Rostra CA Root Cert"
+    trust_domain: str, now_ms: int, serial: int, name: str = "Consul CA Root Cert"
 ) -> tuple[dict[str, Any], str]:
     """A new root of the mesh: the fields of its RootRow, and its private key as PEM."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -251,6 +251,7 @@ async def test_a_quiet_cluster_writes_nothing(tmp_path: Path) -> None:
         await node.own_write(Register(node="WEB1", address="10.9.9.9"))
         await enrol(core, "web1")
         await eventually(lambda: status(core, "WEB1")[1] == "passing")
+        await eventually(lambda: node.store.tables.members.rows["s1"].anchors == core._identity.anchor_hashes)
         await asyncio.sleep(0.3)
         before = node.store.index
         await asyncio.sleep(0.5)
@@ -282,3 +283,29 @@ async def test_a_repeated_acquire_gets_its_first_result_although_the_lock_is_del
         assert await node.write(origin, kind, args) is True
         await node.own_write(DestroySession(session_id))
         assert await node.write(origin, kind, args) is True
+
+
+async def test_the_service_of_the_servers_says_what_consuls_clients_look_for_and_an_older_row_is_mended(
+    tmp_path: Path,
+) -> None:
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, _ = server_of(cluster)
+
+        def meta() -> dict[str, str]:
+            row = core.node.store.tables.services.get(("s1", "consul"))
+            return dict(row.meta) if row is not None else {}
+
+        wanted = {
+            "non_voter": "false",
+            "raft_version": "3",
+            "serf_protocol_current": "2",
+            "serf_protocol_max": "5",
+            "serf_protocol_min": "1",
+            "version": "1.8.7",
+        }
+        await eventually(lambda: meta() == wanted)
+        older = {"id": "consul", "name": "consul", "port": 1, "meta": {"raft_version": "3", "version": "0.1.0"}}
+        await node.own_write(Register(node="s1", skip_node_update=True, service=older))
+        await eventually(lambda: meta() == wanted)
+        root = next(iter(core.node.store.tables.roots.rows.values()))
+        assert root.name == "Consul CA Root Cert"

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from rostra.agent.context import Agent
-from rostra.agent.http import catalog, connect, health, kv, operator, session, status
+from rostra.agent.http import acl, catalog, connect, health, kv, operator, session, status
 from rostra.agent.http.app import HttpServer
 from rostra.agent.http.routing import Route
 from rostra.agent.results import Results
 from rostra.server.state.catalog import Register
 from tests.support.store_servers import StoreServers
 
-ROUTES = [route for module in (catalog, connect, health, kv, operator, session, status) for route in module.ROUTES]
+ROUTES = [route for module in (acl, catalog, connect, health, kv, operator, session, status) for route in module.ROUTES]
 SERF = {"id": "serfHealth", "name": "Serf Health Status", "status": "passing", "output": "Agent alive and reachable"}
 
 
