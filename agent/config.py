@@ -5,7 +5,7 @@ and whether a reload may change it, and nothing else has to be edited for a new 
 has no use for are accepted with one warning (`UNUSED`); keys that nobody knows are errors. Service and check
 definitions are checked as the running agent checks them (`agent/file_definitions.py`) and handed on as plain maps
 (`Definition`). null is "not set", and "" in lists and maps of strings. Imports the standard library, and where a file
-asks for it `agent/hcl.py` and `agent/file_definitions.py`: it runs before anything heavy is loaded.
+asks for it `agent/hcl.py` and `agent/file_definitions.py`; `wire/bounds.py`. It runs before anything heavy is loaded.
 """
 
 # ruff: noqa: RUF009  (setting() returns a dataclass field)
@@ -970,17 +970,16 @@ class _Loading:
 
 # ── rules between settings ───────────────────────────────────────────────────────────────────────────────────────────
 
-_NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # as in runtime/identity.py, which would bring cryptography along
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
 def _settle_names(loading: _Loading) -> None:
     v = loading.values
+    from rostra.wire.bounds import DATACENTER_CHARS_MAX, NODE_NAME_RULE, is_node_name
+
     v["node_name"] = str(v["node_name"]).strip() or socket.gethostname()
-    if not _NODE_NAME.fullmatch(v["node_name"]):
-        loading.complain(
-            "node_name", f"\"{v['node_name']}\" is no name for a node: 1 to 64 letters, digits, '-', '_' or '.'"
-        )
+    if not is_node_name(v["node_name"]):
+        loading.complain("node_name", f'"{v["node_name"]}" is no name for a node: {NODE_NAME_RULE}')
     elif not re.fullmatch(r"[A-Za-z0-9-]+", v["node_name"]):
         loading.warnings.append(
             f'node name "{v["node_name"]}" will not be found by DNS: it has other characters than a-z, 0-9 and -'
@@ -989,8 +988,11 @@ def _settle_names(loading: _Loading) -> None:
     if v["node_id"] and not _UUID.fullmatch(v["node_id"]):
         loading.complain("node_id", f'"{v["node_id"]}" is not a UUID')
     v["datacenter"] = str(v["datacenter"]).lower()
-    if not re.fullmatch(r"[a-z0-9_-]+", v["datacenter"]):
-        loading.complain("datacenter", f'datacenter cannot be "{v["datacenter"]}": use only a-z, 0-9, - and _')
+    if not re.fullmatch(rf"[a-z0-9_-]{{1,{DATACENTER_CHARS_MAX}}}", v["datacenter"]):
+        loading.complain(
+            "datacenter",
+            f'datacenter cannot be "{v["datacenter"]}": use only a-z, 0-9, - and _, {DATACENTER_CHARS_MAX} at most',
+        )
     for name in ("domain", "alt_domain"):
         v[name] = str(v[name]).strip().strip(".").lower()
         if re.search(r"[\s/]|\.\.", v[name]) or (name == "domain" and not v[name]):

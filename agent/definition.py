@@ -16,6 +16,7 @@ from typing import Any
 
 from rostra.agent.http.durations import SECOND, parse_duration
 from rostra.server.state.rows import ServiceRow
+from rostra.wire.bounds import DEPTH_MAX
 from rostra.wire.errors import BadRequest, Denied
 
 INTERVAL_MIN_S = 1.0
@@ -150,6 +151,17 @@ def expand_sidecar_checks(sidecar: ServiceDefinition, *, listener: str, parent_i
         ),
     )
     return replace(sidecar, checks=checks)
+
+
+def with_ip_addresses(row: ServiceRow) -> ServiceRow:
+    """The service with its own address among the tagged ones, where that is an IP address and they lack it."""
+    try:
+        version = ipaddress.ip_address(row.address).version
+    except ValueError:
+        return row
+    own = {"address": row.address, "port": row.port}
+    tagged = {f"lan_ipv{version}": own, f"wan_ipv{version}": own, **row.tagged_addresses}
+    return row._replace(tagged_addresses={name: tagged[name] for name in sorted(tagged)})
 
 
 def frozen(value: Any) -> Any:
@@ -390,11 +402,32 @@ def _read_proxy(fields: _Fields | None) -> dict[str, Any] | None:
         "config": frozen(fields.free_map("config")),
         "upstreams": tuple(_read_upstream(upstream) for upstream in fields.objects("upstreams")),
         "mesh_gateway": _mode_map(fields.object("mesh_gateway")),
-        "expose": frozen(fields.free_map("expose")),
+        "expose": _read_expose(fields.object("expose")),
     }
     fields.end()
     _check_port("Proxy.LocalServicePort", proxy["local_service_port"])
     return {key: value for key, value in proxy.items() if value}
+
+
+def _read_expose(fields: _Fields | None) -> dict[str, Any]:
+    """Paths that the proxy serves without mTLS, for checks of others."""
+    if fields is None:
+        return {}
+    checks, paths = fields.boolean("checks"), tuple(_read_path(path) for path in fields.objects("paths"))
+    fields.end()
+    return {**({"checks": True} if checks else {}), **({"paths": paths} if paths else {})}
+
+
+def _read_path(fields: _Fields) -> dict[str, Any]:
+    path = {
+        "listener_port": fields.integer("listener_port"),
+        "path": fields.text("path"),
+        "local_path_port": fields.integer("local_path_port"),
+        "protocol": fields.text("protocol"),
+        "parsed_from_check": fields.boolean("parsed_from_check"),
+    }
+    fields.end()
+    return path
 
 
 def _read_upstream(fields: _Fields) -> dict[str, Any]:
@@ -495,8 +528,25 @@ def _check_proxy(kind: str, port: int, native: bool, proxy: Mapping[str, Any] | 
     destinations: set[tuple[str, str, str]] = set()
     for upstream in proxy.get("upstreams", ()):
         problems.extend(_upstream_problems(upstream, listeners, destinations))
+    problems.extend(_expose_problems(proxy.get("expose", {}).get("paths", ())))
     if problems:
         raise _errors(*problems)
+
+
+def _expose_problems(paths: tuple[dict[str, Any], ...]) -> Iterator[str]:
+    if len({path["path"] for path in paths}) < len(paths):
+        yield "expose.paths: duplicate paths exposed"
+    if len({path["listener_port"] for path in paths}) < len(paths):
+        yield "expose.paths: duplicate listener ports exposed"
+    for path in paths:
+        if not path["path"]:
+            yield "expose.paths: empty path exposed"
+        if not 0 < path["listener_port"] <= 65535:
+            yield f"expose.paths: invalid listener port: {path['listener_port']}"
+        if not 0 <= path["local_path_port"] <= 65535:
+            yield f"expose.paths: invalid local path port: {path['local_path_port']}"
+        if path["protocol"] not in ("", "http", "http2"):
+            yield f"protocol '{path['protocol']}' not supported for path: {path['path']}, must be in: [http http2]"
 
 
 def _upstream_problems(
@@ -555,6 +605,16 @@ def _errors(*problems: str) -> BadRequest:
     """Several problems in the shape that Consul's clients show."""
     head = "1 error occurred:" if len(problems) == 1 else f"{len(problems)} errors occurred:"
     return BadRequest("\n".join([head, *(f"\t* {problem}" for problem in problems)]) + "\n\n")
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether maps and lists in `value` are nested deeper: recursion could not follow them."""
+    level = [value]
+    while level and levels >= 0:
+        holders = [v for v in level if isinstance(v, Mapping | list | tuple)]
+        level = [v for holder in holders for v in (holder.values() if isinstance(holder, Mapping) else holder)]
+        levels -= 1
+    return bool(level)
 
 
 def _fold(key: str) -> str:
@@ -690,6 +750,8 @@ class _Fields:
             return {}
         if not isinstance(value, Mapping):
             raise self._wrong(name, value, "map")
+        if is_deeper(value, DEPTH_MAX):
+            raise DecodeError(f"json: {self._path}{name} is nested more than {DEPTH_MAX} deep")
         return {str(k): v for k, v in value.items()}
 
     def object(self, name: str) -> _Fields | None:

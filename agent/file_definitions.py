@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from rostra.agent.bounds import refuse_too_large
 from rostra.agent.definition import CheckSpec, Scripts, parse_check, parse_service
 from rostra.agent.local_files import is_kept
 from rostra.wire.errors import NotFound, RostraError
@@ -38,17 +39,19 @@ def problems(
         for part in (wanted, wanted.sidecar):
             if part is not None:
                 known.add(part.row.id)
-                _allow(part.checks)
+                allow(part.checks)
+                refuse_too_large(node, part.row, part.checks)
 
     def check(value: dict[str, Any]) -> None:
         spec = parse_check(value, from_file=True)
-        _allow((spec,))
+        allow((spec,))
+        refuse_too_large(node, None, (spec,))
         if not spec.service_id or spec.service_id in known:
             return
         if not data_dir or not is_kept(Path(data_dir), "services", spec.service_id):
             raise NotFound(f'ServiceID "{spec.service_id}" does not exist')
 
-    def _allow(specs: Iterable[CheckSpec]) -> None:
+    def allow(specs: Iterable[CheckSpec]) -> None:
         for spec in specs:
             scripts.allow(spec, from_file=True)
 

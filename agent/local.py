@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
+from rostra.agent.bounds import refuse_too_large
 from rostra.agent.checks import http, script, tcp
 from rostra.agent.checks.alias import alias_result
 from rostra.agent.checks.check import (
@@ -50,6 +51,7 @@ from rostra.agent.definition import (
     join_host_port,
     parse_check,
     parse_service,
+    with_ip_addresses,
 )
 from rostra.agent.local_files import Files
 from rostra.runtime import log as _log
@@ -301,6 +303,9 @@ class LocalAgent:
             if spec.service_id and spec.service_id not in self.services:
                 raise NotFound(f'ServiceID "{spec.service_id}" does not exist')
             spec = replace(spec, token=spec.token or token)
+            owner = self.services.get(spec.service_id)
+            others = [c.spec for c in self.checks_of(spec.service_id) if c.spec is not None and c.spec.id != spec.id]
+            refuse_too_large(self.node, owner.row if owner is not None else None, [spec, *others])
             if not from_file:
                 await self._files.save("checks", spec.id, {"spec": asdict(spec)})
             self._put_check(spec, from_file)
@@ -367,29 +372,29 @@ class LocalAgent:
         replace_existing_checks: bool,
     ) -> None:
         """Each with the service whose sidecar it is, or "". All become visible at once, when they are on disk."""
-        services: list[LocalService] = []
+        services: list[tuple[LocalService, list[CheckSpec]]] = []
         dropped: list[LocalCheck] = []
-        saving: list[Coroutine[Any, Any, None]] = []
         for wanted, sidecar_of in parts:
             service_id = wanted.row.id
             before = self.services.get(service_id)
             if not sidecar_of and before is not None:
                 sidecar_of = before.sidecar_of
-            service = LocalService(wanted.row, wanted.token or token, sidecar_of, from_file)
-            services.append(service)
             given = {spec.id for spec in wanted.checks}
             others = [c for c in self.checks_of(service_id) if c.row.id not in given]
             if replace_existing_checks:
                 dropped += [c for c in others if not is_maintenance(c.row.id)]
                 others = []
+            refuse_too_large(self.node, wanted.row, [*wanted.checks, *(c.spec for c in others if c.spec is not None)])
             kept = [c.spec for c in others if c.spec is not None and not c.from_file]
-            if from_file:
-                saving.append(self._files.remove(("services", service_id)))
-            else:
-                saving.append(self._save_service(service, [*wanted.checks, *kept]))
+            service = LocalService(wanted.row, wanted.token or token, sidecar_of, from_file)
+            services.append((service, [*wanted.checks, *kept]))
+        saving = [
+            self._files.remove(("services", service.row.id)) if from_file else self._save_service(service, specs)
+            for service, specs in services
+        ]
         await asyncio.gather(*saving)
         files = [file for check in dropped for file in self._drop_check(check)]
-        for service, (wanted, _) in zip(services, parts, strict=True):
+        for (service, _), (wanted, _) in zip(services, parts, strict=True):
             self._put_service(service, wanted.checks)
         self._refresh_aliases(_concerned(wanted for wanted, _ in parts))
         self._changed()
@@ -397,7 +402,7 @@ class LocalAgent:
             await self._files.remove(*files)
 
     def _put_service(self, service: LocalService, specs: Iterable[CheckSpec]) -> None:
-        row = service.row
+        row = service.row = with_ip_addresses(service.row)
         self.services[row.id] = service
         for spec in specs:
             self._put_check(replace(spec, token=spec.token or service.token), service.from_file)

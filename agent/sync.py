@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rostra.agent.bounds import check_fields, in_commands, service_fields
 from rostra.agent.definition import frozen
 from rostra.agent.servers_port import Key, Row, Servers
 from rostra.runtime import log as _log
@@ -81,6 +82,7 @@ class Step:
     command: Register | Deregister
     token_of: str = ""
     what: str = ""
+    stage: int = 1  # those of one stage are written together; a later one builds on it
 
 
 def plan(
@@ -101,15 +103,16 @@ def plan(
             due.setdefault(row.service_id, []).append(row)
     steps: list[Step] = []
     if not node_is_known:
-        steps.append(Step(_register(identity, False), what="node"))
+        steps.append(Step(_register(identity, False), what="node", stage=0))
     for service_id, service in services.items():
-        of_service = tuple(due.get(service_id, ()))
+        commands = in_commands(due.get(service_id, ()))
         if not _same_service(service, catalog.services.get(service_id)):
-            steps.append(Step(_register(identity, True, service, of_service), service_id, f"service {service_id}"))
-        elif of_service:
-            steps.append(Step(_register(identity, True, None, of_service), service_id, f"checks of {service_id}"))
-    if "" in due:
-        steps.append(Step(_register(identity, True, None, tuple(due[""])), "", "checks of the node"))
+            first = _register(identity, True, service, next(commands, ()))
+            steps.append(Step(first, service_id, f"service {service_id}"))
+        for some in commands:
+            steps.append(Step(_register(identity, True, None, some), service_id, f"checks of {service_id}", 2))
+    for some in in_commands(due.get("", ())):
+        steps.append(Step(_register(identity, True, None, some), "", "checks of the node"))
     return [*steps, *_removals(identity, services, checks, catalog, is_server)]
 
 
@@ -170,14 +173,9 @@ def _register(
         tagged_addresses=dict(identity.tagged_addresses),
         node_meta=dict(identity.meta),
         skip_node_update=node_is_known,
-        service=_fields(service, "node") if service is not None else None,
-        checks=tuple(_fields(check) for check in checks),
+        service=service_fields(service) if service is not None else None,
+        checks=tuple(check_fields(check) for check in checks),
     )
-
-
-def _fields(row: ServiceRow | CheckRow, *left_out: str) -> dict[str, Any]:
-    omitted = {*left_out, "create_index", "modify_index"}
-    return {name: value for name, value in row._asdict().items() if name not in omitted}
 
 
 def _same_node(identity: NodeIdentity, row: NodeRow) -> bool:
@@ -209,8 +207,8 @@ class _Written:
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], tuple[float, Any]] = {}
 
-    def note(self, command: Register | Deregister, services: Mapping[str, ServiceRow], catalog: Picture) -> None:
-        """`services` are what the command was made of."""
+    def note(self, command: Register | Deregister, ours: Picture, catalog: Picture) -> None:
+        """`ours` is what the command was made of."""
         until = time.monotonic() + WATCH_LAG_S
         if isinstance(command, Register):
             if not command.skip_node_update:
@@ -225,9 +223,9 @@ class _Written:
                 self._rows["node", ""] = (until, node)
             if command.service is not None:
                 service_id = command.service["id"]
-                self._rows["service", service_id] = (until, services[service_id])
+                self._rows["service", service_id] = (until, ours.services[service_id])
             for check in command.checks:
-                self._rows["check", check["id"]] = (until, CheckRow(**check))
+                self._rows["check", check["id"]] = (until, ours.checks[check["id"]])
         elif command.service_id:
             self._rows["service", command.service_id] = (until, None)
             for check_id, check_row in catalog.checks.items():
@@ -395,11 +393,12 @@ class Sync:
         local = self._local
         for service_id, tags in tags_to_adopt(_rows(local.services), catalog).items():
             local.adopt_tags(service_id, tags)
-        change, services = self._changes, _rows(local.services)
+        change = self._changes
+        ours = Picture(catalog.node, _rows(local.services), _rows(local.checks))
         steps = plan(
             self._identity,
-            services,
-            _rows(local.checks),
+            ours.services,
+            ours.checks,
             catalog,
             is_server=self._is_server,
             deferred=local.deferred_outputs(),
@@ -413,16 +412,16 @@ class Sync:
                 refusals[step.token_of] = refusal
                 refused.add(step.what)
             else:
-                self._written.note(step.command, services, catalog)
+                self._written.note(step.command, ours, catalog)
 
-        if steps and steps[0].what == "node":  # the others build on it
-            await write(steps.pop(0))
-        for start in range(0, len(steps), _AT_ONCE):
-            # All of them end before the next round begins: a write that is late must not undo what came after it.
-            done = await asyncio.gather(*map(write, steps[start : start + _AT_ONCE]), return_exceptions=True)
-            for error in done:
-                if error is not None:
-                    raise error
+        for stage in sorted({step.stage for step in steps}):
+            of_stage = [step for step in steps if step.stage == stage]
+            for start in range(0, len(of_stage), _AT_ONCE):
+                # All of them end before the next round begins: a write that is late must not undo what came after it.
+                done = await asyncio.gather(*map(write, of_stage[start : start + _AT_ONCE]), return_exceptions=True)
+                for error in done:
+                    if error is not None:
+                        raise error
         for what in self._refused.keys() - refused:
             del self._refused[what]  # it is wanted no longer
         self._settle(change, refusals)

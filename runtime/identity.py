@@ -38,6 +38,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rostra.runtime import log as _log
+from rostra.wire.bounds import NODE_NAME_RULE, is_node_name
 from rostra.wire.errors import BadRequest, Conflict, Internal
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ FORMAT = 1
 #: Of each directory at a start; a node may have registered thousands of services.
 ENTRIES_LOOKED_AT = 200
 NODE_URI = "rostra://node/"
-#: The certificate bears it, and DNS answers it where it has no _ and no dot.
-NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 _HKDF_INFO = b"rostra enrolment CA v1"
 # Dates of what every holder of the secret can issue for itself protect nothing, and a machine whose clock is wrong at
@@ -376,8 +375,8 @@ class NodeIdentity:
         `node_id`: the configured one, if any; replaces the one on disk. `bind`: the address that this node listens on;
         without secrets it must be loopback, unless the cluster CA issued a certificate before. Raises BadRequest.
         """
-        if not NODE_NAME.fullmatch(node_name):
-            raise BadRequest(f"node name {node_name!r}: 1 to 64 letters, digits, '-', '_' or '.'")
+        if not is_node_name(node_name):
+            raise BadRequest(f"node name {node_name!r}: {NODE_NAME_RULE}")
         root = Path(data_dir)
         directory = root / "tls"
         try:

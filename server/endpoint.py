@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import math
 import os
 import re
 import socket
@@ -29,6 +28,7 @@ from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.operator import SetAutopilot
 from rostra.server.watches import bytes_of
+from rostra.wire.bounds import NAME_CHARS_MAX, NODE_NAME_RULE, check_arguments, is_node_name
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, Timeout, TooLarge
 from rostra.wire.frames import PEER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX
@@ -49,8 +49,6 @@ CONNECTIONS_OF_A_NODE_MAX = 8
 STREAMS_MAX = 8192
 #: An agent is one client of the log. Each remembered client costs every server memory, and the oldest is forgotten.
 CLIENTS_OF_A_CONNECTION_MAX = 8
-#: What a command or query of an agent may be: the log is for ever, and every server has to live with what is in it.
-NAME_CHARS_MAX, TEXT_CHARS_MAX, ITEMS_MAX, DEPTH_MAX = 16 << 10, 128 << 10, 16 << 10, 32
 #: Answers up to this many rows are evaluated in one go; larger ones in slices, by `watches.py`.
 SMALL_ANSWER_ROWS = 32
 
@@ -302,8 +300,8 @@ class Endpoint:
             peer.name, peer.node_id = name, node_id
         elif name != peer.name or (node_id and node_id != peer.node_id):
             raise Denied(f"the hello speaks for node {name!r}, but the certificate is that of {peer.name!r}")
-        if not _NODE_NAME.fullmatch(peer.name):
-            raise BadRequest("the hello names no node: 1 to 64 letters, digits, '-', '_' or '.'")
+        if not is_node_name(peer.name):
+            raise BadRequest(f"the hello names no node: {NODE_NAME_RULE}")
         if protocol in ("raft", "peer"):
             server_id = self._server_key(peer.key_hash) if peer.key_hash else None
             if server_id is None and protocol == "raft" and peer.key_hash:
@@ -625,7 +623,6 @@ class _Write:
 _EDGE_KINDS = frozenset(EDGE_VOCABULARY)
 #: Commands with nothing inside of their fields: what decodes and came in a small frame needs no other check.
 _FLAT_KINDS = frozenset(kind for kind in EDGE_VOCABULARY if EDGE_VOCABULARY.is_flat(kind)) - {SetAutopilot.kind}
-_NODE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 #: Beginnings of the reasons for which `FrameConnection` and `Served` end a connection by themselves.
 _VIOLATIONS = ("frame of", "malformed", "peer does not read", "silent", "too many")
@@ -643,50 +640,6 @@ def about_node(message: dict[str, Any], own_datacenter: str, seen_address: str) 
     if type(port) is not int or not 0 < port < 65536:
         raise BadRequest("serf_port is not a port")
     return About(_text(message, "datacenter", 64) or own_datacenter, address, port, _text(message, "version", 64))
-
-
-def check_arguments(args: Any) -> None:
-    """Bounds for what agents put into the log and ask for. Raises BadRequest or TooLarge.
-
-    Nesting is what matters most: a map that recursion cannot follow would stop every server that applies it, for ever.
-    """
-    if type(args) is not dict:
-        raise BadRequest("the fields must be a map")
-    deeper: list[Any] = []
-    for value in args.values():
-        kind = type(value)
-        if kind is str:
-            if len(value) > NAME_CHARS_MAX:
-                raise TooLarge(f"a field of {len(value)} characters; at most {NAME_CHARS_MAX} are allowed")
-        elif kind is dict or kind is tuple:
-            deeper.append(value)
-        elif kind not in _PLAIN and kind is not bytes:
-            raise BadRequest(f"a field is of type {kind.__name__}")
-    depth, count = 0, 0
-    while deeper:
-        depth += 1
-        if depth > DEPTH_MAX:
-            raise TooLarge(f"maps and lists are nested more than {DEPTH_MAX} deep")
-        level, deeper = deeper, []
-        for holder in level:
-            count += len(holder)
-            if count > ITEMS_MAX:
-                raise TooLarge(f"more than {ITEMS_MAX} items in maps and lists")
-            for value in (*holder, *holder.values()) if type(holder) is dict else holder:
-                kind = type(value)
-                if kind is str:
-                    if len(value) > TEXT_CHARS_MAX:
-                        raise TooLarge(f"a text of {len(value)} characters; at most {TEXT_CHARS_MAX} are allowed")
-                elif kind is dict or kind is tuple:
-                    deeper.append(value)
-                elif kind is float:
-                    if not math.isfinite(value):
-                        raise BadRequest("a number is not finite")
-                elif kind not in _PLAIN:
-                    raise BadRequest(f"a value is of type {kind.__name__}")
-
-
-_PLAIN = frozenset((type(None), bool, int, float))
 
 
 def _query(served: Served, kind: Any, args: Any) -> Any:

@@ -279,8 +279,9 @@ def service_json(row: ServiceRow) -> Json:
     if row.kind:
         out["Proxy"] = proxy_json(row.proxy)
         for upstream in out["Proxy"].get("Upstreams") or ():
-            if not upstream.get("Datacenter"):
-                upstream.pop("Datacenter", None)
+            for name in ("Datacenter", "Config"):
+                if not upstream.get(name):
+                    upstream.pop(name, None)
     if row.native:
         out["Connect"] = {"Native": True}
     return out

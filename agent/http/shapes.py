@@ -131,8 +131,23 @@ def proxy_json(proxy: dict[str, Any] | None) -> Json:
         for name, default in _UPSTREAM_DEFAULTS.items():
             upstream.setdefault(name, default() if callable(default) else default)
     out.setdefault("MeshGateway", {})
-    out.setdefault("Expose", {})
+    out["Expose"] = _expose_json(out.get("Expose") or {})
     return out
+
+
+def _expose_json(given: Json) -> Json:
+    """What is not set is not shown, but for where a path came from."""
+    out: Json = {"Checks": True} if given.get("Checks") else {}
+    if given.get("Paths"):
+        out["Paths"] = [
+            {name: path[name] for name in _PATH_FIELDS if path.get(name)}
+            | {"ParsedFromCheck": bool(path.get("ParsedFromCheck"))}
+            for path in given["Paths"]
+        ]
+    return out
+
+
+_PATH_FIELDS = ("ListenerPort", "Path", "LocalPathPort", "Protocol")
 
 
 _UPSTREAM_DEFAULTS: dict[str, Any] = {

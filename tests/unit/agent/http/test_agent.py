@@ -401,3 +401,124 @@ async def test_authorize_finds_the_target_in_any_spelling() -> None:
         for target in ("db", "DB", "Db"):
             response = await a.call("POST", "/v1/agent/connect/authorize", {"Target": target, "ClientCertURI": uri})
             assert json.loads(response.body)["Authorized"] is False
+
+
+IP, IP6, GIVEN = "10.0.0.5", "2001:db8::1", {"wan": {"Address": "1.2.3.4", "Port": 9}}
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "shown"),
+    [
+        (IP, {}, {"lan_ipv4": {"Address": IP, "Port": 7}, "wan_ipv4": {"Address": IP, "Port": 7}}),
+        (IP6, {}, {"lan_ipv6": {"Address": IP6, "Port": 7}, "wan_ipv6": {"Address": IP6, "Port": 7}}),
+        (IP, GIVEN, {**GIVEN, "lan_ipv4": {"Address": IP, "Port": 7}, "wan_ipv4": {"Address": IP, "Port": 7}}),
+        (
+            IP,
+            {"lan_ipv4": {"Address": "9.9.9.9", "Port": 3}},
+            {"lan_ipv4": {"Address": "9.9.9.9", "Port": 3}, "wan_ipv4": {"Address": IP, "Port": 7}},
+        ),
+        ("", GIVEN, GIVEN),
+        ("www.example.com", {}, None),
+        (f"[{IP6}]", {}, None),
+        ("", {}, None),
+    ],
+)
+async def test_an_ip_address_of_a_service_is_among_its_tagged_ones(address: str, given: Any, shown: Any) -> None:
+    async with api() as a:
+        body = {"Name": "x", "Address": address, "Port": 7, "TaggedAddresses": given}
+        assert await a.put("/v1/agent/service/register", body) == (200, "")
+        service = await a.get("/v1/agent/service/x")
+        assert service.get("TaggedAddresses") == shown
+        assert shown is None or list(service["TaggedAddresses"]) == sorted(shown)
+
+
+async def test_a_sidecar_with_an_address_has_its_own_port_among_the_tagged_ones() -> None:
+    async with api() as a:
+        await a.put(
+            "/v1/agent/service/register",
+            {"Name": "x", "Port": 80, "Connect": {"SidecarService": {"Address": "10.0.0.6"}}},
+        )
+        shown = await a.get("/v1/agent/service/x-sidecar-proxy")
+        assert shown["TaggedAddresses"]["lan_ipv4"] == {"Address": "10.0.0.6", "Port": 21000}
+
+
+def _proxy(expose: Any) -> dict[str, Any]:
+    upstreams = [{"DestinationName": "b", "LocalBindPort": 4}]
+    return {
+        "Name": "p",
+        "Kind": "connect-proxy",
+        "Port": 3,
+        "Proxy": {"DestinationServiceName": "x", "Upstreams": upstreams, "Expose": expose},
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (None, {}),
+        ({"Checks": False}, {}),
+        ({"Paths": None}, {}),
+        ({"Checks": True}, {"Checks": True}),
+        (
+            {"Paths": [{"Path": "/x", "LocalPathPort": 1, "ListenerPort": 2}]},
+            {"Paths": [{"ListenerPort": 2, "Path": "/x", "LocalPathPort": 1, "ParsedFromCheck": False}]},
+        ),
+        (
+            {"paths": [{"path": "/x", "local_path_port": 1, "listener_port": 2, "protocol": "http2"}]},
+            {
+                "Paths": [
+                    {
+                        "ListenerPort": 2,
+                        "Path": "/x",
+                        "LocalPathPort": 1,
+                        "Protocol": "http2",
+                        "ParsedFromCheck": False,
+                    }
+                ]
+            },
+        ),
+    ],
+)
+async def test_what_a_proxy_exposes_is_shown_as_consul_shows_it(given: Any, shown: Any) -> None:
+    async with api() as a:
+        assert await a.put("/v1/agent/service/register", _proxy(given)) == (200, "")
+        proxy = (await a.get("/v1/agent/service/p"))["Proxy"]
+        assert proxy["Expose"] == shown
+        assert "Config" not in proxy["Upstreams"][0]
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        ([{"Path": "", "ListenerPort": 2}], "empty path exposed"),
+        ([{"Path": "/x", "ListenerPort": 70000}], "invalid listener port: 70000"),
+        ([{"Path": "/x", "ListenerPort": 2, "Protocol": "foo"}], "protocol 'foo' not supported for path: /x"),
+        ([{"Path": "/x", "ListenerPort": 2}] * 2, "duplicate paths exposed"),
+        ([{"Path": "/x", "ListenerPort": 2}, {"Path": "/y", "ListenerPort": 2}], "duplicate listener ports exposed"),
+        ([{"Path": "/x", "Foo": 1}], 'unknown field "Proxy.Expose.Paths.Foo"'),
+    ],
+)
+async def test_what_cannot_be_exposed_is_refused(paths: Any, said: str) -> None:
+    async with api() as a:
+        status, text = await a.put("/v1/agent/service/register", _proxy({"Paths": paths}))
+        assert (status, said in text) == (400, True), text
+
+
+async def test_null_is_not_set_in_a_body_at_every_depth() -> None:
+    body = {
+        "Name": "x",
+        "Port": None,
+        "Tags": [None, "a"],
+        "Meta": {"k": None},
+        "Weights": None,
+        "TaggedAddresses": {"lan": None},
+        "Checks": [None, {"TTL": "1h", "Notes": None, "Header": {"H": None}}],
+        "Proxy": None,
+        "Connect": {"SidecarService": None},
+    }
+    async with api() as a:
+        assert await a.put("/v1/agent/service/register", body) == (200, "")
+        shown = await a.get("/v1/agent/service/x")
+        assert (shown["Tags"], shown["Meta"], shown["Port"]) == (["", "a"], {"k": ""}, 0)
+        assert shown["TaggedAddresses"] == {"lan": {"Address": "", "Port": 0}}
+        assert (await a.put("/v1/agent/service/register", b"null"))[0] == 400
