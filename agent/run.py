@@ -58,10 +58,17 @@ def main(argv: Sequence[str]) -> int:
         return _run(config)
     except RostraError as e:
         print(f"rostra agent: {e.message}", file=sys.stderr)
-        return 1
+        return _status(e)
     except OSError as e:
         print(f"rostra agent: cannot start: {cannot(e)}", file=sys.stderr)
         return 1
+
+
+def _status(error: RostraError) -> int:
+    """78 where another start would find the same: a person has to look at the data directory."""
+    from rostra.runtime.identity import UnusableData
+
+    return 78 if isinstance(error, UnusableData) else 1
 
 
 def main_server(argv: Sequence[str]) -> int:
@@ -169,7 +176,7 @@ def _run(config: Config) -> int:
             return runner.run(_serve(config, core))
     except RostraError as e:
         print(f"rostra agent: {e.message}", file=sys.stderr)
-        return (core.exit_status if core is not None else 0) or 1
+        return (core.exit_status if core is not None else 0) or _status(e)
     finally:
         if pid_file is not None:
             pid_file.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ functions that need it, so that `rostra keygen` does not pay for it.
     <data_dir>/tls/trust.json    anchors of the cluster and whether the enrolment CA is still one
     <data_dir>/tls/issued.pem    certificate issued by the cluster CA, when there is one
     <data_dir>/tls/node.pem, anchors.pem   what TLS uses; made anew from the above at each start
+    <data_dir>/tls/lived.json    that a server has run with this key, see server/lived.py
 """
 
 from __future__ import annotations
@@ -220,7 +221,11 @@ def is_loopback(address: str) -> bool:
 # -- the data directory ----------------------------------------------------------------------------------------------
 
 
-class NewerFormat(Conflict):
+class UnusableData(Conflict):
+    """What lies in the data directory must not be started from: a person has to look at it (exit status 78)."""
+
+
+class NewerFormat(UnusableData):
     """The directory was written by a newer version. Nothing in it was touched."""
 
 
@@ -296,7 +301,10 @@ def _check_format(directory: Path) -> None:
     except OSError as e:
         raise BadRequest(f"data directory {directory}: {e.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise BadRequest(f"data directory {directory}: its file `format` is damaged") from None
+        raise UnusableData(
+            f'{directory / "format"}: damaged; restore it, or write {{"format": {FORMAT}}} into it if this version'
+            " wrote the directory"
+        ) from None
     if newer:
         raise NewerFormat(
             f"data directory {directory} has format {found} of a newer Rostra; this one knows up to {FORMAT}."
@@ -541,6 +549,18 @@ def read_node_id(data_dir: str | os.PathLike[str]) -> str:
         raise BadRequest(f"{Path(data_dir) / 'node-id'}: cannot be read: {e}") from None
 
 
+def read_key_hash(data_dir: str | os.PathLike[str]) -> str:
+    """What others know this node by, "" before the first start. Raises BadRequest for a key that cannot be used."""
+    path = Path(data_dir) / "tls" / "node.key"
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as e:
+        raise BadRequest(f"{path}: {e.strerror}") from None
+    return _key_hash(_load_key(path, data))
+
+
 def has_certificate(data_dir: str | os.PathLike[str]) -> bool:
     """Whether the cluster CA has issued a certificate to this node: then it needs no secret any more."""
     return (Path(data_dir) / "tls" / "issued.pem").exists()
@@ -588,6 +608,13 @@ def _node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
         raise BadRequest(f"{path}: mode is {mode:04o}, others could have read the node's key; it must be 0600")
+    return _load_key(path, data)
+
+
+def _load_key(path: Path, data: bytes) -> ec.EllipticCurvePrivateKey:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     try:
         key = serialization.load_pem_private_key(data, None)
     except ValueError:
@@ -613,7 +640,9 @@ def _read_trust(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {"anchors_pem": [], "enrolment": True}
     except (ValueError, KeyError, TypeError):
-        raise BadRequest(f"{path}: damaged") from None
+        raise UnusableData(
+            f"{path}: damaged; restore it, or remove it and start with `encrypt`, so that this node enrols again"
+        ) from None
 
 
 # -- the enrolment CA ------------------------------------------------------------------------------------------------

@@ -173,6 +173,7 @@ class Founder:
         self.peers: dict[str, Peer] = {}
         self.existing: Peer | None = None  # a server of a cluster that we are not in; once seen, we never found one
         self.leader = ""  # address of that cluster's leader, as its servers tell who wait
+        self.counted_on = ""  # a server of that cluster whose list has us as a voter, with a log that we do not have
         self._suffrage, self._version = suffrage, version
         self.twin = ""  # address of another process with our node id
         self._has_data = has_data
@@ -333,7 +334,7 @@ class Founder:
 
     def answered(self, reply: Mapping[str, Any], key_hash: str) -> Stored:
         """What to store after the server with that key has answered JOIN. Raises BadRequest for what cannot be true."""
-        self.leader = _text(reply, "leader") if reply.get("leader") else ""
+        self.leader, self.counted_on = _text(reply, "leader") if reply.get("leader") else "", ""
         existing, stored = self.existing, self.stored
         if reply.get("state") != MEMBER or existing is None or stored.prepared or stored.committed:
             return stored
@@ -347,6 +348,10 @@ class Founder:
             or (mine.node_id, mine.name) != (self.me.node_id, self.me.name)
         ):
             raise BadRequest("it was let into another cluster, or under another name, than it asked for")
+        # Who is let in becomes a voter when its log is level. Without one, the log that its vote stands for is lost.
+        if mine.suffrage == VOTER:
+            self.counted_on = existing.info.name
+            return stored
         return replace(stored, committed=membership)
 
     def _plan_joining(self, existing: Peer, now: float) -> tuple[Call, ...]:
@@ -472,7 +477,16 @@ class Founder:
         if self.twin:
             hint = "its data directory is a copy: remove node-id and tls/ there"
             obstacle("another server has this server's identity", level="err", address=self.twin, hint=hint)
-        if (found := self.existing) is not None:
+        if self.counted_on:
+            obstacle(
+                "this server votes in a cluster, but its log is gone: it takes no part until it has been replaced",
+                level="err",
+                server=self.counted_on,
+                hint=f"put back the server directory if it was only moved or not mounted (never an older copy); or run"
+                f" `rostra operator raft remove-peer -id={me.node_id}` on another server, then `rostra operator raft"
+                f" add-peer {me.name}`",
+            )
+        elif (found := self.existing) is not None:
             obstacle(
                 "a cluster exists: this server waits to be let into it",
                 cluster=found.cluster_id,

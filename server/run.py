@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rostra.runtime import log as logging
-from rostra.runtime.identity import DataDirectory, NewerFormat, NodeIdentity, parse_secrets, read_node_id
+from rostra.runtime.identity import DataDirectory, NodeIdentity, UnusableData, parse_secrets, read_node_id
 from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads
 from rostra.runtime.steps import LoopSteps
 from rostra.runtime.wall import Wall
@@ -37,9 +37,10 @@ from rostra.server.bootstrap import FILE_NAME, JOIN, Bootstrap, Membership, Serv
 from rostra.server.endpoint import Endpoint, Peer
 from rostra.server.enrolment import Enrolment
 from rostra.server.leader import Leader
+from rostra.server.lived import look, way_out
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, ask, dial
-from rostra.server.raft.journal import has_journal
+from rostra.server.raft.journal import Place, has_journal
 from rostra.server.raft.log import RaftLog, Timing
 from rostra.server.raft.members import LEARNER, REPLICA, Members, voters
 from rostra.server.raft.recovery_disk import peers_files
@@ -69,16 +70,15 @@ STALE_S = 60.0
 FOUND_MAX = 32
 
 
-class UnusableData(Conflict):
-    """What lies in the data directory must not be started from: a person has to look at it."""
-
-
 class Core:
     """One running server."""
 
-    def __init__(self, settings: CoreSettings, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: CoreSettings, stop: Callable[[], None], *, exit: Callable[[int], Any] = os._exit
+    ) -> None:
+        """`exit` ends the process with a status, at once."""
         self.settings = settings
-        self._stop = stop
+        self._stop, self._exit = stop, exit
         self._tasks = Tasks("server", on_crash=self._crashed)
         self._temporary: Path | None = None
         self._found: list[str] = []  # by asking the join addresses, the newest first
@@ -87,6 +87,8 @@ class Core:
         self._server_ids: dict[str, str] = {}
         self._stranger_ids: dict[str, str] = {}
         self._raft: RaftLog | None = None
+        self._place: Place | None = None  # of the journal, to be noted
+        self._unnoted = logging.RateLimited(log, 60.0)
         self._steps = LoopSteps()
         self._started = time.monotonic()
 
@@ -179,6 +181,11 @@ class Core:
             self._tasks.start("remove stale directories", asyncio.to_thread(remove_stale, self._temporary.parent))
         return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
 
+    @property
+    def bootstrap_status(self) -> str:
+        """Where this server is on its way into a cluster."""
+        return self._bootstrap.status
+
     async def stop(self) -> None:
         if self._raft is not None and self._raft.is_leader and len(voters(self._members)) > 1:
             # Another leads before this one is gone: nobody has to miss it first.
@@ -190,6 +197,7 @@ class Core:
         self._endpoint.close()
         if self._raft is not None:
             await self._raft.stop()
+            await asyncio.to_thread(self._note_end)
         with contextlib.suppress(OSError):
             self._socket_path.unlink()
             if self._socket_path.parent != self._directory / "server":
@@ -202,7 +210,8 @@ class Core:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _check_identity(self, directory: Path) -> None:
-        """A server is who it was when it voted: its node id and name stand in the log of the others. Raises."""
+        """A server is who it was when it voted, and has what it promised; its id and name stand in the log of the
+        others. Raises."""
         s = self.settings
         for path in peers_files(directory):
             raise UnusableData(
@@ -210,10 +219,12 @@ class Core:
                 f" -peers={path}` makes it the members and removes it (`rostra recover plan {directory}` says what that"
                 " costs); or remove it yourself, and the server starts as before"
             )
-        on_disk = read_node_id(directory)
+        raft = directory / "server" / "raft"
         with _refusing():
+            on_disk = read_node_id(directory)
             stored = load(directory / "server" / FILE_NAME)
-        has_past = stored.committed or stored.prepared or has_journal(directory / "server" / "raft")
+            self._life = look(directory, stored, has_log=has_journal(raft))
+        has_past = stored.committed or stored.prepared or has_journal(raft)
         if s.node_id and on_disk and s.node_id.lower() != on_disk and has_past:
             raise Conflict(
                 f"-node-id {s.node_id}: this server is {on_disk} in its cluster and stays so; remove -node-id,"
@@ -262,7 +273,48 @@ class Core:
     def _fail(self, reason: str) -> NoReturn:
         """A promise can no longer be kept: end at once, before anything wrong is acknowledged."""
         log.err("stopping at once", reason=reason)
-        os._exit(EXIT_FAIL_STOP)
+        self._exit(EXIT_FAIL_STOP)
+        raise SystemExit(EXIT_FAIL_STOP)  # where the exit is a test's
+
+    def _refused(self, reason: str) -> None:
+        """The other servers know that this one has lost what it promised. It must not run on what it has."""
+        name, node_id, directory = self.settings.node_name, self._identity.node_id, self._directory
+        log.err(
+            "this server has lost a part of its log, or runs on an older copy of its data: it stops and must not be"
+            " started on it",
+            reason=reason,
+            path=str(directory),
+            hint=way_out(node_id, name, directory),
+        )
+        self._exit(EXIT_DAMAGED)
+
+    # -- notes of this life -----------------------------------------------------------------------------------------
+
+    def _note_start(self) -> None:
+        """Nothing has been said yet. Raises OSError."""
+        s, identity = self.settings, self._identity
+        self._life.begin(self._cluster_id, identity.node_id, s.node_name, identity.key_hash)
+        self._bootstrap.note_started()
+
+    def _note_place(self, place: Place) -> None:
+        """The journal is on the disk up to there: note it, one at a time, the last one at the end."""
+        is_noting, self._place = self._place is not None, place
+        if not is_noting and not self._tasks.stopped:
+            self._tasks.start("note how far the log goes", self._keep_place())
+
+    async def _keep_place(self) -> None:
+        while (place := self._place) is not None:
+            try:
+                await asyncio.to_thread(self._life.reached, place)
+            except OSError as e:  # the disk of the log decides what becomes of this server
+                self._unnoted.warn("how far the log goes could not be noted", reason=str(e))
+            if self._place is place:
+                self._place = None
+
+    def _note_end(self) -> None:
+        if self._place is not None:
+            with contextlib.suppress(OSError):  # it is noted less far then, and that is true as well
+                self._life.reached(self._place)
 
     async def _join(self) -> None:
         membership = self._bootstrap.committed
@@ -286,8 +338,12 @@ class Core:
             timing=Timing(heartbeat_s=s.heartbeat_s, election_min_s=s.election_min_s, election_max_s=s.election_max_s),
             on_role_change=self._role_changed,
             on_members=self._members_changed,
-            on_opened=(lambda: None) if s.dev else self._bootstrap.note_started,
+            on_opened=(lambda: None) if s.dev else self._note_start,
+            starts=0 if s.dev else self._life.starts + 1,
+            reached=self._life.place,
+            on_reached=(lambda _place: None) if s.dev else self._note_place,
             fail_stop=self._fail,
+            on_outlived=self._refused,
         )
         if any(m.id == self._identity.node_id and not m.votes for m in members):
             # It was let in later. The log puts older lists in force while it is read, of servers that may be gone:
@@ -296,11 +352,14 @@ class Core:
         try:
             await raft.start()
         except RostraError as e:
-            log.err("this server's log cannot be used, it does not start", reason=e.message)
-            os._exit(EXIT_DAMAGED)
+            hint = way_out(self._identity.node_id, s.node_name, self._directory)
+            log.err("this server's log cannot be used, it does not start", reason=e.message, hint=hint)
+            self._exit(EXIT_DAMAGED)
+            return
         except OSError as e:
             log.err("this server's log cannot be opened, it does not start", reason=cannot(e))
-            os._exit(EXIT_CANNOT)
+            self._exit(EXIT_CANNOT)
+            return
         self._raft = self.node.raft = raft
         self._follow_servers()
         # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).
@@ -634,7 +693,7 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
             runner.run(main())
     except RostraError as e:
         ready({"error": [e.code, e.message]})
-        return EXIT_DAMAGED if isinstance(e, (UnusableData, NewerFormat)) else EXIT_CANNOT
+        return EXIT_DAMAGED if isinstance(e, UnusableData) else EXIT_CANNOT
     except OSError as e:
         ready({"error": ["conflict", f"the core cannot start: {cannot(e)}"]})
         return EXIT_CANNOT

@@ -226,6 +226,11 @@ class Core(library.SyncObj):  # type: ignore[misc]
         if self._SyncObj__raftMatchIndex[node] < index:
             self._SyncObj__raftMatchIndex[node] = index
 
+    def forget_match(self, node: Node) -> None:
+        """What `node` has acknowledged is lost there."""
+        if node in self._SyncObj__raftMatchIndex:
+            self._SyncObj__raftMatchIndex[node] = 0
+
     def campaign_in(self, seconds: float) -> None:
         """Move the election deadline."""
         self._SyncObj__raftElectionDeadline = library.monotonicTime() + seconds

@@ -38,6 +38,11 @@ from rostra.wire.errors import Conflict, Internal
 #: A log entry as the core wants it: (command, index, term). Always a tuple: the core compares with `!=`.
 Entry = tuple[bytes, int, int]
 
+#: (number of a segment, offset in it): how far the records of a server go. It only ever grows, whatever they say.
+Place = tuple[int, int]
+#: Of a server that has no journal yet.
+BEGINNING_PLACE: Place = (0, 0)
+
 FORMAT = 2
 MAGIC = b"ROSTRA-J"
 HEADER_BYTES = 512
@@ -227,6 +232,10 @@ class Replay:
         self.leftovers: list[int] = []  # segments before a gap, which nothing needs
         self._needed: int | None = None  # the log begins with this entry
 
+    @property
+    def place(self) -> Place:
+        return (self.segments[-1].number, self.segments[-1].end) if self.segments else BEGINNING_PLACE
+
     def read(self, disk: Disk, *, cluster_id: str | None = None, node_id: str | None = None) -> None:
         """Raises DamagedJournal, NewerFormat, WrongJournal; what was read up to there stays."""
         numbers = segment_numbers(disk)
@@ -374,6 +383,10 @@ class Inspection:
     def last_term(self) -> int:
         return self.entries[-1][2] if self.entries else 0
 
+    @property
+    def place(self) -> Place:
+        return (self.segments[-1].number, self.segments[-1].end) if self.segments else BEGINNING_PLACE
+
     def term_at(self, index: int) -> int | None:
         """The term of entry `index`, None if it is not in the log."""
         return self.entries[index - self.first_index][2] if self.first_index <= index <= self.last_index else None
@@ -498,6 +511,8 @@ class Journal(CoreJournal):  # type: ignore[misc]
         self._salt = found.header.salt if found.header is not None else 0
         self._tail = self._segments[-1].end  # offset of the next frame
         self._synced = self._tail  # everything below is on disk
+        #: Everything up to there is on disk.
+        self.place: Place = (self._segments[-1].number, self._tail)
         self.bytes = sum(segment.end for segment in self._segments)  # on disk, in all segments
         self._noted: tuple[int, int] | None = None  # (commit index, end) if the last COMMIT record vouches for all
         self._jobs: list[_Job] = []  # in the lane: a sync, a removal
@@ -517,13 +532,20 @@ class Journal(CoreJournal):  # type: ignore[misc]
         node_id: str,
         segment_bytes: int = SEGMENT_BYTES,
         allocate_bytes: int = ALLOCATE_BYTES,
+        reached: Place = BEGINNING_PLACE,
     ) -> Journal:
-        """The journal on `disk`, made if there is none. Blocks.
+        """The journal on `disk`, made if there is none. Blocks. `reached`: a place that was on this server's disk once.
 
         Raises DamagedJournal and the Conflicts above, with nothing changed, and OSError.
         """
         found = Replay()
         found.read(disk, cluster_id=cluster_id, node_id=node_id)
+        if found.place < reached:
+            raise DamagedJournal(
+                f"{disk.path}: the journal ends at byte {found.place[1]} of {segment_name(found.place[0])}, and this"
+                f" server's had reached byte {reached[1]} of {segment_name(reached[0])}: it is an older copy, or its"
+                f" end is lost, and what this server has promised since is not in it. {_REPLACE}"
+            )
         for name in disk.names():
             if name.endswith(".new") and _NAME.fullmatch(name.removesuffix(".new")):
                 disk.remove(name)
@@ -787,6 +809,7 @@ class Journal(CoreJournal):  # type: ignore[misc]
     def _synced_up_to(self, lsn: int, end: int, seconds: float) -> None:
         self._is_syncing = False
         self.durable_lsn, self._synced = max(self.durable_lsn, lsn), end
+        self.place = (self._segments[-1].number, end)
         self._count_bytes()
         while self._undurable and self._undurable[0][0] <= lsn:
             self._undurable.popleft()
@@ -848,7 +871,9 @@ class Journal(CoreJournal):  # type: ignore[misc]
             if not self._failed and (self._buffer or self._noted is None or self._noted[0] != self._commit):
                 offset = self._tail - sum(map(len, self._buffer))
                 note = encode_frame(_COMMIT.pack(COMMIT, self._commit, offset), self._tail, self._salt)
-                writer.write(offset, b"".join([*self._buffer, note]))
+                data = b"".join([*self._buffer, note])
+                writer.write(offset, data)
+                self.place = (self._segments[-1].number, offset + len(data))
         except Exception:  # nobody was told that this is on the disk
             self._failed = True
         self._buffer.clear()

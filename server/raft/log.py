@@ -17,6 +17,7 @@ import heapq
 import itertools
 import random
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,11 @@ from typing import Any, NoReturn, Protocol
 import msgpack
 
 from rostra.runtime import log as logging
-from rostra.server.raft.core import BATCH, LEADER, NO_OP, Core, Timing, check_library
+from rostra.server.raft.core import BATCH, LEADER, NO_OP, Core, Timing, check_library, server
 from rostra.server.raft.disk import DirectoryDisk, Disk
 from rostra.server.raft.elections import LEASE, Elections, boottime_ns
 from rostra.server.raft.guard import Guard
-from rostra.server.raft.journal import Journal
+from rostra.server.raft.journal import BEGINNING_PLACE, Journal, Place
 from rostra.server.raft.members import MEMBERS_MAX, MEMBERSHIP, Member, Members, check_change, encode_members, voters
 from rostra.server.raft.membership import Membership
 from rostra.server.raft.messages import BadMessage, Message
@@ -40,6 +41,7 @@ from rostra.server.raft.replication import Replication
 from rostra.server.raft.snapshots import Snapshot
 from rostra.server.raft.snapshotting import Limits, Snapshots, StateMachine
 from rostra.server.raft.transport import Dial, Links
+from rostra.server.raft.witness import Witness
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Conflict, Internal, NoLeader, RostraError, Timeout, TooLarge
 
@@ -62,6 +64,9 @@ UNAPPLIED_MAX = 4
 
 #: A disk that has ended no write for this long hangs. (One that stalls for some 100 ms is only slow.)
 HUNG_DISK_S = 3.0
+
+#: How often it is told how far the journal is on the disk.
+PLACE_EVERY_S = 5.0
 
 #: What counts only from a server that this one leads.
 _ANSWERS = frozenset({"next_node_idx", "snapshot_answer"})
@@ -142,9 +147,12 @@ class RaftLog:
 
     `members` counts where neither log nor snapshot says otherwise. `dial(member)` returns an authenticated connection.
     `on_role_change(is_leader, leader_id, term)` and `on_members(members)` run on the loop; `on_opened()` when the
-    journal is on the disk, before a word is said to anyone. Without a directory or disk
-    (`-dev`, one server only) nothing is kept, a server's own vote included. `fail_stop(reason)` must end the process
-    (exit 70). `start` raises DamagedJournal or NewerFormat (exit 78). `clock` (ns), `perf` (s) and `chance` are given
+    journal is on the disk, before a word is said to anyone. `starts`: how many-th start of this server this is, from 1
+    on; `reached`: a place of the journal that was on the disk once; `on_reached(place)` on the loop, now and then, and
+    last at the end of `stop`. Without a directory or disk (`-dev`, one server only) nothing is kept, a server's own
+    vote included. `fail_stop(reason)` must end the process (exit 70); so must `on_outlived(reason)`, for good (exit
+    78): the others know that this server has lost what it promised. `start` raises DamagedJournal or NewerFormat (exit
+    78). `clock` (ns), `perf` (s), `chance` and `process` (a name that no other process has) are given
     by the simulator.
     """
 
@@ -162,7 +170,12 @@ class RaftLog:
         on_role_change: Callable[[bool, str | None, int], None],
         on_members: Callable[[Members], None] = lambda _members: None,
         on_opened: Callable[[], None] = lambda: None,
+        starts: int = 0,
+        reached: Place = BEGINNING_PLACE,
+        on_reached: Callable[[Place], None] = lambda _place: None,
         fail_stop: Callable[[str], NoReturn],
+        on_outlived: Callable[[str], None] | None = None,
+        process: str = "",
         sync_inline: bool = False,
         disk: Disk | None = None,
         clock: Callable[[], int] = boottime_ns,
@@ -177,6 +190,10 @@ class RaftLog:
         self._chance = chance or random.Random()  # noqa: S311
         self._on_role_change, self._on_members, self._on_opened = on_role_change, on_members, on_opened
         self._fail_stop, self._sync_inline = fail_stop, sync_inline
+        self._reached, self._on_reached, self._reach_s = reached, on_reached, 0.0
+        self._on_outlived = on_outlived or fail_stop
+        self._starts, self._process = starts, process or str(uuid.uuid4())
+        self._outlived: set[str] = set()  # the others that have lost their log: they are not heard
         self._lease_ns = int(timing.election_min_s * LEASE * 1e9)
 
         self._is_running = self._is_started = False
@@ -225,6 +242,7 @@ class RaftLog:
                 node_id=self._node_id,
                 segment_bytes=self._limits.segment_bytes,
                 allocate_bytes=min(4 << 20, self._limits.segment_bytes),
+                reached=self._reached,
             )
             # The simulator's disk is no thread's business.
             self._journal = open_it() if self._directory is None else await self._loop.run_in_executor(None, open_it)
@@ -248,6 +266,7 @@ class RaftLog:
             failed=self._fail_with,
         )
         self._on_opened()
+        self._witness = Witness(disk)
         await self._snapshots.restore()
         if len(journal):
             first = max(journal.first_index, self._membership.index) + 1
@@ -331,6 +350,7 @@ class RaftLog:
             self._close()
         else:
             await self._loop.run_in_executor(None, self._close)
+        self._on_reached(self._journal.place)
 
     def _close(self) -> None:
         self._journal.close()
@@ -554,6 +574,7 @@ class RaftLog:
         self._replication.set_members((m.id, m.votes) for m in others)
         self._elections.set_voters(m.id for m in members if m.votes)
         self._links.set_members(self.heard)
+        self._witness.forget_all_but({m.key_hash for m in self.heard})
         for follower_id, follower in self._replication.followers.items():
             follower.up = self._links.links[follower_id].is_up
         self._on_members(members)
@@ -595,6 +616,11 @@ class RaftLog:
         if self.is_leader:
             return 0.0
         return min(self._elections.heard_age_s(), (self._clock() - self._led_ns) / 1e9)
+
+    @property
+    def place(self) -> Place:
+        """How far the journal is on the disk."""
+        return self._journal.place
 
     def applied_is_at(self, index: int) -> bool:
         return self.applied_index >= index
@@ -781,7 +807,14 @@ class RaftLog:
             self._watch_disk()
             self._links.check()
             self._snapshots.check()
+            self._note_place()
             self._pump()
+
+    def _note_place(self) -> None:
+        now = self._loop.time()
+        if now >= self._reach_s and self._journal.place != self._reached:
+            self._reached, self._reach_s = self._journal.place, now + PLACE_EVERY_S
+            self._on_reached(self._reached)
 
     def _watch_disk(self) -> None:
         """A leader counts itself only with what its disk has: while that hangs, another server should lead."""
@@ -820,6 +853,11 @@ class RaftLog:
         if self._is_running:
             if message["type"] in _ANSWERS and peer_id not in self._replication.followers:
                 return  # of a stranger, see `introduce`
+            if peer_id in self._outlived:
+                return
+            if message["type"] in ("lived", "outlived"):
+                self._on_life(peer_id, message)
+                return
             self._guard.inbound(peer_id, message)
             self._schedule()
 
@@ -828,13 +866,51 @@ class RaftLog:
         if not self._is_running:
             return
         if is_up:
+            if self._starts:
+                last = self._journal.durable_index
+                lived = {"type": "lived", "starts": self._starts, "process": self._process, "last_index": last}
+                self._links.post(peer_id, lived)
             self._replication.link_up(peer_id)
         else:
+            self._outlived.discard(peer_id)
+            if self._core.is_leader():
+                self._note_acknowledged(peer_id)
             self._replication.link_down(peer_id)
             self._snapshots.stop_sending(peer_id)
             if self._core.leader_id() == peer_id:
                 self._elections.leader_link_lost()
         self._schedule()
+
+    def _on_life(self, peer_id: str, message: Message) -> None:
+        """What the other one says of its life, or of ours: always the first word on a connection."""
+        member = self._links.links[peer_id].member
+        if message["type"] == "outlived":
+            if any(m.id == peer_id for m in self.members):  # a stranger's word is not enough to end a server
+                self._is_running = False
+                self._on_outlived(f"{member.name} says: {message['reason']}")
+            return
+        if self._core.is_leader():
+            self._note_acknowledged(peer_id)
+        problem = self._witness.problem(member.key_hash, message)
+        if problem:
+            log.err(
+                "a server has lost what it promised: it is not heard, and is told to stop",
+                server=member.name,
+                reason=problem,
+                hint=f"replace it: `rostra operator raft remove-peer -id={peer_id}`, and an empty data directory there",
+            )
+            self._links.post(peer_id, {"type": "outlived", "reason": problem})
+            self._links.flush()
+            self._outlived.add(peer_id)
+            self._core.forget_match(server(peer_id))
+
+    def _note_acknowledged(self, *peer_ids: str) -> None:
+        """What followers have acknowledged to this leader and can never lose rightly, since it is committed."""
+        for peer_id in peer_ids:
+            link = self._links.links.get(peer_id)
+            if link is not None and peer_id in self._replication.followers:
+                index = min(self._core.match_index(link.node), self._core.commit_index())
+                self._witness.acknowledged(link.member.key_hash, index)
 
     @_or_stop
     def _on_durable(self, seconds: float) -> None:
@@ -866,6 +942,7 @@ class RaftLog:
         elif old == LEADER:
             self.counters.step_downs += 1
             self._led_ns = self._clock()
+            self._note_acknowledged(*self._replication.followers)
             self._snapshots.stop_sending()
             self._abandon("the leader has changed")
 

@@ -19,6 +19,7 @@ Message = dict[str, Any]
 _INT_MAX = 1 << 62
 
 SNAPSHOT_ID_CHARS_MAX = 200
+TEXT_CHARS_MAX = 300
 
 _FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
     # The dialling side is ready to receive; nothing is sent to it before.
@@ -69,9 +70,15 @@ _FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
         12,
         (("term", int), ("r", int), ("id", str), ("index", int), ("offset", int), ("done", bool)),
     ),
+    # The first word on each connection, both ways: the server's how many-th start this is, a name of this process, and
+    # the last entry that is on its disk.
+    "lived": (13, (("starts", int), ("process", str), ("last_index", int))),
+    # The answer to that: you have been further before, and promised what you do not know any more.
+    "outlived": (14, (("reason", str),)),
 }
 #: What an older release does not send, and what it means then.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {"request_vote": (False,)}
+_TEXTS = {"lived": "process", "outlived": "reason"}
 _BY_NUMBER = {number: (kind, fields) for kind, (number, fields) in _FIELDS.items()}
 
 
@@ -119,6 +126,8 @@ def decode(cluster_id: str, payload: bytes) -> Message | None:
         _check_entries(message)
     elif kind == "snapshot":
         _check_piece(message)
+    elif kind in _TEXTS and len(message[_TEXTS[kind]]) > TEXT_CHARS_MAX:
+        raise BadMessage(f"{kind} with a long {_TEXTS[kind]}")
     return message
 
 

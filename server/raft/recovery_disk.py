@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rostra.runtime.identity import DataDirectory, read_node_id, sync_directory
 from rostra.server.bootstrap import FILE_NAME, Membership, load
+from rostra.server.lived import accept, noted_place
 from rostra.server.raft.disk import DirectoryDisk
 from rostra.server.raft.journal import Journal, inspect_journal
 from rostra.server.raft.members import Member, Members, encode_members
@@ -84,6 +85,12 @@ def _look(place: Place) -> Found:
         problems.append(e.message)
     if not log.segments and not log.damage and snapshot is not None:
         problems.append(f"{place.raft}: the log is gone, and without it this server must never vote again")
+    if (noted := noted_place(place.data)) > log.place:
+        notes.append(
+            f"{place.raft} is an older copy of the log, or has lost its end: it had reached byte {noted[1]} of segment"
+            f" {noted[0]} once. What this server has acknowledged since is not in it, and without a recovery it does"
+            " not start on it"
+        )
     founded = None
     if log.segments or snapshot is not None:
         founded, wrong = _identity(place, log.cluster_id, log.node_id)
@@ -181,7 +188,7 @@ def write(change: Change) -> Path:
         except OSError as e:
             raise Internal(f"{place.data}: no copy could be made: {e}. Nothing was changed") from None
         try:
-            _append(disk, change)
+            accept(place.data, _append(disk, change))
             for path in peers_files(place.data):
                 path.unlink()
                 sync_directory(path.parent)
@@ -201,8 +208,9 @@ def _check_unchanged(keep: Found, entries: list[tuple[bytes, int, int]], place: 
         raise Conflict(f"{place.raft} has changed since it was looked at: it ends with {now} now. Start over")
 
 
-def _append(disk: DirectoryDisk, change: Change) -> None:
-    """All in one write: a crash leaves the directory as it was, or a list that the kept server completes itself."""
+def _append(disk: DirectoryDisk, change: Change) -> tuple[int, int]:
+    """All in one write: a crash leaves the directory as it was, or a list that the kept server completes itself. Where
+    the journal ends then."""
     keep, failures = change.keep, list[str]()
     journal = Journal.open(disk, cluster_id=keep.cluster_id, node_id=keep.node_id)
     try:
@@ -220,6 +228,7 @@ def _append(disk: DirectoryDisk, change: Change) -> None:
             raise Internal(failures[0] if failures else f"{disk.path}: not written")
     finally:
         journal.close()
+    return journal.place
 
 
 def _check_written(change: Change, disk: DirectoryDisk, backup: Path) -> None:

@@ -31,7 +31,8 @@ log = logging.get("raft")
 
 #: Said in the heat of the moment: they promise nothing that a crash could break.
 #: A piece of a snapshot is of a file that is whole on this server's disk; timeout_now gives up a lease, no promise.
-_UNBOUND = frozenset({"append_entries", "pre_vote", "ready", "ping", "snapshot", "timeout_now"})
+#: lived says what is on the disk already.
+_UNBOUND = frozenset({"append_entries", "pre_vote", "ready", "lived", "outlived", "ping", "snapshot", "timeout_now"})
 
 DIAL_AGAIN_MIN_S, DIAL_AGAIN_MAX_S = 0.02, 0.5
 

@@ -477,7 +477,7 @@ async def test_a_server_that_lost_its_log_refuses_to_start_and_says_what_to_do(t
         await cluster.stop(name)
         shutil.rmtree(tmp_path / name / "server" / "raft")
         for _ in range(2):
-            with pytest.raises(UnusableData, match=f"log in .* is gone.*remove-peer -id={node_id}"):
+            with pytest.raises(UnusableData, match=f"server/raft: its log is gone.*remove-peer -id={node_id}"):
                 await cluster.start(name)
         assert (tmp_path / name / "server" / FILE_NAME).exists()
 

@@ -1197,6 +1197,80 @@ MUTANTS: tuple[Mutant, ...] = (
         by="tests/unit/server/test_bootstrap.py test_a_server_whose_log_is_gone_refuses_to_start_once_it_had_one",
     ),
     _mutant(
+        "LIVED.1",
+        "a data directory is started without what its notes name",
+        "server/lived.py",
+        ("    _check_parts(directory, first, stored, has_log)\n", ""),
+        by="tests/unit/server/test_lived.py test_each_part_that_the_notes_name_must_be_there",
+    ),
+    _mutant(
+        "LIVED.2",
+        "a journal that ends before what is noted is believed",
+        JOURNAL,
+        ("        if found.place < reached:\n", "        if False:\n"),
+        by="test_witness.py test_a_servers_own_notes_of_its_journal_are_believed",
+        seeds=SEEDS,
+    ),
+    _mutant(
+        "LIVED.3",
+        "a note beside the key that is lost or old is made good by the other",
+        "server/lived.py",
+        ("    if first is None or (second is not None and first.starts < second.starts):\n", "    if False:\n"),
+        by="""tests/unit/server/test_lived.py test_an_older_note_beside_the_key_shows_nothing_any_more
+        tests/unit/server/test_lived.py test_a_lost_note_beside_the_log_is_no_loss_and_one_beside_the_key_is""",
+    ),
+    _mutant(
+        "LIVED.4",
+        "a server runs with another server's key",
+        "server/lived.py",
+        ("    if found != key_hash:\n", "    if False:\n"),
+        by="tests/unit/server/test_lived.py test_the_key_is_the_one_that_the_others_know",
+    ),
+    _mutant(
+        "LIVED.5",
+        "who is listed as a voter begins with an empty log",
+        "server/bootstrap.py",
+        (
+            "        if mine.suffrage == VOTER:\n            self.counted_on",
+            "        if False:\n            self.counted_on",
+        ),
+        by="tests/unit/server/test_bootstrap.py test_a_server_without_a_log_that_the_others_list_as_a_voter_waits_to_be_replaced",
+    ),
+    _mutant(
+        "LIVED.6",
+        "a server that shows fewer starts than before is heard",
+        "server/raft/witness.py",
+        (
+            "        if starts < seen_starts or (starts == seen_starts and process != seen_process):\n",
+            "        if False:\n",
+        ),
+        by="""test_witness.py test_starts_only_grow_and_each_is_of_one_process
+        test_witness.py test_the_vote_of_who_has_lost_its_log_counts_for_nothing""",
+        seeds=SEEDS,
+    ),
+    _mutant(
+        "LIVED.7",
+        "a server whose log ends before what it has acknowledged is heard",
+        "server/raft/witness.py",
+        ('        if said["last_index"] < acknowledged:\n', "        if False:\n"),
+        by="""test_witness.py test_a_log_never_ends_before_what_it_has_acknowledged
+        test_witness.py test_a_follower_that_comes_back_with_less_than_it_acknowledged_is_told_so""",
+    ),
+    _mutant(
+        "LIVED.8",
+        "what a server says counts although it has lost its log",
+        LOG,
+        ("            self._outlived.add(peer_id)\n", ""),
+        by="test_witness.py test_the_vote_of_who_has_lost_its_log_counts_for_nothing",
+    ),
+    _mutant(
+        "LIVED.9",
+        "a running server does not note how far its journal is",
+        LOG,
+        ("            self._on_reached(self._reached)\n", ""),
+        by="test_witness.py test_how_far_the_journal_is_is_noted_while_the_server_runs",
+    ),
+    _mutant(
         "LINK.1",
         "two connections of a pair are alive at once",
         TRANSPORT,

@@ -170,6 +170,8 @@ class Cluster:
         if machine.number in self.doomed:
             self.doomed.discard(machine.number)
             self.counts["fail-stops"] += 1
+        elif machine.has_lost:
+            self.counts["losses seen"] += 1
         else:
             self.world.violated("stops only for a reason", f"{server.host} stopped: {reason}")
         machine.kill()

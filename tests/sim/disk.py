@@ -176,6 +176,17 @@ class VirtualDisk:
                 _apply(inode.durable, change)
         inode.pending.clear()
 
+    def copy(self) -> dict[str, bytes]:
+        """All files, as a backup has them."""
+        return {name: bytes(inode.content) for name, inode in self._names.items()}
+
+    def put(self, files: dict[str, bytes]) -> None:
+        """These files instead of what is there; no process is at it."""
+        self.wipe()
+        for name, data in files.items():
+            inode = self._names[name] = self._durable_names[name] = _Inode()
+            inode.content, inode.durable = bytearray(data), bytearray(data)
+
     def wipe(self) -> None:
         """Somebody has put another disk in."""
         self._cut_jobs()

@@ -8,15 +8,37 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rostra.server.raft.journal import BEGINNING_PLACE, Place, inspect_journal
 from rostra.wire.errors import RostraError
+from tests.sim.disk import OpenDisk
 from tests.sim.server import Machine, Server
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 Undo = Callable[[], None]
+
+
+@dataclass
+class Kept:
+    """A data directory as it was."""
+
+    files: dict[str, bytes]
+    starts: int
+    reached: Place
+    place: Place  # where the journal in it ends
+
+    @staticmethod
+    def of(machine: Machine) -> Kept:
+        place = inspect_journal(OpenDisk(machine.disk, None)).place  # type: ignore[arg-type]
+        return Kept(machine.disk.copy(), machine.starts, machine.reached, place)
+
+    def put(self, machine: Machine) -> None:
+        machine.disk.put(self.files)
+        machine.starts, machine.reached = self.starts, self.reached
 
 
 class Faults:
@@ -27,6 +49,7 @@ class Faults:
         self.count = 0
         self._undo: dict[int, Undo] = {}
         self._next = 0
+        self._lossy: set[str] = set()  # ids of servers of whose directory there is a copy
         self._is_over = False
         self._kinds: tuple[tuple[Callable[[], bool], int], ...] = (
             (self.crash_one, 18),
@@ -51,6 +74,7 @@ class Faults:
             (self.remove_alone, 4),
             (self.snapshot, 4),
             (self.move_apart, 5),
+            (self.lose_data, 8),
         )
 
     def begin(self) -> None:
@@ -420,6 +444,94 @@ class Faults:
         doomed.add(number)
         self.world.after(6.0, doomed.discard, number)
         self._undo_after(0.3 + self.chance.random(), machine.start)
+
+    # -- data directories
+
+    def lose_data(self) -> bool:
+        """A server comes back on an older copy of its directory, or without a part of it, and later on its own."""
+        machine = self._victim()
+        if machine is None or machine.server is None or len(self._others(machine)) < 2 or machine.id in self._lossy:
+            return False
+        self.cluster.crash(machine)
+        copy = Kept.of(machine)
+        self._start_later(machine)
+        self._lossy.add(machine.id)
+        self.world.after(0.5 + 4.0 * self.chance.random() ** 2, self._isolate_rest, machine, machine.id, copy)
+        return True
+
+    def _isolate_rest(self, machine: Machine, server_id: str, copy: Kept) -> None:
+        """Only a bare majority goes on, with this server in it: nobody else has what it acknowledges then."""
+        leader = self.cluster.leader()
+        others = self._others(machine)
+        others.sort(key=lambda other: other.server is not leader)  # the leader first
+        partners = others[: len(others) // 2]
+        rest = others[len(others) // 2 :]
+        if self.chance.random() < 0.7:
+            pairs = [(a.name, b.name) for a in rest for b in [machine, *partners]]
+            self.world.note("net", "cut off " + " ".join(other.name for other in rest))
+            seconds = 0.3 + 0.4 * self.chance.random()
+            self._block(pairs + [(b, a) for a, b in pairs], seconds)
+            self.world.after(seconds, self._lose, machine, server_id, copy, partners)
+        else:
+            self._lose(machine, server_id, copy, [])
+
+    def _lose(self, machine: Machine, server_id: str, copy: Kept, partners: list[Machine]) -> None:
+        """`partners`: who else has what this server has acknowledged lately; they are away for a while."""
+        self._lossy.discard(server_id)
+        if self._is_over or machine.server is None or machine.id != server_id or machine.number in self.cluster.doomed:
+            return
+        self.cluster.crash(machine)
+        kept = Kept.of(machine)
+        way = self.chance.random()
+        if way < 0.3:
+            self.world.note(machine.name, "has lost files of its log")
+            files = dict(kept.files)
+            names = sorted(name for name in files if name.startswith("journal-"))
+            for name in names if self.chance.random() < 0.5 else names[-1:]:
+                del files[name]
+            machine.disk.put(files)
+            must_refuse = machine.reached > BEGINNING_PLACE and Kept.of(machine).place < machine.reached
+        elif way < 0.65:
+            self.world.note(machine.name, "has an older copy of its log")
+            machine.disk.put(copy.files)
+            must_refuse = copy.place < machine.reached
+        else:
+            self.world.note(machine.name, "has an older copy of all")
+            must_refuse = self._all_know(machine, copy)
+            if must_refuse:
+                copy.put(machine)
+                machine.is_copy = True
+        if not must_refuse:  # nothing promises that this is seen
+            kept.put(machine)
+            self._start_later(machine)
+            return
+        self.counts["losses"] += 1
+        machine.has_lost = True
+        machine.start()
+        for partner in partners:
+            if partner.server is not None:
+                self._crash(partner, 0.7 + 0.8 * self.chance.random())
+        self._undo_after(0.8 + 0.6 * self.chance.random(), lambda: self._put_back(machine, server_id, kept))
+
+    def _put_back(self, machine: Machine, server_id: str, kept: Kept) -> None:
+        if not machine.has_lost or machine.id != server_id:  # it was replaced meanwhile
+            return
+        if machine.server is not None and machine.server.is_up and not machine.is_copy:
+            self.world.violated("a loss is seen", f"{machine.name} runs on a directory that has lost what it promised")
+        machine.kill()
+        kept.put(machine)
+        machine.has_lost = machine.is_copy = False
+        machine.start()
+
+    def _all_know(self, machine: Machine, copy: Kept) -> bool:
+        """Whether every other server has seen a later start of this one than the copy will have."""
+        for other in self._others(machine):
+            raft = other.server.raft if other.server is not None else None
+            if raft is None or not raft._witness._seen.get(machine.key_hash, (0, ""))[0] > copy.starts:
+                return False
+            if raft._witness._is_writing:
+                return False
+        return True
 
     # -- what operators do
 

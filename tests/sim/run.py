@@ -270,6 +270,7 @@ def _virtual(world: World) -> Iterator[None]:
         (endpoint, "time", _Time),
         # As small as everything else here, so that all of them matter.
         (raft_log, "BATCH_BYTES_MAX", 4 << 10),
+        (raft_log, "PLACE_EVERY_S", 0.3),
         (replication, "MESSAGE_BYTES", 8 << 10),
         (replication, "WINDOW_BYTES", 24 << 10),
         (snapshotting, "RETRY_S", 0.5),

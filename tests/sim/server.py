@@ -18,6 +18,7 @@ from rostra.server.endpoint import Endpoint, Peer
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, dial
 from rostra.server.raft.core import LEADER
+from rostra.server.raft.journal import BEGINNING_PLACE, Place
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import Member, Members
 from rostra.server.raft.transport import Link, Links
@@ -62,6 +63,12 @@ class Machine:
         self.server: Server | None = None
         #: switched off for good
         self.is_gone = False
+        #: what is noted beside the server's key: its starts, and how far its journal has been on the disk
+        self.starts, self.reached = 0, BEGINNING_PLACE
+        #: a part of what it had is missing: it is expected not to start, or to stop
+        self.has_lost = False
+        #: all of it was put back from an older copy: what it says under terms is not its own word
+        self.is_copy = False
         #: what it starts with where neither log nor snapshot says otherwise
         self.members: Members = ()
         self._identify()
@@ -115,6 +122,8 @@ class Machine:
         """Another server is installed here, with an empty disk and a new identity; not started yet."""
         self.disk.wipe()
         self.generation += 1
+        self.starts, self.reached = 0, BEGINNING_PLACE
+        self.has_lost = self.is_copy = False
         self._identify()
 
     def move(self, *, power: bool = False) -> None:
@@ -143,6 +152,7 @@ class Server:
         loop.executor = lambda work, done: self.disk.submit(EXECUTOR, work, done)
         loop.connector = lambda factory, host: self.cluster.network.connect(self, factory, host)
         self.chance = random.Random(world.chance.getrandbits(48))
+        self.process = f"process {self.cluster.incarnation()}"
         self.raft: RaftLog | None = None
         self._starting: RaftLog | None = None
         self.is_up = False  # has applied what it knew to be committed
@@ -216,7 +226,12 @@ class Server:
             limits=profile.limits,
             on_role_change=self._role_changed,
             on_members=self._members_changed,
+            on_opened=self._opened,
+            starts=self.machine.starts + 1,
+            reached=self.machine.reached,
+            on_reached=self._reached,
             fail_stop=self.fail_stop,
+            process=self.process,
             clock=self.loop.boottime_ns,
             perf=self.loop.perf,
             chance=self.chance,
@@ -248,7 +263,17 @@ class Server:
         )
         await standing.keep()
 
-    # -- as in server/run.py
+    # -- as in server/run.py and server/lived.py
+
+    def _opened(self) -> None:
+        self.machine.starts += 1
+
+    def _reached(self, place: Place) -> None:
+        self.world.after(0.002, self._note, place)
+
+    def _note(self, place: Place) -> None:
+        if self.machine.server is self:
+            self.machine.reached = max(place, self.machine.reached)
 
     async def stop(self) -> None:
         """In order; the process ends with it."""
@@ -366,7 +391,7 @@ class Server:
             pass  # the next leader will
 
     def _members_changed(self, members: Members) -> None:
-        if self._starting is not None and self.raft is None:
+        if self._starting is not None and self.raft is None and not self.machine.is_copy:
             self.cluster.oracle.restarted(self.id, self._starting.term)
         self.world.note(self.host, "members " + " ".join(f"{m.host}:{m.suffrage}" for m in members))
         self.members = members
@@ -399,7 +424,7 @@ class Server:
     def spoke(self, to: str, payload: bytes) -> None:
         """A Raft message leaves this process."""
         kind, oracle = payload[1], self.cluster.oracle
-        if kind not in (_ANSWER, _REQUEST_VOTE, _VOTE, _STALE):
+        if kind not in (_ANSWER, _REQUEST_VOTE, _VOTE, _STALE) or self.machine.is_copy:
             return
         message = unpack(payload)
         if kind == _VOTE:

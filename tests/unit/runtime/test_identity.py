@@ -16,7 +16,15 @@ import pytest
 from cryptography import x509
 
 from rostra.runtime import identity as ids
-from rostra.runtime.identity import DataDirectory, NodeIdentity, Secret, generate_secret, parse_secret, parse_secrets
+from rostra.runtime.identity import (
+    DataDirectory,
+    NodeIdentity,
+    Secret,
+    UnusableData,
+    generate_secret,
+    parse_secret,
+    parse_secrets,
+)
 from rostra.server.ca.issue import create_cluster_ca, sign_node
 from rostra.wire.errors import BadRequest, Conflict
 
@@ -213,7 +221,7 @@ def test_a_directory_of_a_newer_version_is_refused_and_not_touched(tmp_path):
 
 def test_a_damaged_format_file_is_refused(tmp_path):
     (tmp_path / "format").write_text("{}")
-    with pytest.raises(BadRequest, match="damaged"):
+    with pytest.raises(UnusableData, match="damaged; restore it, or write"):
         DataDirectory.lock(tmp_path)
 
 

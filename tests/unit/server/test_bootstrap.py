@@ -327,6 +327,19 @@ def test_a_server_that_was_let_in_stores_the_list_with_itself_in_it():
     assert bs.parse_membership(bs.dump_membership(stored.committed)) == stored.committed
 
 
+def test_a_server_without_a_log_that_the_others_list_as_a_voter_waits_to_be_replaced():
+    one = founder(A, 3)
+    meet(one, founder(C, 2, Stored(committed=Membership("old", "dc1", (C, D)))))
+    lost = {**let_in(one, C), "membership": bs.dump_membership(Membership("old", "dc1", (A, C)))}
+    assert one.answered(lost, C.key_hash) == Stored()
+    remark = one.plan(0).remarks[0]
+    assert (remark.level, "its log is gone" in remark.event) == ("err", True)
+    assert f"remove-peer -id={A.node_id}" in remark.fields["hint"]
+    assert one.answered({"state": bs.WAITING, "leader": ""}, C.key_hash) == Stored()  # it was removed
+    assert "waits to be let into it" in one.plan(0).remarks[0].event
+    assert one.answered(let_in(one, C), C.key_hash).committed is not None
+
+
 @pytest.mark.parametrize(
     "reply",
     [

@@ -1,0 +1,147 @@
+"""Who comes back with less than it has shown is not heard, and is told so."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rostra.server.raft import Member
+from rostra.server.raft.disk import DirectoryDisk
+from rostra.server.raft.journal import DamagedJournal
+from rostra.server.raft.log import RaftLog
+from rostra.server.raft.witness import FILE_NAME, Witness
+from tests.support.raft_peers import Machine, Peer, eventually
+
+MEMBERS = [Member(node, "127.0.0.1", 0, f"key-{node}", node) for node in ("a", "b", "c")]
+
+
+def lived(starts: int, process: str = "p", last_index: int = 10) -> dict[str, Any]:
+    return {"starts": starts, "process": process, "last_index": last_index}
+
+
+@pytest.fixture
+async def machine() -> Any:
+    machine = Machine()
+    yield machine
+    for raft in machine.logs:
+        await raft.stop()
+
+
+async def start(machine: Machine, directory: Path | None, **more: Any) -> RaftLog:
+    return await machine.start(directory, members=MEMBERS, starts=1, process="ours", **more)
+
+
+def test_starts_only_grow_and_each_is_of_one_process() -> None:
+    witness = Witness(None)
+    assert witness.problem("key", lived(3, "p")) == ""
+    assert witness.problem("key", lived(3, "p")) == ""  # another connection
+    assert "start 2" in witness.problem("key", lived(2, "q"))
+    assert "start 3" in witness.problem("key", lived(3, "q"))
+    assert witness.problem("key", lived(4, "q")) == ""
+    assert witness.problem("other", lived(1)) == ""
+
+
+def test_a_log_never_ends_before_what_it_has_acknowledged() -> None:
+    witness = Witness(None)
+    witness.acknowledged("key", 20)
+    witness.acknowledged("key", 15)
+    assert "acknowledged entry 20" in witness.problem("key", lived(1, last_index=19))
+    assert witness.problem("key", lived(1, last_index=20)) == ""
+
+
+def test_who_was_removed_is_forgotten_and_may_be_let_in_again() -> None:
+    witness = Witness(None)
+    witness.problem("key", lived(5))
+    witness.acknowledged("key", 20)
+    witness.forget_all_but({"other"})
+    assert witness.problem("key", lived(1, "q", 1)) == ""
+
+
+def test_starts_are_remembered_by_the_next_process(tmp_path: Path) -> None:
+    disk = DirectoryDisk(tmp_path, inline=True)
+    witness = Witness(disk)
+    witness.problem("key", lived(5))
+    witness.problem("key", lived(6))
+    disk.close()
+    disk = DirectoryDisk(tmp_path, inline=True)
+    assert "start 6" in Witness(disk).problem("key", lived(6, "q"))
+    (tmp_path / FILE_NAME).write_text("{")
+    assert Witness(disk).problem("key", lived(1)) == ""
+    disk.close()
+
+
+async def test_the_first_word_on_a_connection_is_about_this_servers_life(machine: Machine, tmp_path: Path) -> None:
+    peer = Peer(await start(machine, tmp_path), "b")
+    first = peer.heard[0]
+    assert (first["type"], first["starts"], first["process"]) == ("lived", 1, "ours")
+
+
+async def test_the_vote_of_who_has_lost_its_log_counts_for_nothing(machine: Machine, tmp_path: Path) -> None:
+    raft = await start(machine, tmp_path)
+    peer = Peer(raft, "b")
+    peer.say(type="lived", **lived(7))
+    peer.hang_up()
+    peer = Peer(raft, "b")
+    peer.say(type="lived", **lived(6))
+    said = await peer.hears("outlived")
+    assert "start 7" in said["reason"]
+    asked = await peer.hears("pre_vote")
+    peer.say(type="pre_vote_reply", term=asked["term"], current=asked["term"] - 1, granted=True)
+    asked = await peer.hears("pre_vote")
+    assert not [message for message in peer.heard if message["type"] == "request_vote"]
+    other = Peer(raft, "c")
+    other.say(type="lived", **lived(1))
+    await other.votes()
+    await eventually(lambda: raft.is_leader)
+
+
+async def test_a_follower_that_comes_back_with_less_than_it_acknowledged_is_told_so(
+    machine: Machine, tmp_path: Path
+) -> None:
+    raft = await start(machine, tmp_path)
+    peer = Peer(raft, "b")
+    peer.say(type="lived", **lived(1, last_index=1))
+    await peer.votes()
+    follows = asyncio.create_task(peer.follows())
+    await raft.propose(b"write")
+    follows.cancel()
+    peer.hang_up()
+    peer = Peer(raft, "b")
+    peer.say(type="lived", **lived(2, "q", last_index=1))
+    assert "acknowledged entry" in (await peer.hears("outlived"))["reason"]
+
+
+async def test_a_member_that_knows_better_ends_this_server_for_good(machine: Machine, tmp_path: Path) -> None:
+    ends: list[str] = []
+    raft = await start(machine, tmp_path, on_outlived=ends.append)
+    peer = Peer(raft, "b")
+    peer.say(type="outlived", reason="it has been seen in start 9 before")
+    assert ends == ["b says: it has been seen in start 9 before"]
+    assert not raft.is_leader
+
+
+async def test_a_servers_own_notes_of_its_journal_are_believed(machine: Machine, tmp_path: Path) -> None:
+    reached: list[tuple[int, int]] = []
+    raft = await machine.start(tmp_path, on_reached=reached.append)
+    await raft.propose(b"write")
+    await raft.stop()
+    raft = await machine.start(tmp_path, reached=reached[-1])
+    await raft.stop()
+    with pytest.raises(DamagedJournal, match="older copy"):
+        await machine.start(tmp_path, reached=(reached[-1][0], reached[-1][1] + 1000))
+    with pytest.raises(DamagedJournal, match="older copy"):
+        await machine.start(tmp_path / "empty", reached=reached[-1])
+
+
+async def test_how_far_the_journal_is_is_noted_while_the_server_runs(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rostra.server.raft.log.PLACE_EVERY_S", 0.01)
+    reached: list[tuple[int, int]] = []
+    raft = await machine.start(tmp_path, on_reached=reached.append)
+    await raft.propose(b"write")
+    await eventually(lambda: reached and reached[-1] == raft.place)
+    assert sorted(set(reached)) == reached
