@@ -221,6 +221,7 @@ async def discover(
     told, in words for an operator, where nobody does.
     """
     places = asyncio.Semaphore(HANDSHAKES_MAX)
+    proved: dict[tuple[str, int], str] = {}  # where a server's own agent has shown its key
 
     async def ask(address: str) -> list[ServerAddress]:
         try:
@@ -253,15 +254,24 @@ async def discover(
                 info.rpc_address or host, info.rpc_port, key_hash, info.node_id, info.name, info.datacenter
             )
             servers.insert(0, own)
+            proved[own.host, own.port] = key_hash
         return servers
 
     answers = await asyncio.gather(*(ask(a) for a in dict.fromkeys(addresses)))
-    found: dict[tuple[str, int], ServerAddress] = {}
-    for server in (s for answer in answers for s in answer):
-        known = found.get((server.host, server.port))
-        if known is None or (server.key_hash and not known.key_hash):
-            found[server.host, server.port] = server
-    return list(found.values())
+    return _each_once([server for answer in answers for server in answer], proved)
+
+
+def _each_once(named: Sequence[ServerAddress], proved: Mapping[tuple[str, int], str]) -> list[ServerAddress]:
+    """Each server once. Where they differ about the key at an address, the one that a server's own agent has proved is
+    tried first: others may remember who was there before."""
+    found: dict[tuple[str, int], dict[str, ServerAddress]] = {}
+    for server in named:
+        found.setdefault((server.host, server.port), {}).setdefault(server.key_hash, server)
+    servers: list[ServerAddress] = []
+    for place, keys in found.items():
+        at_place = sorted(keys.values(), key=lambda s: s.key_hash != proved.get(place))
+        servers += [s for s in at_place if s.key_hash or len(keys) == 1]
+    return servers
 
 
 async def _resolve(host: str, timeout_s: float) -> list[str]:

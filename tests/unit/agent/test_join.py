@@ -110,6 +110,24 @@ async def test_the_agent_of_a_server_names_itself_with_the_key_that_tls_proved(t
     assert found == [ServerAddress("10.0.0.9", 8300, a.key_hash, a.node_id, "a", "dc1")]
 
 
+async def test_the_key_that_a_server_proves_itself_comes_before_what_others_remember_of_its_address(tmp_path):
+    a, b, c = (node(tmp_path, n) for n in "abc")
+    info = about(b, "server", rpc_address="10.0.0.2", rpc_port=8300)
+    stale = [ServerAddress("10.0.0.2", 8300, "of who was there before")]
+    async with listening(a, servers=stale) as (_, first), listening(b, info) as (_, second):
+        for addresses in ([first, second], [second, first]):
+            found = await discover(addresses, c)
+            assert [s.key_hash for s in found] == [b.key_hash, "of who was there before"]
+
+
+async def test_where_others_differ_about_a_key_each_is_worth_a_try(tmp_path):
+    a, b, c = (node(tmp_path, n) for n in "abc")
+    known, more = [ServerAddress("10.0.0.2", 8300, "k1")], [ServerAddress("10.0.0.2", 8300, "k2")]
+    async with listening(a, servers=known) as (_, first), listening(b, servers=more) as (_, second):
+        found = await discover([first, second], c)
+    assert [s.key_hash for s in found] == ["k1", "k2"]
+
+
 async def test_addresses_that_do_not_answer_are_told_with_a_reason_and_hurt_nobody(tmp_path):
     a, b, stranger = node(tmp_path, "a"), node(tmp_path, "b"), node(tmp_path, "x", Secret(os.urandom(32)))
     failures: dict[str, str] = {}
