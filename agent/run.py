@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import errno
 import gc
-import json
 import os
 import random
 import resource
@@ -248,7 +247,6 @@ class RunningAgent:
         self._wall = Wall()
         self._ends: list[tuple[str, Callable[[], Awaitable[Any]]]] = []
         self._identity: NodeIdentity | None = None
-        self._servers_known: list[ServerAddress] = []
         self._unreachable = logging.RateLimited(log, config.retry_interval_s)
 
     async def start(self) -> None:
@@ -257,6 +255,7 @@ class RunningAgent:
         from rostra.agent.dns_source import CatalogSource
         from rostra.agent.http.app import HttpServer
         from rostra.agent.http.gate import Gate
+        from rostra.agent.known_servers import EVERY_AT_SERVER_S, EVERY_S, KnownServers
         from rostra.agent.leaf import Leaves
         from rostra.agent.local import LocalAgent
         from rostra.agent.metrics import Metrics
@@ -294,6 +293,9 @@ class RunningAgent:
             key_of=peer_key_hash,
             spawn=self._spawn,
         )
+        is_server = self._core is not None
+        remembered = Path(config.data_dir) / "servers.json" if config.data_dir and not is_server else None
+        self._known = KnownServers(session, remembered, every_s=EVERY_AT_SERVER_S if is_server else EVERY_S)
         results = Results(session)
         local = LocalAgent(
             node=config.node_name,
@@ -368,6 +370,7 @@ class RunningAgent:
             agent.parts["core"] = self._core
         self._tasks.keep("session with a server", session.run)
         session.on_connected.append(self._connected)
+        self._tasks.keep("follow the servers", self._known.keep)
         if self._core is None:
             from rostra.agent.enrolment import Certificate
 
@@ -470,7 +473,7 @@ class RunningAgent:
 
         if self._core is not None:
             return [ServerAddress(path=self._core.socket_path)] if self._core.socket_path else []
-        known = list(self._servers_known or self._remembered())
+        known = self._known.remembered()
         random.shuffle(known)
         if known and not self._session.last_error:
             return known
@@ -517,34 +520,11 @@ class RunningAgent:
     def _not_joined(self, address: str, reason: str) -> None:
         self._unreachable.warn("cannot join there, trying again", key=address, address=address, reason=reason)
 
-    def _remembered(self) -> list[ServerAddress]:
-        """The servers of the last run: their keys are known, so no stranger can take their place."""
-        from rostra.agent.servers import ServerAddress
-
-        if not self.config.data_dir:
-            return []
-        try:
-            rows = json.loads((Path(self.config.data_dir) / "servers.json").read_text())
-            return [ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-
     async def _force_leave(self, node: str, prune: bool) -> None:
         await self._session.act("member.force-leave", {"name": node, "prune": prune})
 
     def _connected(self) -> None:
-        self._tasks.start("learn the servers", self._learn_servers())
-
-    async def _learn_servers(self) -> None:
-        from rostra.agent.servers import ServerAddress
-        from rostra.runtime.identity import write_if_changed
-
-        with contextlib.suppress(RostraError):
-            rows = await self._session.act("servers", {})
-            self._servers_known = [ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows]
-            if self.config.data_dir and self._core is None and rows:
-                text = json.dumps([{k: r[k] for k in ("host", "port", "key_hash")} for r in rows])
-                await asyncio.to_thread(write_if_changed, Path(self.config.data_dir) / "servers.json", text.encode())
+        self._tasks.start("learn the servers", self._known.learn())
 
     async def _open_join_port(self) -> None:
         """Answer probes and joins on 8301. Raises Conflict: a node that cannot be probed would be declared failed."""
@@ -571,7 +551,7 @@ class RunningAgent:
         listener = JoinListener(
             identity,
             lambda: info,
-            lambda: [ServerAddress(s.host, s.port, s.key_hash) for s in self._servers_known],
+            lambda: [ServerAddress(s.host, s.port, s.key_hash) for s in self._known.now],
         )
         try:
             await listener.start(config.bind_addr, config.join_port)
@@ -595,10 +575,9 @@ class RunningAgent:
             # All servers may have moved since it was configured: as long as its core misses one, names are resolved
             # again and all addresses are asked again.
             found = await discover(joins, self._identity, on_failure=self._not_joined) if is_searching else []
-            if not self._servers_known:
-                with contextlib.suppress(RostraError):
-                    await self._learn_servers()
-            await asyncio.sleep(min(LOOK_AGAIN_S if self._servers_known else 1.0, self.config.retry_interval_s))
+            if not self._known:
+                await self._known.learn()
+            await asyncio.sleep(min(LOOK_AGAIN_S if self._known else 1.0, self.config.retry_interval_s))
 
     async def _listen_http(self, http: Any) -> str:
         """Open every HTTP address; the URL under which this host's own proxies reach the API."""

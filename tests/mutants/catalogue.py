@@ -1246,7 +1246,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         by="""test_witness.py test_starts_only_grow_and_each_is_of_one_process
         test_witness.py test_the_vote_of_who_has_lost_its_log_counts_for_nothing""",
-        seeds=SEEDS,
+        seeds=2 * SEEDS,
     ),
     _mutant(
         "LIVED.7",

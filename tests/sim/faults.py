@@ -7,11 +7,13 @@ leader is hit more often than chance would have it.
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rostra.server.raft.journal import BEGINNING_PLACE, Place, inspect_journal
+from rostra.server.raft.journal import Place, inspect_journal
+from rostra.server.raft.witness import FILE_NAME as WITNESS
 from rostra.wire.errors import RostraError
 from tests.sim.disk import OpenDisk
 from tests.sim.server import Machine, Server
@@ -482,30 +484,28 @@ class Faults:
             return
         self.cluster.crash(machine)
         kept = Kept.of(machine)
-        way = self.chance.random()
-        if way < 0.3:
+        if self._all_know(machine, copy) and self.chance.random() < 0.5:
+            self.world.note(machine.name, "has an older copy of all")
+            copy.put(machine)
+            must_refuse = machine.is_copy = True
+        elif self.chance.random() < 0.5:
+            self.world.note(machine.name, "has an older copy of its log")
+            machine.disk.put(copy.files)
+            must_refuse = copy.place < machine.reached
+        else:
             self.world.note(machine.name, "has lost files of its log")
             files = dict(kept.files)
             names = sorted(name for name in files if name.startswith("journal-"))
             for name in names if self.chance.random() < 0.5 else names[-1:]:
                 del files[name]
             machine.disk.put(files)
-            must_refuse = machine.reached > BEGINNING_PLACE and Kept.of(machine).place < machine.reached
-        elif way < 0.65:
-            self.world.note(machine.name, "has an older copy of its log")
-            machine.disk.put(copy.files)
-            must_refuse = copy.place < machine.reached
-        else:
-            self.world.note(machine.name, "has an older copy of all")
-            must_refuse = self._all_know(machine, copy)
-            if must_refuse:
-                copy.put(machine)
-                machine.is_copy = True
+            must_refuse = Kept.of(machine).place < machine.reached
         if not must_refuse:  # nothing promises that this is seen
             kept.put(machine)
             self._start_later(machine)
             return
         self.counts["losses"] += 1
+        self.counts["losses that only others know"] += machine.is_copy
         machine.has_lost = True
         machine.start()
         for partner in partners:
@@ -524,12 +524,11 @@ class Faults:
         machine.start()
 
     def _all_know(self, machine: Machine, copy: Kept) -> bool:
-        """Whether every other server has seen a later start of this one than the copy will have."""
+        """Whether every other server has it on its disk that this one was started once more after the copy."""
         for other in self._others(machine):
-            raft = other.server.raft if other.server is not None else None
-            if raft is None or not raft._witness._seen.get(machine.key_hash, (0, ""))[0] > copy.starts:
-                return False
-            if raft._witness._is_writing:
+            data = other.disk.copy().get(WITNESS, b"{}")
+            seen = json.loads(data).get("seen", {}) if data else {}
+            if seen.get(machine.key_hash, (0, ""))[0] <= copy.starts:
                 return False
         return True
 

@@ -22,8 +22,8 @@ from rostra.server.run import Core
 from rostra.server.settings import CoreSettings
 from rostra.server.state.kv import SetKey
 from rostra.wire.errors import RostraError
-from tests.support.cores import eventually
 from tests.support.processes import free_port, new_host
+from tests.support.waiting import eventually
 
 NAMES = ("w1", "w2", "w3")
 WRITES = 200
@@ -175,7 +175,7 @@ async def _play(servers: Servers) -> Outcome:
     except RostraError as e:
         outcome = Outcome("refused", e.message)
     else:
-        outcome.how = await eventually(lambda: _state(servers), 40.0, what="w2 serves, waits or stops")
+        outcome.how = await eventually(lambda: _state(servers), 15.0, what="w2 serves, waits or stops")
     if outcome.how == "stopped":
         await servers.stop("w2")
     assert outcome.how == "serves" or servers.leader() is None, "w3 leads without anybody who remembers"
