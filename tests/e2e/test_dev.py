@@ -291,7 +291,7 @@ def test_a_newer_data_directory_is_refused_and_not_touched(processes: Processes)
     (agent.data_dir / "format").write_text(json.dumps({"format": 99}))
     before = _contents(agent.data_dir)
     processes.restart(agent)
-    assert agent.process.wait(10) == 1
+    assert agent.process.wait(10) == 78
     [line] = agent.process.log.splitlines()
     assert line == (
         f"rostra agent: data directory {agent.data_dir} has format 99 of a newer Rostra; this one knows up to 1."
