@@ -1,7 +1,7 @@
 """Whether a server has lived in this data directory, and up to where: what shows that a part of it is lost or old.
 
-What a server has promised is in its log. So it notes beside its key (`tls/lived.json`) who it is, how often it has been
-started, and up to which place of its journal all is on the disk; the same note lies beside the log
+What a server has promised is in its log. So it notes beside its key (`tls/lived.json`) who it is, which processes it
+has been, and up to which place of its journal all is on the disk; the same note lies beside the log
 (`server/lived.json`). Each says what the other part must be. A start without a part that the notes name, or on a
 journal that ends before the place noted, is refused: others count on what was promised since. A running server notes
 its place every few seconds and when it stops. What no note in this directory can show (all of it is an old copy), only
@@ -11,6 +11,7 @@ the other servers can know: `raft/witness.py`.
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rostra.runtime.log import get
 from rostra.server.bootstrap import FILE_NAME as BOOTSTRAP
 from rostra.server.bootstrap import Membership, Stored
 from rostra.server.raft.journal import BEGINNING_PLACE, Place
+from rostra.server.raft.messages import LINEAGE_MAX
 from rostra.wire.errors import BadRequest, RostraError
 
 log = get("server")
@@ -38,18 +40,19 @@ class Lived:
     key_hash: str
     starts: int = 0
     place: Place = BEGINNING_PLACE
+    lineage: tuple[str, ...] = ()  # names of its latest processes
 
 
 class Life:
-    """The notes of one data directory. `starts` counts this start as well, from `begin` on."""
+    """The notes of one data directory, read by the process that is its next."""
 
     def __init__(self, directory: Path, lived: Lived | None) -> None:
         self._beside_key, self._beside_log = paths(directory)
         self._lived = lived
-
-    @property
-    def starts(self) -> int:
-        return self._lived.starts if self._lived is not None else 0
+        #: How many-th start this is, and the names of the latest processes, this one last.
+        self.starts = 1 + (lived.starts if lived is not None else 0)
+        former = lived.lineage if lived is not None else ()
+        self.lineage = (*former, uuid.uuid4().hex[:12])[-LINEAGE_MAX:]
 
     @property
     def place(self) -> Place:
@@ -57,7 +60,7 @@ class Life:
 
     def begin(self, cluster_id: str, node_id: str, name: str, key_hash: str) -> None:
         """It is about to speak: this is another start. Blocks. Raises OSError."""
-        self._lived = Lived(cluster_id, node_id, name, key_hash, self.starts + 1, self.place)
+        self._lived = Lived(cluster_id, node_id, name, key_hash, self.starts, self.place, self.lineage)
         self._write()
 
     def reached(self, place: Place) -> None:
@@ -211,6 +214,7 @@ def _dump(lived: Lived) -> bytes:
         "name": lived.name,
         "key_hash": lived.key_hash,
         "starts": lived.starts,
+        "lineage": list(lived.lineage),
         "segment": lived.place[0],
         "offset": lived.place[1],
     }
@@ -227,8 +231,8 @@ def _read(path: Path) -> tuple[Lived | None, str]:
         numbers = [data[name] for name in ("starts", "segment", "offset")]
         if not all(type(t) is str and t for t in texts.values()) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError
-        starts, *place = numbers
-        return Lived(**texts, starts=starts, place=(place[0], place[1])), ""
+        lineage = tuple(str(process) for process in data["lineage"])
+        return Lived(**texts, starts=numbers[0], place=(numbers[1], numbers[2]), lineage=lineage), ""
     except FileNotFoundError:
         return None, "missing"
     except RostraError:

@@ -17,7 +17,6 @@ import heapq
 import itertools
 import random
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,12 +147,12 @@ class RaftLog:
     `members` counts where neither log nor snapshot says otherwise. `dial(member)` returns an authenticated connection.
     `on_role_change(is_leader, leader_id, term)` and `on_members(members)` run on the loop; `on_opened()` when the
     journal is on the disk, before a word is said to anyone. `starts`: how many-th start of this server this is, from 1
-    on; `reached`: a place of the journal that was on the disk once; `on_reached(place)` on the loop, now and then, and
-    last at the end of `stop`. Without a directory or disk (`-dev`, one server only) nothing is kept, a server's own
-    vote included. `fail_stop(reason)` must end the process (exit 70); so must `on_outlived(reason)`, for good (exit
-    78): the others know that this server has lost what it promised. `start` raises DamagedJournal or NewerFormat (exit
-    78). `clock` (ns), `perf` (s), `chance` and `process` (a name that no other process has) are given
-    by the simulator.
+    on; `lineage`: names of its latest processes, this one last; `reached`: a place of the journal that was on the disk
+    once; `on_reached(place)` on the loop, now and then, and last at the end of `stop`. Without a directory or disk
+    (`-dev`, one server only) nothing is kept, a server's own vote included. `fail_stop(reason)` must end the process
+    (exit 70); so must `on_outlived(reason)`, for good (exit 78): the others know that this server has lost what it
+    promised. `start` raises DamagedJournal or NewerFormat (exit 78). `clock` (ns), `perf` (s) and `chance` are given by
+    the simulator.
     """
 
     def __init__(
@@ -171,11 +170,11 @@ class RaftLog:
         on_members: Callable[[Members], None] = lambda _members: None,
         on_opened: Callable[[], None] = lambda: None,
         starts: int = 0,
+        lineage: tuple[str, ...] = (),
         reached: Place = BEGINNING_PLACE,
         on_reached: Callable[[Place], None] = lambda _place: None,
         fail_stop: Callable[[str], NoReturn],
         on_outlived: Callable[[str], None] | None = None,
-        process: str = "",
         sync_inline: bool = False,
         disk: Disk | None = None,
         clock: Callable[[], int] = boottime_ns,
@@ -192,7 +191,7 @@ class RaftLog:
         self._fail_stop, self._sync_inline = fail_stop, sync_inline
         self._reached, self._on_reached, self._reach_s = reached, on_reached, 0.0
         self._on_outlived = on_outlived or fail_stop
-        self._starts, self._process = starts, process or str(uuid.uuid4())
+        self._starts, self._lineage = starts, lineage
         self._outlived: set[str] = set()  # the others that have lost their log: they are not heard
         self._lease_ns = int(timing.election_min_s * LEASE * 1e9)
 
@@ -866,9 +865,9 @@ class RaftLog:
         if not self._is_running:
             return
         if is_up:
-            if self._starts:
+            if self._lineage:
                 last = self._journal.durable_index
-                lived = {"type": "lived", "starts": self._starts, "process": self._process, "last_index": last}
+                lived = {"type": "lived", "starts": self._starts, "lineage": self._lineage, "last_index": last}
                 self._links.post(peer_id, lived)
             self._replication.link_up(peer_id)
         else:

@@ -20,6 +20,8 @@ _INT_MAX = 1 << 62
 
 SNAPSHOT_ID_CHARS_MAX = 200
 TEXT_CHARS_MAX = 300
+#: So many of its processes a server names.
+LINEAGE_MAX, PROCESS_CHARS_MAX = 64, 64
 
 _FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
     # The dialling side is ready to receive; nothing is sent to it before.
@@ -70,15 +72,14 @@ _FIELDS: dict[str, tuple[int, tuple[tuple[str, type], ...]]] = {
         12,
         (("term", int), ("r", int), ("id", str), ("index", int), ("offset", int), ("done", bool)),
     ),
-    # The first word on each connection, both ways: the server's how many-th start this is, a name of this process, and
-    # the last entry that is on its disk.
-    "lived": (13, (("starts", int), ("process", str), ("last_index", int))),
+    # The first word on each connection, both ways: how many-th start of the server this is, the names of its latest
+    # processes (this one last), and the last entry that is on its disk.
+    "lived": (13, (("starts", int), ("lineage", tuple), ("last_index", int))),
     # The answer to that: you have been further before, and promised what you do not know any more.
     "outlived": (14, (("reason", str),)),
 }
 #: What an older release does not send, and what it means then.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {"request_vote": (False,)}
-_TEXTS = {"lived": "process", "outlived": "reason"}
 _BY_NUMBER = {number: (kind, fields) for kind, (number, fields) in _FIELDS.items()}
 
 
@@ -126,8 +127,10 @@ def decode(cluster_id: str, payload: bytes) -> Message | None:
         _check_entries(message)
     elif kind == "snapshot":
         _check_piece(message)
-    elif kind in _TEXTS and len(message[_TEXTS[kind]]) > TEXT_CHARS_MAX:
-        raise BadMessage(f"{kind} with a long {_TEXTS[kind]}")
+    elif kind == "lived":
+        _check_lineage(message["lineage"])
+    elif kind == "outlived" and len(message["reason"]) > TEXT_CHARS_MAX:
+        raise BadMessage("outlived with a long reason")
     return message
 
 
@@ -141,6 +144,13 @@ def _check_entries(message: Message) -> None:
         if entry[1] != index or type(entry[2]) is not int or not term <= entry[2] <= message["term"]:
             raise BadMessage("append_entries with entries out of order")
         term = entry[2]
+
+
+def _check_lineage(lineage: tuple[Any, ...]) -> None:
+    if not 0 < len(lineage) <= LINEAGE_MAX:
+        raise BadMessage("lived with a bad lineage")
+    if not all(type(process) is str and 0 < len(process) <= PROCESS_CHARS_MAX for process in lineage):
+        raise BadMessage("lived with a bad lineage")
 
 
 def _check_piece(message: Message) -> None:

@@ -1,10 +1,10 @@
 """What the other servers have shown and acknowledged to this one: who comes back with less has lost its log.
 
-A server counts its starts (`server/lived.py`) and says with each connection how often it has been started, which
-process it is, and how far its log goes on its disk. One that comes with fewer starts than it has shown before, or with
-as many and as another process, was put back from an older copy; one whose log ends before what it has acknowledged to
-a leader has lost a part of it. Such a server is told so, which ends it, and nothing that it says counts. Starts are
-kept on the disk, what was acknowledged only in memory. Who is removed from the cluster is forgotten.
+A server names its processes (`server/lived.py`) and says with each connection which they were, and how far its log
+goes on its disk. One that does not know a process of its own that was seen here runs on what was put back from an older
+copy, however often it has been started since; one whose log ends before what it has acknowledged to a leader has lost a
+part of it. Such a server is told so, which ends it, and nothing that it says counts. Processes are kept on the disk,
+what was acknowledged only in memory. Who is removed from the cluster is forgotten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Witness:
 
     def __init__(self, disk: Disk | None) -> None:
         self._disk = disk
-        self._seen: dict[str, tuple[int, str]] = {}  # starts, and which process
+        self._seen: dict[str, tuple[int, str]] = {}  # the last process, and how many-th it was
         self._acknowledged: dict[str, int] = {}
         self._is_writing = self._is_due = False
         if disk is not None:
@@ -41,15 +41,16 @@ class Witness:
 
     def problem(self, key_hash: str, said: Message) -> str:
         """What is wrong with a server that says this of itself ("lived"), or ""; then it is remembered."""
-        starts, process = said["starts"], said["process"]
+        starts, lineage = said["starts"], said["lineage"]
         seen_starts, seen_process = self._seen.get(key_hash, (0, ""))
-        if starts < seen_starts or (starts == seen_starts and process != seen_process):
-            return f"it says that this is its start {starts}, and it has been seen in start {seen_starts} before"
+        # Who was away for long may have seen one that is not named any more.
+        if seen_process not in lineage and seen_starts > starts - len(lineage):
+            return f"in start {starts} it does not know of its start {seen_starts}, in which it was seen here"
         acknowledged = self._acknowledged.get(key_hash, 0)
         if said["last_index"] < acknowledged:
             return f"its log ends with entry {said['last_index']}, and it has acknowledged entry {acknowledged}"
-        if (starts, process) != (seen_starts, seen_process):
-            self._seen[key_hash] = (starts, process)
+        if lineage[-1] != seen_process:
+            self._seen[key_hash] = (starts, lineage[-1])
             self._keep()
         return ""
 
@@ -76,7 +77,7 @@ class Witness:
             if data["format"] <= FORMAT:
                 self._seen = {str(key): (int(starts), str(process)) for key, (starts, process) in data["seen"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            log.warn("what is known of the other servers' starts cannot be read, and begins anew", error=str(e))
+            log.warn("what is known of the other servers' processes cannot be read, and begins anew", error=str(e))
 
     def _keep(self) -> None:
         if self._disk is None:
@@ -90,6 +91,6 @@ class Witness:
     def _kept(self, _result: Any, error: Exception | None) -> None:
         self._is_writing = False
         if error is not None:
-            log.warn("what is known of the other servers' starts could not be written", error=str(error))
+            log.warn("what is known of the other servers' processes could not be written", error=str(error))
         elif self._is_due:
             self._keep()

@@ -29,18 +29,18 @@ class Kept:
     """A data directory as it was."""
 
     files: dict[str, bytes]
-    starts: int
+    lineage: tuple[str, ...]
     reached: Place
     place: Place  # where the journal in it ends
 
     @staticmethod
     def of(machine: Machine) -> Kept:
         place = inspect_journal(OpenDisk(machine.disk, None)).place  # type: ignore[arg-type]
-        return Kept(machine.disk.copy(), machine.starts, machine.reached, place)
+        return Kept(machine.disk.copy(), machine.lineage, machine.reached, place)
 
     def put(self, machine: Machine) -> None:
         machine.disk.put(self.files)
-        machine.starts, machine.reached = self.starts, self.reached
+        machine.lineage, machine.reached = self.lineage, self.reached
 
 
 class Faults:
@@ -528,7 +528,7 @@ class Faults:
         for other in self._others(machine):
             data = other.disk.copy().get(WITNESS, b"{}")
             seen = json.loads(data).get("seen", {}) if data else {}
-            if seen.get(machine.key_hash, (0, ""))[0] <= copy.starts:
+            if seen.get(machine.key_hash, (0, ""))[0] <= len(copy.lineage):
                 return False
         return True
 

@@ -21,6 +21,7 @@ from rostra.server.raft.core import LEADER
 from rostra.server.raft.journal import BEGINNING_PLACE, Place
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import Member, Members
+from rostra.server.raft.messages import LINEAGE_MAX
 from rostra.server.raft.transport import Link, Links
 from rostra.server.roster import Roster
 from rostra.server.standing import Standing
@@ -63,8 +64,9 @@ class Machine:
         self.server: Server | None = None
         #: switched off for good
         self.is_gone = False
-        #: what is noted beside the server's key: its starts, and how far its journal has been on the disk
-        self.starts, self.reached = 0, BEGINNING_PLACE
+        #: what is noted beside the server's key: its processes, and how far its journal has been on the disk
+        self.lineage: tuple[str, ...] = ()
+        self.reached = BEGINNING_PLACE
         #: a part of what it had is missing: it is expected not to start, or to stop
         self.has_lost = False
         #: all of it was put back from an older copy: what it says under terms is not its own word
@@ -122,7 +124,7 @@ class Machine:
         """Another server is installed here, with an empty disk and a new identity; not started yet."""
         self.disk.wipe()
         self.generation += 1
-        self.starts, self.reached = 0, BEGINNING_PLACE
+        self.lineage, self.reached = (), BEGINNING_PLACE
         self.has_lost = self.is_copy = False
         self._identify()
 
@@ -227,11 +229,11 @@ class Server:
             on_role_change=self._role_changed,
             on_members=self._members_changed,
             on_opened=self._opened,
-            starts=self.machine.starts + 1,
+            starts=len(self.machine.lineage) + 1,
+            lineage=(*self.machine.lineage, self.process)[-LINEAGE_MAX:],
             reached=self.machine.reached,
             on_reached=self._reached,
             fail_stop=self.fail_stop,
-            process=self.process,
             clock=self.loop.boottime_ns,
             perf=self.loop.perf,
             chance=self.chance,
@@ -266,7 +268,7 @@ class Server:
     # -- as in server/run.py and server/lived.py
 
     def _opened(self) -> None:
-        self.machine.starts += 1
+        self.machine.lineage += (self.process,)
 
     def _reached(self, place: Place) -> None:
         self.world.after(0.002, self._note, place)

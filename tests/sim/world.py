@@ -94,12 +94,12 @@ class World:
         """Let things happen until `until()` (asked after each event of the world), a violation or the deadline."""
         heap, pop = self._heap, heapq.heappop
         while heap and self.violation is None:
+            if heap[0][0] > deadline:  # it stays for the next run
+                self.now = deadline
+                return
             when, _, loop, handle = pop(heap)
             if handle.callback is None:
                 continue
-            if when > deadline:
-                self.now = deadline
-                return
             self.now = when
             self.events += 1
             if loop is not None:

@@ -11,6 +11,7 @@ import pytest
 from rostra.runtime.identity import NodeIdentity, UnusableData, generate_secret
 from rostra.server.bootstrap import Membership, ServerInfo, Stored
 from rostra.server.lived import Life, accept, look, noted_place, paths
+from rostra.server.raft.messages import LINEAGE_MAX
 
 CLUSTER = "6b1e1c5e-0000-4000-8000-000000000000"
 
@@ -52,7 +53,14 @@ def refusal(directory: Directory, stored: Stored | None = None, **options: Any) 
 
 def test_a_directory_without_notes_is_of_an_older_version_or_new(tmp_path: Path) -> None:
     life = Directory(tmp_path, starts=0).look()
-    assert (life.starts, life.place) == (0, (0, 0))
+    assert (life.starts, life.place, len(life.lineage)) == (1, (0, 0), 1)
+
+
+def test_the_latest_processes_are_named_and_no_more(tmp_path: Path) -> None:
+    directory = Directory(tmp_path, starts=0)
+    names = [directory.start().lineage[-1] for _ in range(LINEAGE_MAX + 3)]
+    found = directory.look()
+    assert (found.starts, found.lineage[:-1]) == (LINEAGE_MAX + 4, tuple(names[1 - LINEAGE_MAX :]))
 
 
 def test_starts_are_counted_and_the_furthest_place_is_kept(tmp_path: Path) -> None:
@@ -61,25 +69,26 @@ def test_starts_are_counted_and_the_furthest_place_is_kept(tmp_path: Path) -> No
     life.reached((2, 700))
     life.reached((1, 900))  # a thread that was late
     found = directory.look()
-    assert (found.starts, found.place) == (3, (2, 700))
+    assert (found.starts, found.place) == (4, (2, 700))
+    assert found.lineage[:3] == life.lineage
     assert noted_place(tmp_path) == (2, 700)
 
 
 def test_a_crash_between_the_two_notes_is_no_loss(tmp_path: Path) -> None:
     directory = Directory(tmp_path, starts=1)
     directory.notes[1].unlink()
-    assert directory.look().starts == 1
+    assert directory.look().starts == 2
     directory = Directory(tmp_path / "again", starts=1)
     kept = directory.notes[1].read_bytes()
     directory.start()
     directory.notes[1].write_bytes(kept)
-    assert directory.look().starts == 2
+    assert directory.look().starts == 3
 
 
 def test_a_lost_note_beside_the_log_is_no_loss_and_one_beside_the_key_is(tmp_path: Path) -> None:
     directory = Directory(tmp_path)
     directory.notes[1].write_text("")
-    assert directory.look().starts == 1
+    assert directory.look().starts == 2
     directory.start()
     directory.notes[0].unlink()
     assert f"{directory.notes[0]} is missing" in refusal(directory)
@@ -147,7 +156,7 @@ def test_after_a_recovery_the_log_as_it_is_counts(tmp_path: Path) -> None:
     assert noted_place(tmp_path) == (3, 1000)  # what was kept before the recovery can still be put back
     accept(tmp_path, (1, 600))
     assert noted_place(tmp_path) == (1, 600)
-    assert directory.look().starts == 2
+    assert directory.look().starts == 3
 
 
 def test_a_note_of_a_newer_version_is_refused(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from tests.support.waiting import eventually
 MEMBERS = [Member(node, "127.0.0.1", 0, f"key-{node}", node) for node in ("a", "b", "c")]
 
 
-def lived(starts: int, process: str = "p", last_index: int = 10) -> dict[str, Any]:
-    return {"starts": starts, "process": process, "last_index": last_index}
+def lived(lineage: str, last_index: int = 10, starts: int = 0) -> dict[str, Any]:
+    """Of a server whose processes have had these names; a letter each."""
+    return {"starts": starts or len(lineage), "lineage": tuple(lineage), "last_index": last_index}
 
 
 @pytest.fixture
@@ -32,69 +33,77 @@ async def machine() -> Any:
 
 
 async def start(machine: Machine, directory: Path | None, **more: Any) -> RaftLog:
-    return await machine.start(directory, members=MEMBERS, starts=1, process="ours", **more)
+    return await machine.start(directory, members=MEMBERS, starts=1, lineage=("ours",), **more)
 
 
-def test_starts_only_grow_and_each_is_of_one_process() -> None:
+def test_a_server_knows_its_former_processes_however_often_it_was_started_since() -> None:
     witness = Witness(None)
-    assert witness.problem("key", lived(3, "p")) == ""
-    assert witness.problem("key", lived(3, "p")) == ""  # another connection
-    assert "start 2" in witness.problem("key", lived(2, "q"))
-    assert "start 3" in witness.problem("key", lived(3, "q"))
-    assert witness.problem("key", lived(4, "q")) == ""
-    assert witness.problem("other", lived(1)) == ""
+    assert witness.problem("key", lived("abc")) == ""
+    assert witness.problem("key", lived("abc")) == ""  # another connection
+    assert "start 3" in witness.problem("key", lived("ab"))
+    assert "start 3" in witness.problem("key", lived("abx"))
+    assert "start 3" in witness.problem("key", lived("abxyz"))
+    assert witness.problem("key", lived("abcde")) == ""
+    assert witness.problem("other", lived("x")) == ""
+
+
+def test_who_was_away_for_long_believes_a_server_that_names_only_its_latest_processes() -> None:
+    witness = Witness(None)
+    witness.problem("key", lived("abc"))
+    assert "start 3" in witness.problem("key", lived("xyz", starts=5))
+    assert witness.problem("key", lived("xyz", starts=6)) == ""
 
 
 def test_a_log_never_ends_before_what_it_has_acknowledged() -> None:
     witness = Witness(None)
     witness.acknowledged("key", 20)
     witness.acknowledged("key", 15)
-    assert "acknowledged entry 20" in witness.problem("key", lived(1, last_index=19))
-    assert witness.problem("key", lived(1, last_index=20)) == ""
+    assert "acknowledged entry 20" in witness.problem("key", lived("a", 19))
+    assert witness.problem("key", lived("a", 20)) == ""
 
 
 def test_who_was_removed_is_forgotten_and_may_be_let_in_again() -> None:
     witness = Witness(None)
-    witness.problem("key", lived(5))
+    witness.problem("key", lived("abc"))
     witness.acknowledged("key", 20)
     witness.forget_all_but({"other"})
-    assert witness.problem("key", lived(1, "q", 1)) == ""
+    assert witness.problem("key", lived("x", 1)) == ""
 
 
-def test_starts_are_remembered_by_the_next_process(tmp_path: Path) -> None:
+def test_what_was_seen_is_remembered_by_the_next_process(tmp_path: Path) -> None:
     disk = DirectoryDisk(tmp_path, inline=True)
     witness = Witness(disk)
-    witness.problem("key", lived(5))
-    witness.problem("key", lived(6))
+    witness.problem("key", lived("a"))
+    witness.problem("key", lived("ab"))
     disk.close()
     disk = DirectoryDisk(tmp_path, inline=True)
-    assert "start 6" in Witness(disk).problem("key", lived(6, "q"))
+    assert "start 2" in Witness(disk).problem("key", lived("ax"))
     (tmp_path / FILE_NAME).write_text("{")
-    assert Witness(disk).problem("key", lived(1)) == ""
+    assert Witness(disk).problem("key", lived("x")) == ""
     disk.close()
 
 
 async def test_the_first_word_on_a_connection_is_about_this_servers_life(machine: Machine, tmp_path: Path) -> None:
     peer = Peer(await start(machine, tmp_path), "b")
     first = peer.heard[0]
-    assert (first["type"], first["starts"], first["process"]) == ("lived", 1, "ours")
+    assert (first["type"], first["starts"], first["lineage"]) == ("lived", 1, ("ours",))
 
 
 async def test_the_vote_of_who_has_lost_its_log_counts_for_nothing(machine: Machine, tmp_path: Path) -> None:
     raft = await start(machine, tmp_path)
     peer = Peer(raft, "b")
-    peer.say(type="lived", **lived(7))
+    peer.say(type="lived", **lived("ab"))
     peer.hang_up()
     peer = Peer(raft, "b")
-    peer.say(type="lived", **lived(6))
+    peer.say(type="lived", **lived("axyz"))
     said = await peer.hears("outlived")
-    assert "start 7" in said["reason"]
+    assert "start 2" in said["reason"]
     asked = await peer.hears("pre_vote")
     peer.say(type="pre_vote_reply", term=asked["term"], current=asked["term"] - 1, granted=True)
     asks = await peer._hears(lambda message: message["type"] in ("pre_vote", "request_vote"))
     assert asks["type"] == "pre_vote"  # once more: nobody has granted the first
     other = Peer(raft, "c")
-    other.say(type="lived", **lived(1))
+    other.say(type="lived", **lived("a"))
     await other.votes()
     await eventually(lambda: raft.is_leader)
 
@@ -104,14 +113,14 @@ async def test_a_follower_that_comes_back_with_less_than_it_acknowledged_is_told
 ) -> None:
     raft = await start(machine, tmp_path)
     peer = Peer(raft, "b")
-    peer.say(type="lived", **lived(1, last_index=1))
+    peer.say(type="lived", **lived("a", 1))
     await peer.votes()
     follows = asyncio.create_task(peer.follows())
     await raft.propose(b"write")
     follows.cancel()
     peer.hang_up()
     peer = Peer(raft, "b")
-    peer.say(type="lived", **lived(2, "q", last_index=1))
+    peer.say(type="lived", **lived("ab", 1))
     assert "acknowledged entry" in (await peer.hears("outlived"))["reason"]
 
 
