@@ -196,10 +196,10 @@ def accept(directory: Path, place: Place) -> None:
             write_durably(path, _dump(replace(lived, place=place)))
 
 
-def noted_place(directory: Path) -> Place:
-    """The furthest place that a note names."""
+def noted_places(directory: Path) -> list[Place]:
+    """The places that the notes name."""
     notes = [_read(path)[0] for path in paths(directory)]
-    return max((lived.place for lived in notes if lived is not None), default=BEGINNING_PLACE)
+    return [lived.place for lived in notes if lived is not None]
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

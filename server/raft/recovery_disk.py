@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rostra.runtime.identity import DataDirectory, read_node_id, sync_directory
 from rostra.server.bootstrap import FILE_NAME, Membership, load
-from rostra.server.lived import accept, noted_place
+from rostra.server.lived import accept, noted_places
 from rostra.server.raft.disk import DirectoryDisk
 from rostra.server.raft.journal import Journal, inspect_journal
 from rostra.server.raft.members import Member, Members, encode_members
@@ -85,7 +85,7 @@ def _look(place: Place) -> Found:
         problems.append(e.message)
     if not log.segments and not log.damage and snapshot is not None:
         problems.append(f"{place.raft}: the log is gone, and without it this server must never vote again")
-    if (noted := noted_place(place.data)) > log.place:
+    if (noted := max(noted_places(place.data), default=log.place)) > log.place:
         notes.append(
             f"{place.raft} is an older copy of the log, or has lost its end: it had reached byte {noted[1]} of segment"
             f" {noted[0]} once. What this server has acknowledged since is not in it, and without a recovery it does"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rostra.server.lived import noted_place
+from rostra.server.lived import noted_places
 from rostra.server.run import Core
 from rostra.server.settings import CoreSettings
 from rostra.server.state.kv import SetKey
@@ -121,7 +121,7 @@ async def prepare(directory: Path) -> Servers:
     raft = live.cores["w2"].node.raft
     assert raft is not None
     place = raft.place
-    await eventually(lambda: noted_place(w2) >= place, 20.0, what="w2 has noted how far its log goes")
+    await eventually(lambda: min(noted_places(w2)) >= place, 20.0, what="w2 has noted twice how far its log goes")
     for name in NAMES:
         shutil.copytree(live.directory / name, directory / name, ignore=_passing)
     await live.stop()

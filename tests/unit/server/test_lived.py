@@ -10,7 +10,7 @@ import pytest
 
 from rostra.runtime.identity import NodeIdentity, UnusableData, generate_secret
 from rostra.server.bootstrap import Membership, ServerInfo, Stored
-from rostra.server.lived import Life, accept, look, noted_place, paths
+from rostra.server.lived import Life, accept, look, noted_places, paths
 from rostra.server.raft.messages import LINEAGE_MAX
 
 CLUSTER = "6b1e1c5e-0000-4000-8000-000000000000"
@@ -71,7 +71,7 @@ def test_starts_are_counted_and_the_furthest_place_is_kept(tmp_path: Path) -> No
     found = directory.look()
     assert (found.starts, found.place) == (4, (2, 700))
     assert found.lineage[:3] == life.lineage
-    assert noted_place(tmp_path) == (2, 700)
+    assert noted_places(tmp_path) == [(2, 700)] * 2
 
 
 def test_a_crash_between_the_two_notes_is_no_loss(tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_after_a_recovery_the_log_as_it_is_counts(tmp_path: Path) -> None:
     directory = Directory(tmp_path)
     directory.start().reached((3, 1000))
     accept(tmp_path, (3, 2000))
-    assert noted_place(tmp_path) == (3, 1000)  # what was kept before the recovery can still be put back
+    assert noted_places(tmp_path) == [(3, 1000)] * 2  # what was kept before the recovery can still be put back
     accept(tmp_path, (1, 600))
-    assert noted_place(tmp_path) == (1, 600)
+    assert noted_places(tmp_path) == [(1, 600)] * 2
     assert directory.look().starts == 3
 
 
