@@ -69,6 +69,8 @@ REAP_EVERY_S = 30.0
 FIRST_RUN_WITHIN_S = 0.5
 STATUS_TELL_S = 10.0
 FIRST_PAUSE_S = 0.25
+#: How long a sidecar that passed may take to listen again after a restart of the agent.
+SIDECAR_SETTLES_S = 5.0
 STOP_S = 1.0
 
 _NO_REASON = "Maintenance mode is enabled for this {}, but no reason was provided. This is a default message."
@@ -453,7 +455,10 @@ class LocalAgent:
             if spec.alias_node and spec.alias_node != self.node:
                 check.stop = self._follow_remote(check, spec)
         else:
-            work = partial(self._run_periodically, check, spec)
+            owner = self.services.get(spec.service_id)
+            # Its process starts along with this agent: what it was before is true until it has had time to listen.
+            settles = kept is not None and check.row.status != CRITICAL and owner is not None and bool(owner.sidecar_of)
+            work = partial(self._run_periodically, check, spec, SIDECAR_SETTLES_S if settles else 0.0)
             most_s = max(AGAIN_MAX_S, spec.interval_s)
             check.task = self._tasks.keep(f"check {spec.id}", work, first_s=spec.interval_s, most_s=most_s)
 
@@ -532,14 +537,14 @@ class LocalAgent:
 
     # -- results --------------------------------------------------------------------------------------------------
 
-    async def _run_periodically(self, check: LocalCheck, spec: CheckSpec) -> None:
+    async def _run_periodically(self, check: LocalCheck, spec: CheckSpec, settles_s: float) -> None:
         """From start to start the interval; a run that takes longer delays the next, never overlaps it.
 
         A service, or a sidecar's process, is often registered just before it listens. So until the first success the
         pause grows from a quarter of a second to the interval; a script is not run more often than it asks for.
         """
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(self._random() * min(spec.interval_s, FIRST_RUN_WITHIN_S))
+        await asyncio.sleep(settles_s + self._random() * min(spec.interval_s, FIRST_RUN_WITHIN_S))
         due = loop.time()
         pause_s = spec.interval_s if spec.type == "script" else FIRST_PAUSE_S
         while True:

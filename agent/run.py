@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rostra import __version__
 from rostra.agent.config import Config, ConfigErrors, load
 from rostra.agent.core_process import CoreProcess
+from rostra.runtime import core_dumps
 from rostra.runtime import log as logging
 from rostra.runtime.service import cannot, end_with_threads
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
@@ -44,6 +45,7 @@ LOOK_AGAIN_S = 5.0
 
 def main(argv: Sequence[str]) -> int:
     """`rostra agent`. The exit status: 0 after SIGINT or SIGTERM, 1 where it could not start."""
+    core_dumps.switch_off()
     try:
         config = load(argv)
     except ConfigErrors as e:
@@ -211,7 +213,11 @@ async def _serve(config: Config, core: CoreProcess | None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(
-        signal.SIGHUP, lambda: log.warn("reload is not available yet: restart the agent; a core of its own goes on")
+        signal.SIGHUP,
+        lambda: log.warn(
+            "reload is not available yet: `rostra services register FILE` applies a changed service at once; other"
+            " settings need a restart, which proxies with supervise = false and a core of its own outlive"
+        ),
     )
     running = RunningAgent(config, core, give_up=stop.set)
     starting = asyncio.ensure_future(running.start())

@@ -21,6 +21,7 @@ from rostra.connect_proxy.admin import serve_admin
 from rostra.connect_proxy.log import LEVELS, Log
 from rostra.connect_proxy.serve import Limits, Proxy
 from rostra.connect_proxy.source import AgentClient, AgentError, AgentSource, FileSource
+from rostra.runtime import core_dumps
 
 USAGE = """Usage: rostra connect proxy [options]
 
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.lifeline_fd >= 0:
             _die_with(options.lifeline_fd)
+        core_dumps.switch_off()
         log = Log(options.log_level)
         _raise_fd_limit(log)
         proxy = Proxy(log, Limits(options.max_connections, options.handshake_timeout, options.idle_timeout))

@@ -278,8 +278,14 @@ class Proxy:
 
     def _local_failed(self, reason: str) -> None:
         self.counters.dial_failures[reason] += 1
-        local = self.snapshot.local if self.snapshot else None
-        self.log.limited("warn", "application cannot be reached", reason, address=local, reason=reason)
+        snapshot = self.snapshot
+        about = {"proxy": snapshot.proxy_id, "service": snapshot.service} if snapshot else {}
+        local = snapshot.local if snapshot else None
+        if reason == "refused":
+            change = "proxy.local_service_address or local_service_port, if the application listens elsewhere"
+            self.log.limited("warn", f"nothing listens on {local}", reason, **about, change=change)
+        else:
+            self.log.limited("warn", "application cannot be reached", reason, **about, address=local, reason=reason)
 
     def _endpoint_failed(self, outbound: Outbound, host: str, port: int, reason: str) -> None:
         self.counters.dial_failures[reason] += 1

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rostra.runtime import core_dumps
 from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NodeIdentity, UnusableData, parse_secrets, read_node_id
 from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads
@@ -675,6 +676,7 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
 
     logging.configure(settings.log_level, as_json=settings.log_json)
     end_with_threads()
+    core_dumps.switch_off()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -106,3 +106,17 @@ def test_a_read_only_file_system_is_told_before_anything_is_started(
     assert done.err.count("\n") == 1
     assert "read-only file system" in done.err.lower()
     assert str(stopped.data_dir) in done.err
+
+
+def test_no_process_that_holds_keys_leaves_a_core_dump(processes: Processes) -> None:
+    agent = processes.agent("secret", "-dev")
+    eventually("it answers", agent.answers, 20)
+    agent.api.done("/v1/agent/service/register", {"Name": "web", "Port": 80, "Connect": {"SidecarService": {}}})
+    proxy = eventually("the proxy runs", lambda: next(iter(agent.proxy_pids()), 0))
+    pids = [agent.process.pid, agent.core_pid(), proxy]
+
+    def limits() -> list[str]:
+        found = [Path(f"/proc/{pid}/limits").read_text().splitlines() for pid in pids]
+        return [next(line.split()[4] for line in lines if line.startswith("Max core file size")) for lines in found]
+
+    eventually("none may be written", lambda: set(limits()) <= {"0", "1"})

@@ -4,6 +4,7 @@ import asyncio
 import io
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rostra.agent import local as local_module
 from rostra.agent.definition import Scripts, ScriptsDisabled
 from rostra.agent.local import LocalAgent
 from rostra.runtime import log
@@ -289,6 +291,23 @@ async def test_everything_registered_survives_a_restart(tmp_path: Path) -> None:
         assert {i: c.spec for i, c in local.checks.items()} == specs
         assert local.services["web"].token == "t"
         assert local.services["web-sidecar-proxy"].sidecar_of == "web"
+
+
+async def test_a_sidecar_that_passed_has_time_to_listen_again_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_id = "service:web-sidecar-proxy:1"
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        port = proxy.getsockname()[1]
+        async with agent(tmp_path, sidecar_ports=(port, port)) as local:
+            await local.register_service(with_sidecar("web"))
+            await eventually(lambda: local.checks[check_id].row.status == "passing")
+    monkeypatch.setattr(local_module, "SIDECAR_SETTLES_S", 1.0)
+    began = time.monotonic()
+    async with agent(tmp_path, sidecar_ports=(port, port)) as local:
+        assert local.checks[check_id].row.status == "passing"
+        await eventually(lambda: local.checks[check_id].row.status == "critical")
+        assert time.monotonic() - began >= 1.0
 
 
 async def test_what_was_deregistered_stays_away(tmp_path: Path) -> None:

@@ -533,7 +533,8 @@ def test_an_application_that_is_down_is_told_and_counted(mesh, eventually):
     client = mesh.client(server)
     assert is_refused(client)
     eventually(lambda: server.stats["dial_failures"] == {"refused": 1})
-    assert f"application cannot be reached: address=127.0.0.1:{dead[1]} reason=refused" in server.log
+    assert f"nothing listens on 127.0.0.1:{dead[1]}: proxy=" in server.log
+    assert 'change="proxy.local_service_address or local_service_port, if' in server.log
 
 
 def test_upstreams_come_and_go_without_touching_the_others(mesh):

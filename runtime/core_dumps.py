@@ -1,0 +1,18 @@
+"""No core dumps of processes that hold keys: the agent, the core, the proxies, and what they start.
+
+A limit of 1 byte, not of 0: too little for a file, and the one value at which Linux starts no helper either (where
+core_pattern is a pipe, it takes no notice of 0). PR_SET_DUMPABLE would also hide /proc/self from the process's own
+user, and debuggers with it, and is gone with every exec. The hard limit stays, for who needs a dump once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+
+
+def switch_off() -> None:
+    """For this process and all that it starts."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
