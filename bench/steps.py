@@ -9,6 +9,12 @@ warm-up, and how long a change took to reach the first and the last watcher. "id
 it shows is the machine's, whose interrupts and stolen time count as a loop's own. Therefore a measure with a step over
 2 ms is repeated, up to three times: what a program does, it does with each change, so a loop that is clean once is
 clean. Exit status 1 for a loop that never is.
+
+    python bench/steps.py --hostile KIND[,KIND…]|all [--eight] [--seconds 30]
+
+measures the same loops, and what other clients wait, while one hostile connection of each kind floods c1 or the leader
+(`bench/hostile.py`), and with `--eight` eight at once. Bars: no step over 5 ms at the victims, others' p99 at most 3
+times the quiet one, no node failed, no election, memory back to within 10 %.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import time
 from typing import Any
 
 import uvloop
+from hostile import EIGHT, KINDS, Attackers, Others, resident_mb, sidecar
 from processes import ENVIRONMENT, Fleet, Node, Verdicts, eventually, guarded, parser
 
 from rostra.runtime.steps import BUCKETS_MS, LoopSteps
@@ -32,6 +39,7 @@ from rostra.runtime.steps import BUCKETS_MS, LoopSteps
 SERVICE = "big"
 IDLE = "idle loop"
 LIMIT_MS, TRIES = 2.0, 3
+HOSTILE_STEP_MS = 5.0
 changes = itertools.count()  # over all measurements: registering what is registered already is no change
 
 
@@ -281,6 +289,71 @@ def first_srv(at: Node) -> tuple[int, int]:
     return answers, over
 
 
+# -- hostile mode -----------------------------------------------------------------------------------------------------
+
+
+def longest(before: dict[str, Buckets], after: dict[str, Buckets]) -> tuple[float, int]:
+    """(upper bound of the longest step in ms, how many were over the bar) of the loops."""
+    steps = [between(before[loop], after[loop]) for loop in after]
+    bounds = [bound for histogram in steps for bound, n in histogram.items() if n]
+    return max(bounds), sum(n for histogram in steps for bound, n in histogram.items() if bound > HOSTILE_STEP_MS)
+
+
+def elections(fleet: Fleet) -> int:
+    return sum(node.log.read_text(errors="replace").count("leadership:") for node in fleet.servers)
+
+
+def under_attack(fleet: Fleet, kinds: list[str], seconds: int, verdicts: Verdicts) -> None:
+    agent, leader = fleet["c1"], eventually("one leader", 20, fleet.leader)
+    victims = [agent, leader]
+    held, memory = elections(fleet), resident_mb(victims)
+    with Others(victims) as quiet:
+        time.sleep(min(seconds, 10))
+    before = {**steps_of(agent), **steps_of(leader)}
+    failed: set[str] = set()
+    with Others(victims) as others, Attackers(kinds, agent, leader, fleet.directory):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for check in fleet["s2" if leader.name != "s2" else "s3"].get("/v1/health/state/critical", timeout_s=30):
+                if check["CheckID"] == "serfHealth" and check["Node"] != "hostile":
+                    failed.add(check["Node"])
+            time.sleep(0.5)
+        time.sleep(0.6)  # an agent asks its core at most twice a second
+        after = {**steps_of(agent), **steps_of(leader)}
+    time.sleep(5)
+    name = "+".join(kinds) if len(kinds) < 3 else f"{len(kinds)} at once"
+    bound, over = longest(before, after)
+    moved = elections(fleet) - held
+    grown = resident_mb(victims) / memory
+    p99, quiet_p99 = others.percentile(99), quiet.percentile(99)
+    ok = over == 0 and p99 <= 3 * quiet_p99 and not failed and not moved and grown <= 1.1 and not others.failed
+    verdicts.add(
+        name,
+        f"step ≤ {bound:g} ms ({over} over); others p50/p99 {quiet.percentile(50):.1f}/{quiet_p99:.1f} →"
+        f" {others.percentile(50):.1f}/{p99:.1f} ms; failed {len(failed)}, elections {moved},"
+        f" errors {len(others.failed)}; memory x {grown:.2f}",
+        f"≤ {HOSTILE_STEP_MS:g} ms, x 3, 0, 0, 0, x 1.1",
+        ok,
+    )
+
+
+def hostile(options: argparse.Namespace) -> int:
+    kinds = KINDS if options.hostile == "all" else [kind for kind in options.hostile.split(",") if kind]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise SystemExit(f"--hostile {unknown[0]}: one of {', '.join(KINDS)}, or all")
+    runs = [[kind] for kind in kinds] + ([EIGHT] if options.eight else [])
+
+    def run() -> int:
+        verdicts = Verdicts("Under attack")
+        with Fleet(keep=options.keep, prefix=options.network, log_level="info") as fleet:
+            fleet["c1"].put("/v1/agent/service/register", sidecar())
+            for each in runs:
+                under_attack(fleet, each, options.seconds, verdicts)
+        return verdicts.finish()
+
+    return guarded(run, within_s=60 + len(runs) * (options.seconds + 40))
+
+
 def main() -> int:
     if "--be-idle" in sys.argv:
         idle()
@@ -296,8 +369,13 @@ def main() -> int:
         "--tick-ms", default="1", help="0: every turn of every loop, which keeps the processors busy"
     )
     arguments.add_argument("--at", default="c1,s2", help="the agents that the watchers ask, one after the other")
+    arguments.add_argument("--hostile", default="", metavar="KINDS", help="hostile mode: kinds of attack, or all")
+    arguments.add_argument("--eight", action="store_true", help="hostile mode: eight at once as well")
     options = arguments.parse_args()
     ENVIRONMENT["ROSTRA_LOOP_TICK_MS"] = options.tick_ms
+
+    if options.hostile or options.eight:
+        return hostile(options)
 
     def run() -> int:
         verdicts = Verdicts("Loop steps")
