@@ -98,6 +98,15 @@ class _Machine:
         return file.read(0, file.size)
 
 
+def test_what_is_due_after_a_deadline_happens_when_time_goes_on() -> None:
+    world, happened = World(0), list[float]()
+    world.at(2.0, lambda: happened.append(world.now))
+    world.run(lambda: False, 1.0)
+    assert (world.now, happened) == (1.0, [])
+    world.run(lambda: False, 3.0)
+    assert happened == [2.0]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_the_disk_keeps_what_was_synced_and_may_lose_the_rest(seed: int) -> None:
     machine = _Machine(seed)
