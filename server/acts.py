@@ -51,17 +51,19 @@ class Acts:
         *,
         learn_candidates: Callable[[list[str]], bool],
         servers: Callable[[], list[dict[str, Any]]],
+        holds: Callable[[str, str], bool],
         metrics: Callable[[], dict[str, Any]],
     ) -> None:
         self._node, self._leader, self._peer = node, leader, peer
         self._roster, self._autopilot = roster, autopilot
-        self._learn, self._servers, self._metrics = learn_candidates, servers, metrics
+        self._learn, self._servers, self._holds, self._metrics = learn_candidates, servers, holds, metrics
         self._signing = 0
         #: what the certificate is for -> (when, the answer)
         self._certificates: OrderedDict[tuple[str, ...], tuple[float, dict[str, Any]]] = OrderedDict()
         self.table: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[Any]]] = {
             "ping": self.ping,
             "heard": self.heard,
+            "session.held": self.session_held,
             "session.renew": self.renew_session,
             "member.force-leave": self.force_leave,
             "connect.sign": self.sign_leaf,
@@ -85,15 +87,25 @@ class Acts:
         return ()
 
     async def heard(self, peer: Peer, args: dict[str, Any]) -> Any:
-        """A follower hears these agents. {names: [str]}"""
+        """A follower hears these agents. {names: [str], keys?: [hash of the key of each]}"""
         if peer.role != "server":
             raise Denied("only servers report whom they hear")
         names = args["names"]
         if len(names) > NAMES_HEARD_MAX:
             raise BadRequest(f"more than {NAMES_HEARD_MAX} names")
-        members = self._node.store.tables.members.rows
-        self._leader.heard(n for n in names if n in members)
+        keys = args.get("keys")
+        if keys is None:  # it is of an older version
+            keys = ("",) * len(names)
+        if len(keys) != len(names):
+            raise BadRequest("a key for each name")
+        self._leader.heard(zip(names, keys, strict=True))
         return ()
+
+    async def session_held(self, peer: Peer, args: dict[str, Any]) -> Any:
+        """{name, key_hash} -> whether that node's agent has a connection here."""
+        if peer.role != "server":
+            raise Denied("only servers ask who is connected")
+        return self._holds(_text(args, "name", 128), _text(args, "key_hash", 128))
 
     async def renew_session(self, peer: Peer, args: dict[str, Any]) -> Any:
         """{id} -> the session's row, or None where there is none."""

@@ -15,7 +15,7 @@ import re
 import socket
 import ssl
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
+from rostra.server.agents import Agents
 from rostra.server.node import UNKNOWN, ServerNode
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
@@ -38,9 +39,8 @@ log = get("rpc")
 
 HELLO_S = HANDSHAKE_S
 HELLO_BYTES_MAX = 16 << 10
-#: Agents and servers ping every 0.5 s. Who is silent for SILENT_S is gone although no packet said so; who was not heard
-#: for FRESH_S is not reported as alive.
-FRESH_S, SILENT_S = 1.5, 15.0
+#: Agents and servers ping every 0.5 s. Who is silent for this long is gone although no packet said so.
+SILENT_S = 15.0
 #: What a connection of a server is that is in the list no longer, and for how long it stays open.
 FORMER, FAREWELL_S = "former server", 2.0
 #: What one node may have open here: a session, the one before it that is not known to be lost, a greeting or two.
@@ -107,8 +107,7 @@ class Endpoint:
         self.rejected = self.dropped = 0
         self._loop = asyncio.get_running_loop()
         self._sockets: list[socket.socket] = []
-        #: sessions of agents, by node name; the newest wins
-        self.sessions: dict[str, Served] = {}
+        self.agents = Agents(self._loop.time)
         self._connections: dict[FrameConnection, Peer] = {}
         self._of_node: dict[str, dict[FrameConnection, None]] = {}
         self._timer = self._loop.call_later(1.0, self._drop_silent)
@@ -159,11 +158,6 @@ class Endpoint:
             if peer.role == "server" and self._server_key(peer.key_hash) is None:
                 peer.role = FORMER
                 self._loop.call_later(FAREWELL_S, connection.abort, "not a server of this cluster any more")
-
-    def heard(self) -> Iterator[str]:
-        """The nodes whose agents have a session here and were heard just now: a cut network closes no connection."""
-        now = self._loop.time()
-        return (name for name, served in self.sessions.items() if now - served.connection.heard_at <= FRESH_S)
 
     def _drop_silent(self) -> None:
         self._timer = self._loop.call_later(1.0, self._drop_silent)
@@ -324,7 +318,7 @@ class Endpoint:
             await self._enrol(peer)
             served = self._take(connection, peer, self._handle_rpc)
             if served is not None:
-                self.sessions[peer.name] = served
+                self.agents.took(peer, served)
         else:
             raise BadRequest(f"unknown protocol {str(protocol)[:32]!r}")
 
@@ -354,8 +348,7 @@ class Endpoint:
             if not of_node and self._of_node.get(peer.key_hash) is of_node:
                 del self._of_node[peer.key_hash]
             served.on_lost(reason)
-            if self.sessions.get(peer.name) is served:
-                del self.sessions[peer.name]
+            self.agents.lost(peer, served)
             if reason.startswith(_VIOLATIONS):
                 self.dropped += 1
                 self._rejects.warn("dropped a connection", key=peer.name, node=peer.name, reason=reason)

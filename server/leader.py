@@ -38,6 +38,9 @@ REFUSED_S = 10.0
 #: A session is never expired before its TTL; Consul's servers wait twice as long, and clients divide by two.
 TTL_FACTOR = 2.0
 SERF_CHECK = "serfHealth"
+#: A name that was enrolled, and whose node never said what it trusts, is forgotten when it has been gone for this long.
+UNUSED_S = 60.0
+FORGOTTEN_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +58,25 @@ class NodeHealth:
 def plan_silent(
     members: Iterable[MemberRow], heard: Mapping[str, float], leading_since: float, now: float
 ) -> list[MemberRow]:
-    """Members that count as alive but that nobody has heard for SILENT_S (and, after an election, for GRACE_S)."""
+    """Members that count as alive but that nobody has heard for SILENT_S (and, after an election, for GRACE_S).
+    `heard`: when, by the hash of the key."""
     silent = []
     for member in members:
         if member.status != "alive":
             continue
-        last = heard.get(member.name)
+        last = heard.get(member.key_hash)
         if last is None:
             if now - leading_since > GRACE_S:
                 silent.append(member)
         elif now - last > SILENT_S:
             silent.append(member)
     return silent
+
+
+def is_unused(member: MemberRow) -> bool:
+    """Whether a node of that name has enrolled and no more: the first thing that an agent does then is to ask for a
+    certificate and to report the anchors that it trusts."""
+    return member.role == "client" and not member.voter and not member.anchors
 
 
 def plan_expired(sessions: Iterable[SessionRow], seen: Mapping[str, float], now: float) -> list[SessionRow]:
@@ -81,7 +91,7 @@ class Leader:
         self,
         node: ServerNode,
         *,
-        sessions: Callable[[], Iterable[str]],
+        sessions: Callable[[], Iterable[tuple[str, str]]],
         peer: Callable[[str], Any],
         probe: Callable[[MemberRow], Awaitable[bool]],
         ensure_roots: Callable[[], Awaitable[None]],
@@ -92,7 +102,7 @@ class Leader:
         self._node, self._sessions, self._peer, self._probe = node, sessions, peer, probe
         self._ensure_roots, self._spawn = ensure_roots, spawn
         self._remove_server, self._is_leaving = remove_server, is_leaving
-        self._heard: dict[str, float] = {}
+        self._heard: dict[str, float] = {}  # by the hash of the key: a name may go to another node
         self._leading_since = 0.0
         self._leading = False
         self._prepared = False
@@ -101,18 +111,24 @@ class Leader:
         self._renewed: dict[str, None] = {}
         self._kick = asyncio.Event()
         self._changing = asyncio.Lock()  # of what is known of a member: a duty's write must not follow its leaving
-        self._refused = RateLimited(log, 60.0)
+        self._unused_since: dict[str, float] = {}  # by the hash of the key
+        self._refused, self._forgotten = RateLimited(log, 60.0), RateLimited(log, 60.0)
         self._refused_until: dict[str, float] = {}  # of members
 
     def kick(self) -> None:
         """Something happened that a duty may care about."""
         self._kick.set()
 
-    def heard(self, names: Iterable[str]) -> None:
-        """A server (this one or a follower) hears these agents now."""
+    def heard(self, nodes: Iterable[tuple[str, str]]) -> None:
+        """A server (this one or a follower) hears the agents of these nodes now: (name, hash of the key). No key: an
+        agent of a server's own host, or a server of an older version reports it. Who shows a key to which the name does
+        not belong is not that node."""
         now = self._node.clock()
-        for name in names:
-            self._heard[name] = now
+        members = self._node.store.tables.members.rows
+        for name, key_hash in nodes:
+            member = members.get(name)
+            if member is not None and key_hash in ("", member.key_hash):
+                self._heard[member.key_hash] = now
 
     def renew(self, session_id: str) -> SessionRow | None:
         """Under the lease: the session's clock starts again now; the other servers learn of it with the next tick."""
@@ -137,7 +153,7 @@ class Leader:
         if member is None:
             raise NotFound(f"no member is called {name!r}")
         if member.status == "alive":
-            is_heard = node.clock() - self._heard.get(name, float("-inf")) < SILENT_S
+            is_heard = node.clock() - self._heard.get(member.key_hash, float("-inf")) < SILENT_S
             if member.role == "server":  # the leader may be too new to have noted it
                 peer = self._peer(member.node_id)
                 is_heard |= member.node_id == node.node_id or (peer is not None and peer.open)
@@ -148,7 +164,7 @@ class Leader:
                 raise Conflict(f"node {name!r} ({member.address}) is alive: {how}")
         if member.voter:
             await self._remove_server(member.node_id)
-        self._heard.pop(name, None)
+        self._heard.pop(member.key_hash, None)
         async with self._changing:
             await node.own_write(SetMemberStatus(name=name, status="left", key_hash=member.key_hash), hold_s=2)
             listed = tables.nodes.get(tables.node_name(name))
@@ -210,10 +226,12 @@ class Leader:
         leader_id = self._node.leader_id
         peer = self._peer(leader_id) if leader_id else None
         if peer is not None and peer.open:
-            names = tuple(self._sessions())
+            nodes = tuple(self._sessions())
+            # In two lists: a leader of an older version reads the names only.
+            report = {"names": tuple(name for name, _ in nodes), "keys": tuple(key for _, key in nodes)}
             try:
                 async with asyncio.timeout(1.0):
-                    await peer.call("act", "heard", {"names": names})
+                    await peer.call("act", "heard", report)
             except (TimeoutError, RostraError):
                 pass
 
@@ -226,11 +244,11 @@ class Leader:
             if member.role == "server":
                 peer = self._peer(member.node_id)
                 if member.name == me or (peer is not None and peer.open):
-                    self._heard[member.name] = now
+                    self._heard[member.key_hash] = now
             if now < self._refused_until.get(member.name, 0.0) or self._is_leaving(member.name):
                 continue
             with self._refusals_of(member):
-                is_heard = now - self._heard.get(member.name, float("-inf")) < 1.0
+                is_heard = now - self._heard.get(member.key_hash, float("-inf")) < 1.0
                 was_server = member.role == "server" and not member.voter  # heard or not, it has left
                 if member.status != "alive" and is_heard and not was_server:
                     await self._change(member, self._mark, "alive")
@@ -242,6 +260,10 @@ class Leader:
         silent = plan_silent(members, self._heard, self._leading_since, now)
         if silent:
             await self._judge(silent, len(members))
+        await self._forget_unused(members, now)
+        if len(self._heard) > 2 * len(members) + 64:
+            keys = {m.key_hash for m in members}
+            self._heard = {key: at for key, at in self._heard.items() if key in keys}
 
     @contextlib.contextmanager
     def _refusals_of(self, member: MemberRow) -> Iterator[None]:
@@ -304,11 +326,11 @@ class Leader:
             now = self._node.clock()
             for member, answered in zip(suspects, answers, strict=True):
                 if answered:
-                    self._heard[member.name] = now
+                    self._heard[member.key_hash] = now
             suspects = [m for m, answered in zip(suspects, answers, strict=True) if not answered]
         for member in suspects:
             self.heard(self._sessions())
-            if self._heard.get(member.name, 0.0) > began:
+            if self._heard.get(member.key_hash, 0.0) > began:
                 continue  # the rounds took their time, and it is back
             log.warn("node failed: no server hears it and it does not answer a probe", node=member.name)
             with self._refusals_of(member):
@@ -353,6 +375,26 @@ class Leader:
             ),
             hold_s=2,
         )
+
+    async def _forget_unused(self, members: list[MemberRow], now: float) -> None:
+        """Names that were enrolled and never used go: nobody has to find them out and force them to leave."""
+        unused = {m.key_hash: m for m in members if m.status == "failed" and is_unused(m)}
+        self._unused_since = {key: self._unused_since.get(key, now) for key in unused}
+        due = [unused[key] for key, since in self._unused_since.items() if now - since > UNUSED_S]
+        for member in due[:FORGOTTEN_AT_ONCE]:
+            with self._refusals_of(member):
+                await self._change(member, self._forget, None)
+        if due:
+            self._forgotten.info(
+                "names that were enrolled and never used are forgotten", nodes=len(due), for_s=int(UNUSED_S)
+            )
+
+    async def _forget(self, member: MemberRow, _how: None) -> None:
+        tables = self._node.store.tables
+        listed = tables.nodes.get(tables.node_name(member.name))
+        if listed is not None and listed.id in ("", member.node_id):
+            await self._node.own_write(Deregister(node=listed.name), hold_s=2)
+        await self._node.own_write(ForgetNode(name=member.name), hold_s=2)
 
     # -- sessions ---------------------------------------------------------------------------------------------
 

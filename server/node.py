@@ -119,6 +119,7 @@ class ServerNode:
         self.lock_delays.clear()
         self.watches.touch_all()
         self._reached()
+        self.on_effects([("adopted",)])
 
     def _note(self, effects: Sequence[tuple[Any, ...]]) -> None:
         now = self.clock()

@@ -112,6 +112,10 @@ class Peers:
     def caller(self, server_id: str) -> Caller | None:
         return self._callers.get(server_id)
 
+    def callers(self) -> list[tuple[str, Caller]]:
+        """(name, caller) of those that can be asked now."""
+        return [(self._members[i].name, c) for i, c in self._callers.items() if i in self._members and c.open]
+
     def hint(self, server_id: str, host: str, port: int) -> None:
         """That server, known by its key, was reached or heard from there."""
         member = self._members.get(server_id)

@@ -21,7 +21,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -139,7 +139,7 @@ class Core:
         self._autopilot = Autopilot(node, self._roster, heartbeat_s=s.heartbeat_s)
         self._leader = Leader(
             node,
-            sessions=lambda: self._endpoint.heard(),
+            sessions=lambda: self._endpoint.agents.heard(),
             peer=self._peers.caller,
             probe=self._probe,
             ensure_roots=self._ensure_roots,
@@ -147,7 +147,15 @@ class Core:
             is_leaving=self._roster.leaving.__contains__,
             spawn=self._spawn,
         )
-        enrolment = Enrolment(node, s, server_id=self._server_ids.get, on_enrolled=self._leader.kick)
+        enrolment = self._enrolment = Enrolment(
+            node,
+            s,
+            server_id=self._server_ids.get,
+            holds=lambda name, key_hash: self._endpoint.agents.holds(name, key_hash),
+            others=self._peers.callers,
+            probe=self._probe,
+            on_enrolled=self._leader.kick,
+        )
         acts = self._acts = Acts(
             node,
             self._leader,
@@ -156,6 +164,7 @@ class Core:
             self._autopilot,
             learn_candidates=self.learn,
             servers=self._servers,
+            holds=lambda name, key_hash: self._endpoint.agents.holds(name, key_hash),
             metrics=self.metrics,
         )
         self._endpoint = Endpoint(
@@ -170,6 +179,7 @@ class Core:
             about=self._about,
             met=self._met,
         )
+        node.on_effects = self._note_names
         self._endpoint.listen_tcp(listener, self._identity.server_context)
         path = _socket_path(directory)
         self._endpoint.listen_unix(path)
@@ -425,6 +435,15 @@ class Core:
         if isinstance(host, str) and 0 < len(host) <= 253 and type(port) is int and 0 < port < 65536:
             self._peers.hint(server_id, host, port)
         self._roster.note_version(server_id, said.get("version"))
+
+    def _note_names(self, effects: Sequence[tuple[Any, ...]]) -> None:
+        """Names of nodes have gone to other keys."""
+        for effect in effects:
+            if effect[0] == "name-bound":
+                self._enrolment.bound(*effect[1:])
+                self._endpoint.agents.end_former(*effect[1:3])
+            elif effect[0] == "adopted":
+                self._endpoint.agents.end_all_former(self.node.store.tables.members.rows)
 
     def _greeted(self, kind: str, args: dict[str, Any], peer: Peer) -> dict[str, Any]:
         if kind == JOIN:

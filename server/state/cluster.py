@@ -81,6 +81,9 @@ class BindNode:
         if self.role not in ROLES:
             raise BadRequest(f"role {self.role!r} is none of {', '.join(ROLES)}")
         old = tx.tables.members.get(self.name)
+        if old is None or old.key_hash != self.key_hash:
+            # Whoever holds the name under another key speaks for it no longer, see `server/agents.py`.
+            tx.effect("name-bound", self.name, self.key_hash, old.key_hash if old is not None else "", tx.at_ms)
         if old is not None and old.key_hash != self.key_hash:
             if old.voter:
                 raise Conflict(

@@ -83,7 +83,7 @@ async def test_a_node_that_is_heard_while_others_are_probed_is_not_declared_fail
         failed = []
 
         async def probe(member: Any) -> bool:
-            leader.heard(["a1"])  # its session is back
+            leader.heard([("a1", "")])  # its session is back
             return False
 
         real = node.own_write
@@ -175,7 +175,7 @@ async def test_a_node_made_to_leave_is_left_and_out_of_the_catalog_until_it_come
         assert "c1" not in tables.nodes.rows
         assert ("c1", "web") not in tables.services.rows
         await session.act("member.force-leave", {"name": "c1", "prune": False})
-        core._leader.heard(["c1"])
+        core._leader.heard([("c1", "")])
         await eventually(lambda: status(core, "c1") == ("alive", "passing"))
 
 
@@ -208,7 +208,7 @@ async def test_who_is_alive_a_server_or_unknown_is_not_made_to_leave(tmp_path: P
         core, node, leader = server_of(cluster)
         session = cluster.session(core)
         await enrol(core, "c1")
-        leader.heard(["c1"])
+        leader.heard([("c1", "")])
         with pytest.raises(Conflict, match=r"'c1' .* is alive: stop its agent first"):
             await session.act("member.force-leave", {"name": "c1", "prune": False})
         with pytest.raises(Conflict, match=r"'s1' .* is alive: stop its agent first, or .*remove-peer"):

@@ -550,22 +550,22 @@ async def test_connections_of_one_node_are_bounded_and_the_newest_stay(tmp_path:
             assert [c.open for c in callers[-8:]] == [True] * 8
             await callers[-1].call("ping")
         await eventually(lambda: not core._endpoint._of_node)
-        assert not core._endpoint.sessions
+        assert not core._endpoint.agents.sessions
 
 
 async def test_a_silent_session_is_not_a_living_node_and_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rostra.server.endpoint.FRESH_S", 0.3)
+    monkeypatch.setattr("rostra.server.agents.FRESH_S", 0.3)
     monkeypatch.setattr("rostra.server.endpoint.SILENT_S", 1.0)
     async with Cluster(tmp_path, size=1) as cluster:
-        core = leader(cluster)
-        async with line(core, enrolled(cluster, "c1")) as caller:
-            assert "c1" in set(core._endpoint.heard())
-            await eventually(lambda: "c1" not in set(core._endpoint.heard()))
-            assert "c1" in core._endpoint.sessions
+        core, identity = leader(cluster), enrolled(cluster, "c1")
+        async with line(core, identity) as caller:
+            assert "c1" in dict(core._endpoint.agents.heard())
+            await eventually(lambda: "c1" not in dict(core._endpoint.agents.heard()))
+            assert core._endpoint.agents.holds("c1", identity.key_hash)
             await eventually(lambda: not caller.open)
-            assert "c1" not in core._endpoint.sessions
+            assert not core._endpoint.agents.holds("c1", identity.key_hash)
 
 
 async def test_an_agent_may_register_services_on_other_nodes(tmp_path: Path) -> None:
