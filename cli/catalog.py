@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag, UsageError, note, say
+from rostra.cli.command import Call, Command, Failed, Flag, note, say
 from rostra.cli.output import columns, pairs, wide_columns
 
 _NODE_META = Flag("node-meta", "Only nodes with this metadata. Repeatable.", "pairs")
 
 
 def _datacenters(call: Call) -> None:
-    _no_args(call)
     for name in _ask(call, "datacenters", path("catalog", "datacenters"), {}):
         say(name)
 
 
 def _nodes(call: Call) -> None:
-    _no_args(call)
     query = {"near": call["near"], "filter": call["filter"], "node-meta": _meta(call)}
     if call["service"]:
         rows = _ask(call, "nodes for service", path("catalog", "service", call["service"]), query)
@@ -41,7 +39,6 @@ def _nodes(call: Call) -> None:
 
 
 def _services(call: Call) -> None:
-    _no_args(call)
     if call["node"]:
         found = _ask(call, "services", path("catalog", "node", call["node"]), {"node-meta": _meta(call)}) or {}
         services: dict[str, set[str]] = {}
@@ -70,14 +67,9 @@ def _meta(call: Call) -> list[str] | None:
     return [f"{key}:{value}" for key, value in call["node-meta"].items()] or None
 
 
-def _no_args(call: Call) -> None:
-    if call.args:
-        raise UsageError(f"too many arguments (expected 0, got {len(call.args)})")
-
-
 COMMANDS = {
     "datacenters": Command(
-        "catalog datacenters [options]", "Lists all known datacenters", _datacenters, reach="server"
+        "catalog datacenters [options]", "Lists all known datacenters", _datacenters, reach="server", takes=0
     ),
     "nodes": Command(
         "catalog nodes [options]",
@@ -91,6 +83,7 @@ COMMANDS = {
             Flag("service", "Only nodes that provide this service."),
         ),
         reach="server",
+        takes=0,
     ),
     "services": Command(
         "catalog services [options]",
@@ -102,5 +95,6 @@ COMMANDS = {
             Flag("tags", "Show the tags of each service beside it.", "switch"),
         ),
         reach="server",
+        takes=0,
     ),
 }

@@ -79,7 +79,10 @@ class Call:
 
 
 class Command(NamedTuple):
-    """`reach` says which HTTP flags it takes: "agent", "server" (with -datacenter and -stale) or "" for none."""
+    """`reach` says which HTTP flags it takes: "agent", "server" (with -datacenter and -stale) or "" for none.
+
+    `takes` is how many arguments it has at most; None where it looks at them itself.
+    """
 
     usage: str
     summary: str
@@ -87,6 +90,7 @@ class Command(NamedTuple):
     flags: tuple[Flag, ...] = ()
     reach: str = ""
     text: str = ""
+    takes: int | None = None
     program: Callable[[list[str]], int] | None = None  # takes its own flags: the agent, the server, the proxy
     program_help: Callable[[], str] | None = None
 
@@ -108,7 +112,7 @@ def parse(argv: Sequence[str], flags: Sequence[Flag]) -> Call:
         name, equals, text = word.removeprefix("-").removeprefix("-").partition("=")
         if name in ("h", "help"):
             raise HelpWanted
-        flag = known.get(name)
+        flag = known.get(name) or known.get(_dashed(name))
         if flag is None:
             raise UsageError(f"flag provided but not defined: -{name}{did_you_mean(name, known, '-')}")
         if flag.kind in ("switch", "choice") and not equals:
@@ -119,6 +123,19 @@ def parse(argv: Sequence[str], flags: Sequence[Flag]) -> Call:
             text = rest.pop(0)
         _take(values, flag, text)
     return Call(values, rest)
+
+
+def _dashed(name: str) -> str:
+    """`MinQuorum`, as settings are shown, is the flag `min-quorum`."""
+    return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).removeprefix("-")
+
+
+def check_arguments(call: Call, takes: int | None) -> None:
+    """Raises UsageError for an argument that nobody would look at. `-flag false` leaves "false" over, too."""
+    if takes == 0 and call.args:
+        raise UsageError(f"unexpected argument {call.args[0]!r}: only flags are taken, as -flag=value")
+    if takes is not None and len(call.args) > takes:
+        raise UsageError(f"too many arguments (expected {takes}, got {len(call.args)})")
 
 
 def _default(flag: Flag) -> Any:

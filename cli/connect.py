@@ -9,7 +9,11 @@ from rostra.cli.command import Call, Command, Failed, Flag, say
 from rostra.cli.output import tabbed_json
 
 _CONFIGURATION = path("connect", "ca", "configuration")
-NOT_YET = ("envoy", "expose", "redirect-traffic")
+NOT_YET = {
+    "envoy": "rostra connect proxy -sidecar-for ID is the proxy, and the agent runs it for registered sidecars",
+    "expose": "register a service for the path, or check it over TCP",
+    "redirect-traffic": "give each upstream a local_bind_port and let the application connect there",
+}
 
 
 def _get_config(call: Call) -> None:
@@ -54,14 +58,15 @@ def _proxy_help() -> str:
 
 COMMANDS = {
     "ca get-config": Command(
-        "connect ca get-config [options]", "Display the configuration of the CA", _get_config, reach="agent"
+        "connect ca get-config [options]", "Display the configuration of the CA", _get_config, reach="server", takes=0
     ),
     "ca set-config": Command(
         "connect ca set-config [options]",
         "Modify the configuration of the CA",
         _set_config,
         (Flag("config-file", "JSON file with the new configuration."),),
-        reach="agent",
+        reach="server",
+        takes=0,
     ),
     "proxy": Command(
         "connect proxy -sidecar-for ID [options]",

@@ -17,4 +17,6 @@ def _info(call: Call) -> None:
             say(f"\t{key} = {value}")
 
 
-COMMANDS = {"": Command("info [options]", "Provides debugging information for operators", _info, reach="agent")}
+COMMANDS = {
+    "": Command("info [options]", "Provides debugging information for operators", _info, reach="agent", takes=0)
+}

@@ -12,4 +12,4 @@ def _keygen(_call: Call) -> None:
     say(binascii.b2a_base64(os.urandom(32), newline=False).decode())
 
 
-COMMANDS = {"": Command("keygen", "Generates a new cluster secret of 32 random bytes, for -encrypt", _keygen)}
+COMMANDS = {"": Command("keygen", "Generates a new cluster secret of 32 random bytes, for -encrypt", _keygen, takes=0)}

@@ -14,7 +14,7 @@ from rostra.cli.output import tabbed_json, wide_columns
 
 
 def _get(call: Call) -> int | None:
-    key = _key(call, 1, optional=bool(call["recurse"] or call["keys"]))
+    key = _key(call, optional=bool(call["recurse"] or call["keys"]))
     client = call.client
     try:
         if call["keys"]:
@@ -52,7 +52,7 @@ def _details(row: dict[str, Any], value: bytes) -> bytes:
 
 
 def _put(call: Call) -> None:
-    key = _key(call, 2)
+    key = _key(call, is_read=False)
     data = _data(call.args[1]) if len(call.args) > 1 else b""
     if call["base64"]:
         try:
@@ -86,7 +86,7 @@ def _put(call: Call) -> None:
 
 
 def _delete(call: Call) -> None:
-    key = _key(call, 1, optional=bool(call["recurse"]))
+    key = _key(call, optional=bool(call["recurse"]))
     if call["cas"] and call["recurse"]:
         raise Failed("Cannot specify both -cas and -recurse!")
     if call["cas"] and not call["modify-index"]:
@@ -102,7 +102,7 @@ def _delete(call: Call) -> None:
 
 
 def _export(call: Call) -> None:
-    key = _key(call, 1, optional=True)
+    key = _key(call, optional=True)
     try:
         rows = call.client.find(key_path(key), {"recurse": ""}) or []
     except Failed as e:
@@ -113,7 +113,6 @@ def _export(call: Call) -> None:
 def _import(call: Call) -> None:
     if not call.args:
         raise Failed("Error! Missing DATA argument")
-    _at_most(call, 1)
     try:
         entries = json.loads(_data(call.args[0]))
     except json.JSONDecodeError as e:
@@ -136,28 +135,24 @@ def _checked(entries: Any) -> list[tuple[str, int, bytes]]:
     found = []
     for i, entry in enumerate(entries):
         try:
+            entry = {name.lower(): given for name, given in entry.items()}  # the API's "Key" is export's "key"
             value = binascii.a2b_base64(entry.get("value") or "", strict_mode=True)
+            if not entry["key"]:
+                raise ValueError
             found.append((str(entry["key"]), int(entry.get("flags") or 0), value))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise Failed(f"Cannot import data: entry {i} needs a key, flags and a value in base64") from None
     return found
 
 
-def _key(call: Call, most: int, *, optional: bool = False) -> str:
+def _key(call: Call, *, is_read: bool = True, optional: bool = False) -> str:
     """The key that was named; a leading slash is dropped where keys are read, as no key begins with one."""
-    _at_most(call, most)
     key = call.args[0] if call.args else ""
-    if most == 1:
+    if is_read:
         key = key.removeprefix("/")
     if not key and not optional:
         raise Failed("Error! Missing KEY argument")
     return key
-
-
-def _at_most(call: Call, most: int) -> None:
-    if len(call.args) > most:
-        expected = "1 or 2" if most == 2 else most
-        raise Failed(f"Error! Too many arguments (expected {expected}, got {len(call.args)})")
 
 
 def _data(text: str) -> bytes:
@@ -199,6 +194,7 @@ COMMANDS = {
             Flag("separator", 'With -keys, stop at this character. Default: "/".', default="/"),
         ),
         reach="server",
+        takes=1,
     ),
     "put": Command(
         "kv put [options] KEY [DATA]",
@@ -214,6 +210,7 @@ COMMANDS = {
             Flag("session", "ID of a session."),
         ),
         reach="server",
+        takes=2,
         text="DATA is taken as it is, from a file with @FILE, or from stdin with -. Without it the value is empty.",
     ),
     "delete": Command(
@@ -222,13 +219,18 @@ COMMANDS = {
         _delete,
         (_CAS, _RECURSE, Flag("modify-index", "Index for -cas.", "whole")),
         reach="server",
+        takes=1,
     ),
-    "export": Command("kv export [KEY_OR_PREFIX]", "Exports a tree from the KV store as JSON", _export, reach="server"),
+    "export": Command(
+        "kv export [KEY_OR_PREFIX]", "Exports a tree from the KV store as JSON", _export, reach="server", takes=1
+    ),
     "import": Command(
         "kv import [DATA]",
         "Imports a tree stored as JSON to the KV store",
         _import,
         reach="server",
-        text="DATA is what 'kv export' prints: as it is, from a file with @FILE, or from stdin with -.",
+        takes=1,
+        text="""
+DATA is what 'kv export' or /v1/kv/?recurse prints: as it is, from a file with @FILE, or from stdin with -.""",
     ),
 }

@@ -20,6 +20,7 @@ _NOUNS = {
     "intention": "Interact with service intentions",
     "keygen": "Generates a new cluster secret",
     "kv": "Interact with the key-value store",
+    "maint": "Controls node or service maintenance mode",
     "members": "Lists the members of a cluster",
     "operator": "Provides tools for operators of the servers",
     "recover": "Goes on after most servers were lost",
@@ -28,12 +29,26 @@ _NOUNS = {
     "validate": "Validate config files/directories",
     "version": "Prints the version",
 }
-_NOT_YET = frozenset(
-    """
-    acl config debug event exec join keyring leave lock login logout maint monitor reload rtt
-    snapshot tls watch
-    """.split()  # noqa: SIM905
-)
+#: What is not there, and what does its work today.
+_NOT_YET = {
+    "acl": "there are no ACLs: keep client_addr on loopback",
+    "config": "there are no configuration entries",
+    "debug": "rostra info, /v1/agent/metrics and the agent's log tell what there is",
+    "event": "write a key and let a blocking query (/v1/kv/KEY?index=N&wait=60s) wait for it",
+    "exec": "run it with your own tool on the hosts that rostra members lists",
+    "join": "start the agent with -retry-join=ADDRESS",
+    "keyring": "set encrypt in the files of each node (docs/operations.md, Changing the secret)",
+    "leave": "stop the agent, then rostra force-leave NAME at another one",
+    "lock": "make a session (PUT /v1/session/create) and rostra kv put -acquire -session=ID KEY",
+    "login": "there are no ACLs: no token is needed",
+    "logout": "there are no ACLs: no token is needed",
+    "monitor": "the agent's log is its standard error (journalctl -f -u rostra)",
+    "reload": "rostra services register FILE applies a definition at once; for other settings restart the agent",
+    "rtt": "there are no network coordinates",
+    "snapshot": "rostra kv export saves the keys (docs/operations.md, Backup)",
+    "tls": "nodes get their certificates by themselves; rostra keygen makes the secret for it",
+    "watch": "blocking queries (?index=N&wait=60s) on any path answer when something has changed",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +90,8 @@ def _insist_on_utf8() -> None:
 
 
 def _run(words: list[str]) -> int:
+    if len(words) > 1 and words[0] == "help":
+        return _run([*words[1:], "-h"])
     if not words or words[0] in ("-h", "-help", "--help", "help"):
         (sys.stdout if words else sys.stderr).write(_overview())
         return 0 if words else 127
@@ -82,7 +99,7 @@ def _run(words: list[str]) -> int:
     if noun in ("-v", "-version", "--version"):
         noun, rest = "version", []
     if noun in _NOT_YET:
-        return _fail(f"rostra {noun}: not yet available in this version")
+        return _fail(f"rostra {noun}: not yet available in this version; {_NOT_YET[noun]}")
     if noun not in _NOUNS:
         from rostra.cli.command import did_you_mean
 
@@ -93,7 +110,16 @@ def _run(words: list[str]) -> int:
 def _run_noun(noun: str, words: list[str]) -> int:
     import importlib
 
-    from rostra.cli.command import Command, Failed, HelpWanted, UsageError, did_you_mean, help_text, parse
+    from rostra.cli.command import (
+        Command,
+        Failed,
+        HelpWanted,
+        UsageError,
+        check_arguments,
+        did_you_mean,
+        help_text,
+        parse,
+    )
 
     module = importlib.import_module(f"rostra.cli.{noun.replace('-', '_')}")
     commands: dict[str, Command] = module.COMMANDS
@@ -106,8 +132,9 @@ def _run_noun(noun: str, words: list[str]) -> int:
         if not rest:
             sys.stderr.write(_noun_overview(noun, name, module))
             return 1
-        if rest[0] in getattr(module, "NOT_YET", ()):
-            return _fail(f"{title} {rest[0]}: not yet available in this version")
+        not_yet: dict[str, str] = getattr(module, "NOT_YET", {})
+        if rest[0] in not_yet:
+            return _fail(f"{title} {rest[0]}: not yet available in this version; {not_yet[rest[0]]}")
         known = {c.removeprefix(name).strip().split(" ")[0]: 0 for c in commands if c.startswith(name)}
         hint = did_you_mean(rest[0], known) or f"; there are {', '.join(known)}"
         return _fail(f"{title}: there is no subcommand {rest[0]!r}{hint}")
@@ -118,6 +145,7 @@ def _run_noun(noun: str, words: list[str]) -> int:
                 raise HelpWanted
             return command.program(rest)
         call = parse(rest, command.all_flags)
+        check_arguments(call, command.takes)
         assert command.run is not None
         return command.run(call) or 0
     except HelpWanted:
@@ -139,7 +167,7 @@ def _choose(commands: Iterable[str], words: list[str]) -> tuple[str, list[str]]:
     """The command with the most words, and what is left; or a group of commands, where more words are needed."""
     groups = {" ".join(name.split()[:n]) for name in commands for n in range(1, len(name.split()) + 1)}
     name, rest = "", list(words)
-    while rest and f"{name} {rest[0]}".strip() in groups:
+    while rest and rest[0] and f"{name} {rest[0]}".strip() in groups:
         name = f"{name} {rest.pop(0)}".strip()
     return name, rest
 

@@ -79,5 +79,6 @@ COMMANDS = {
             Flag("wan", "Show the servers of all datacenters.", "switch"),
         ),
         reach="agent",
+        takes=0,
     )
 }

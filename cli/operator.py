@@ -43,7 +43,6 @@ def _state_of(server: dict[str, Any]) -> str:
 
 
 def _remove_peer(call: Call) -> None:
-    _no_arguments(call)
     address, server_id = call["address"], call["id"]
     try:
         if not address and not server_id:
@@ -73,7 +72,6 @@ def _add_peer(call: Call) -> None:
 
 
 def _transfer_leader(call: Call) -> None:
-    _no_arguments(call)
     try:
         done = call.client.post(_TRANSFER, {"id": call["id"] or None})
     except Failed as e:
@@ -123,7 +121,6 @@ _SETTINGS = {
 
 def _set_config(call: Call) -> None:
     """Read, change, write back if nobody else did meanwhile: settings that are not named stay as they are."""
-    _no_arguments(call)
     try:
         config = call.client.get(_AUTOPILOT)
     except Failed as e:
@@ -140,7 +137,6 @@ def _set_config(call: Call) -> None:
 
 
 def _state(call: Call) -> None:
-    _no_arguments(call)
     if call["format"] not in ("pretty", "json"):
         raise Failed(f'-format: "{call["format"]}" must be pretty or json')
     try:
@@ -188,18 +184,13 @@ _OF_SERVER = (
 )
 
 
-def _no_arguments(call: Call) -> None:
-    """`-flag false` sets the flag and leaves "false" over: better refused than misunderstood."""
-    if call.args:
-        raise Failed(f"unexpected argument {call.args[0]!r}: only flags are taken, as -flag=value")
-
-
 COMMANDS = {
     "raft list-peers": Command(
         "operator raft list-peers [options]",
         "Display the servers, and those that wait to be let in",
         _list_peers,
         reach="server",
+        takes=0,
         text="With -stale any server answers, also where there is no leader.",
     ),
     "raft remove-peer": Command(
@@ -211,6 +202,7 @@ COMMANDS = {
             Flag("id", "ID of the server to remove."),
         ),
         reach="server",
+        takes=0,
         text="The others refuse it from then on, alive or not, until it is let in again.",
     ),
     "raft add-peer": Command(
@@ -219,6 +211,7 @@ COMMANDS = {
         _add_peer,
         (Flag("id", "ID of the waiting server, instead of its name."),),
         reach="server",
+        takes=1,
         text="""
 It becomes a learner and gets every secret of the cluster: be sure that it is yours.
 Only the agents of servers' hosts take this command.""",
@@ -229,12 +222,14 @@ Only the agents of servers' hosts take this command.""",
         _transfer_leader,
         (Flag("id", "ID of the server to lead; default: the one that has the most of the log."),),
         reach="server",
+        takes=0,
     ),
     "autopilot get-config": Command(
         "operator autopilot get-config [options]",
         "Display autopilot's configuration",
         _get_config,
         reach="server",
+        takes=0,
     ),
     "autopilot set-config": Command(
         "operator autopilot set-config [options]",
@@ -252,6 +247,7 @@ Only the agents of servers' hosts take this command.""",
             Flag("upgrade-version-tag", "Of Consul Enterprise."),
         ),
         reach="server",
+        takes=0,
         text="Settings that are not given stay as they are.",
     ),
     "autopilot state": Command(
@@ -260,5 +256,6 @@ Only the agents of servers' hosts take this command.""",
         _state,
         (Flag("format", "pretty or json.", default="pretty"),),
         reach="server",
+        takes=0,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ def _deregister(call: Call) -> None:
     ids = [call["id"]] if call["id"] else [s.get("ID") or s["Name"] for s in _from_files(call.args)]
     for service_id in ids:
         try:
+            if call.client.find(path("agent", "service", service_id)) is None:  # deregistering itself would not say
+                raise Failed("this agent has no service with that ID; /v1/agent/services lists what it has")
             call.client.put(path("agent", "service", "deregister", service_id))
         except Failed as e:
             raise Failed(f"Error deregistering service {service_id!r}: {e}") from e
@@ -71,6 +74,12 @@ def _from_files(files: list[str]) -> list[dict[str, Any]]:
     services: list[dict[str, Any]] = []
     problems: list[str] = []
     for file in files:
+        if os.path.isdir(file):
+            problems.append(f"{file}: a directory; name its files, such as {os.path.join(file, '*.hcl')}")
+            continue
+        if not os.path.exists(file):
+            problems.append(f"{file}: no such file")
+            continue
         try:
             found = config.read_definitions(file)
         except config.ConfigErrors as e:
@@ -140,7 +149,7 @@ COMMANDS = {
             Flag("tagged-address", "NAME=ADDRESS[:PORT]. Repeatable.", "pairs"),
             Flag("kind", "Kind of the service."),
         ),
-        reach="agent",
+        reach="server",
         text="FILE is a JSON or HCL file with service definitions; without it the flags describe one service.",
     ),
     "deregister": Command(
@@ -148,6 +157,6 @@ COMMANDS = {
         "Deregister services with the local agent",
         _deregister,
         (Flag("id", "ID of the service."),),
-        reach="agent",
+        reach="server",
     ),
 }

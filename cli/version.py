@@ -20,6 +20,10 @@ def _version(call: Call) -> None:
 
 COMMANDS = {
     "": Command(
-        "version [options]", "Prints the version", _version, (Flag("format", "pretty or json.", default="pretty"),)
+        "version [options]",
+        "Prints the version",
+        _version,
+        (Flag("format", "pretty or json.", default="pretty"),),
+        takes=0,
     )
 }

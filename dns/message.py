@@ -261,11 +261,13 @@ def assemble(
     truncated (RFC 2181 §9): clients ask for it separately. When answers do not fit, those that do bring their glue,
     because some clients never come back over TCP.
     """
-    fixed = sum(map(len, authority)) + sum(map(len, additional)) + sum(map(len, lead))
+    lead_bytes = sum(map(len, lead)) if lead else 0
+    fixed = sum(map(len, authority)) + sum(map(len, additional)) + lead_bytes
     size = sum([len(r.wire) for r in records])
     whole = fixed + size <= room
     while lead and fixed > room:
         fixed -= len(lead[-1])
+        lead_bytes -= len(lead[-1])
         lead, records = lead[:-1], ()
     if not whole and records:
         records = _fitting(records, room - fixed)
@@ -273,7 +275,7 @@ def assemble(
     out = [*lead, *[r.wire for r in records]]
     out += authority
     out += additional
-    left, at, more, seen = room - fixed - size, offset + sum(map(len, lead)), len(additional), set()
+    left, at, more, seen = room - fixed - size, offset + lead_bytes, len(additional), set()
     for record in records:
         if record.glue and record.target not in seen:
             name_at = at + record.target_at

@@ -70,7 +70,9 @@ SIZE_CLASSES = (4096, 2048, 1452, 1400, 1232, 1024, 512)
 SERVERS_SERVICE = "consul"
 #: Host names in one SRV answer whose addresses are looked up.
 HOSTS_MAX = 8
-_ADDRESSES = (Kind.REVERSE, "")
+#: What a watch is of: a service's name, that of a destination in the mesh, or the addresses of all services.
+_WatchKey = str | tuple[str]
+_ADDRESSES = ("",)
 #: Answers from knowledge older than this are counted as stale.
 STALE_AFTER_S = 5.0
 
@@ -119,12 +121,8 @@ class _Key(NamedTuple):
     room: int
 
 
-class _Limits(NamedTuple):
-    """Bytes for all records; the number of answers; and what it would be but for `udp_answer_limit`."""
-
-    room: int
-    take: int
-    most: int
+#: Bytes for all records; the number of answers; and what it would be but for `udp_answer_limit`.
+_Limits = tuple[int, int, int]
 
 
 class _Rotation:
@@ -147,8 +145,9 @@ class _Rotation:
 
     def __init__(self, plan: Plan, key: _Key, limits: _Limits, watched: _Watched | None) -> None:
         self.plan = plan
-        self.take = 1 if plan.one_only else len(plan.records) if plan.each_matters else limits.take
-        self.most = min(len(plan.records), 1 if plan.one_only else limits.most)
+        _, take, most = limits
+        self.take = 1 if plan.one_only else len(plan.records) if plan.each_matters else take
+        self.most = min(len(plan.records), 1 if plan.one_only else most)
         self.offset = 12 + len(key.name) + 4
         self.size = 0
         self.wanted = ROTATIONS if len(plan.records) > 1 and not plan.each_matters else 1
@@ -243,7 +242,7 @@ class Resolver:
         self._kept: dict[_Key, _Rotation] = {}
         self._kept_bytes = 0
         self._hot_bytes = 0
-        self._watched: dict[tuple[Kind, str], _Watched] = {}
+        self._watched: dict[_WatchKey, _Watched] = {}
         self._nodes: _Watched | None = None
         self._now = 0
         self._kept_max, self._kept_bytes_max, self._hot_bytes_max = kept_max, kept_bytes_max, hot_bytes_max
@@ -270,7 +269,7 @@ class Resolver:
         if query.qclass not in (CLASS_IN, CLASS_ANY) or query.qtype in (TYPE_AXFR, TYPE_IXFR):
             return self._refuse(packet, query, REFUSED)
         limits = self._limits(query, tcp)
-        room = limits.room
+        room = limits[0]
         key = _Key(query.name, query.qtype, room)
         rotation = self._kept.get(key)
         if rotation is None:
@@ -281,6 +280,8 @@ class Resolver:
                 return self._refuse(packet, query, REFUSED if planned is None else planned)
             if isinstance(planned, Wait):
                 return planned
+            if not planned.plan.records and not planned.plan.is_lasting:
+                return packet[:2] + self._nothing(query, planned.plan, tcp)
             led = self._lead_on(query, planned, known, may_ask and bool(self._config.recursors))
             if not isinstance(led, _Planned):
                 return led
@@ -352,13 +353,11 @@ class Resolver:
         if config.a_record_limit and query.qtype in (TYPE_A, TYPE_AAAA, TYPE_ANY):
             most = config.a_record_limit
         opt = OPT_BYTES + len(query.subnet) if query.edns_bytes is not None else 0
-        return _Limits(size - 12 - len(query.question) - opt, min(take, most), most)
+        return size - 12 - len(query.question) - opt, take if take < most else most, most
 
     def _keep(self, key: _Key, limits: _Limits, planned: _Planned) -> _Rotation:
         plan, watched = planned
         rotation = _Rotation(plan, key, limits, watched)
-        if plan.rcode == NXDOMAIN:
-            self._add("nxdomain")
         if plan.is_lasting and watched is not None:
             while self._kept and (len(self._kept) >= self._kept_max or self._kept_bytes > self._kept_bytes_max):
                 self._forget(next(iter(self._kept)))
@@ -388,7 +387,9 @@ class Resolver:
             has_below = node is None and source.nodes.has_below(lookup.name)
             return _Planned(plan_node(node, qtype, config, soa, has_below=has_below), nodes)
         of_servers = kind is Kind.APEX or kind is Kind.SERVERS
-        key = (Kind.SERVICE, SERVERS_SERVICE) if of_servers else (kind, lookup.name)
+        key: _WatchKey = SERVERS_SERVICE if of_servers else lookup.name
+        if kind is Kind.CONNECT:
+            key = (lookup.name,)
         watched = self._watch(key)
         if isinstance(watched, Wait):
             return watched
@@ -473,13 +474,12 @@ class Resolver:
 
     # -- live views ---------------------------------------------------------------------------------------------
 
-    def _view(self, key: tuple[Kind, str]) -> View | None:
-        kind, name = key
-        if key == _ADDRESSES:
-            return self._source.addresses
-        return self._source.connect(name) if kind is Kind.CONNECT else self._source.service(name)
+    def _view(self, key: _WatchKey) -> View | None:
+        if isinstance(key, str):
+            return self._source.service(key)
+        return self._source.connect(key[0]) if key[0] else self._source.addresses
 
-    def _watch(self, key: tuple[Kind, str]) -> _Watched | Wait | None:
+    def _watch(self, key: _WatchKey) -> _Watched | Wait | None:
         """None where the service is not registered, or nothing is known yet."""
         watched = self._watched.get(key)
         if watched is None:
@@ -502,7 +502,7 @@ class Resolver:
             watched.remove = watched.view.on_change(lambda: self._changed(watched))
         return self._nodes if self._nodes.view.is_ready else Wait(self._nodes.view)
 
-    def _instances(self, key: tuple[Kind, str], watched: _Watched | None) -> Sequence[Instance]:
+    def _instances(self, key: _WatchKey, watched: _Watched | None) -> Sequence[Instance]:
         if watched is None:
             return ()
         instances = cast(ServiceView, watched.view).instances()
@@ -514,7 +514,7 @@ class Resolver:
         for key in list(watched.keys):
             self._forget(key)
 
-    def _unwatch(self, key: tuple[Kind, str], watched: _Watched) -> None:
+    def _unwatch(self, key: _WatchKey, watched: _Watched) -> None:
         watched.remove()
         self._changed(watched)
         del self._watched[key]
@@ -550,6 +550,13 @@ class Resolver:
             return
         self.hot[hot_key] = cycle(replies).__next__
         rotation.hot_keys.append(hot_key)
+
+    def _nothing(self, query: Query, plan: Plan, tcp: bool) -> bytes:
+        """What does not exist, or has no records, goes a short way: floods ask for it."""
+        if plan.rcode == NXDOMAIN:
+            self._add("nxdomain")
+        sections = Sections((0, len(plan.authority), 0), b"".join(plan.authority), False)
+        return self._encode(query, plan.rcode, sections, False, tcp)
 
     def _refuse(self, packet: bytes, query: Query, rcode: int) -> bytes:
         self._add({SERVFAIL: "servfail", REFUSED: "refused"}.get(rcode, "badvers"))

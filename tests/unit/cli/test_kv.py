@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ def test_put_sends_what_the_flags_say(rostra_cli: Any, agent: Any, words: Any, q
         (["-acquire", "k", "v"], "Error! Missing -session (required with -acquire and -release)"),
         (["/k", "v"], "Error! Failed writing data: Invalid key. Key must not begin with a '/': /k"),
         ([], "Error! Missing KEY argument"),
-        (["a", "b", "c"], "Error! Too many arguments (expected 1 or 2, got 3)"),
+        (["a", "b", "c"], "rostra kv put: too many arguments (expected 2, got 3) (rostra kv put -h)"),
         (["k", "@/nonexistent"], "Error! Failed to read file: /nonexistent: No such file or directory"),
     ],
 )
@@ -148,3 +149,17 @@ def test_what_is_exported_can_be_imported(rostra_cli: Any, agent: Any) -> None:
 def test_import_of_something_else_writes_nothing(rostra_cli: Any, agent: Any, data: Any, message: str) -> None:
     assert rostra_cli("kv", "import", data) == (1, "", f"{message}\n")
     assert agent.asked == []
+
+
+def test_an_empty_word_is_a_key_that_is_missing_and_never_skipped(rostra_cli: Any, agent: Any) -> None:
+    for words in (["put", "", "val"], ["get", ""], ["delete", ""], ["put", ""]):
+        assert rostra_cli("kv", *words) == (1, "", "Error! Missing KEY argument\n")
+    assert rostra_cli("kv", "", "put", "a", "b").status == 1
+    assert not agent.asked
+
+
+def test_what_the_api_prints_can_be_imported(rostra_cli: Any, agent: Any) -> None:
+    agent.on("PUT", "/v1/kv/a/b", True)
+    rows = [{"LockIndex": 0, "Key": "a/b", "Flags": 7, "Value": "eA==", "CreateIndex": 3, "ModifyIndex": 3}]
+    assert rostra_cli("kv", "import", json.dumps(rows)) == (0, "Imported: a/b\n", "")
+    assert (agent.asked[-1].query, agent.asked[-1].body) == ({"flags": "7"}, b"x")

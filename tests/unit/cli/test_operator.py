@@ -70,7 +70,11 @@ def test_a_server_is_removed_by_address_or_id(rostra_cli: Any, agent: Any) -> No
         ([], "Error removing peer: an address or id is required for the peer to remove"),
         (["-address=", "-id="], "Error removing peer: an address or id is required for the peer to remove"),
         (["-address=a", "-id=b"], "Error removing peer: cannot give both an address and id"),
-        (["-id=b", "s2"], "unexpected argument 's2': only flags are taken, as -flag=value"),
+        (
+            ["-id=b", "s2"],
+            "rostra operator raft remove-peer: unexpected argument 's2': only flags are taken, as -flag=value "
+            "(rostra operator raft remove-peer -h)",
+        ),
     ],
 )
 def test_what_to_remove_must_be_said_in_one_way(rostra_cli: Any, agent: Any, flags: list[str], message: str) -> None:
@@ -127,6 +131,9 @@ def test_a_setting_is_changed_over_the_version_that_was_read(rostra_cli: Any, ag
     done = rostra_cli("operator", "autopilot", "set-config", "-cleanup-dead-servers=false", "-min-quorum=3")
     assert done == (0, "Configuration updated!\n", "")
     assert agent.asked[-1].query == {"cas": "9"}
+    assert agent.asked[-1].json() == CONFIG | {"CleanupDeadServers": False, "MinQuorum": 3}
+    shown = rostra_cli("operator", "autopilot", "set-config", "-CleanupDeadServers=false", "-MinQuorum", "3")
+    assert shown == done
     assert agent.asked[-1].json() == CONFIG | {"CleanupDeadServers": False, "MinQuorum": 3}
     agent.on("PUT", AUTOPILOT, False)
     done = rostra_cli("operator", "autopilot", "set-config", "-auto-admit-servers")

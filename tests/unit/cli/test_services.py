@@ -52,6 +52,7 @@ def test_register_from_a_file_keeps_what_the_user_named(rostra_cli: Any, agent: 
 def test_deregister_by_id_or_file(rostra_cli: Any, agent: Any, tmp_path: Path) -> None:
     (tmp_path / "web.hcl").write_text(HCL)
     for path in ("a/b", "web-1", "api"):
+        agent.on("GET", f"/v1/agent/service/{path}", {"ID": path})
         agent.on("PUT", f"/v1/agent/service/deregister/{path}", b"")
     assert rostra_cli("services", "deregister", "-id=a/b").out == "Deregistered service: a/b\n"
     assert agent.asked[-1].target == "/v1/agent/service/deregister/a%2Fb"
@@ -73,7 +74,7 @@ def test_a_wrong_file_is_told_with_its_places_and_nothing_is_registered(
         "bad.hcl:1:1: service[0]: a service definition needs a name",
         'bad.hcl:2:30: service[1].check.ttl: invalid duration "10y": write it like "30s", "5m" or "1h30m"',
         "none.hcl: no service definition in it",
-        "cannot read the configuration file gone.hcl: No such file or directory",
+        "gone.hcl: no such file",
     ]
     assert agent.asked == []
 
@@ -98,3 +99,28 @@ def test_the_agents_refusal_names_the_service(rostra_cli: Any, agent: Any) -> No
     assert rostra_cli("services", "register", "-name=x").err == (
         "Error registering service 'x': Unexpected response code: 400 (Invalid service address)\n"
     )
+
+
+def test_deregistering_what_is_not_there_is_an_error(rostra_cli: Any, agent: Any) -> None:
+    done = rostra_cli("services", "deregister", "-id=nosuch")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("Error deregistering service 'nosuch': this agent has no service with that ID")
+    assert [asked.method for asked in agent.asked] == ["GET"]
+
+
+def test_a_directory_or_a_missing_file_is_called_so(rostra_cli: Any, agent: Any, tmp_path: Path) -> None:
+    for verb in ("register", "deregister"):
+        assert rostra_cli("services", verb, str(tmp_path)).err == (
+            f"{tmp_path}: a directory; name its files, such as {tmp_path}/*.hcl\n"
+        )
+        assert rostra_cli("services", verb, "nosuch").err == "nosuch: no such file\n"
+
+
+@pytest.mark.parametrize("words", ["services register -name=x", "intention create a b", "connect ca get-config"])
+def test_the_datacenter_is_passed_on_by_every_command_that_has_it_in_consul(
+    words: str, rostra_cli: Any, agent: Any
+) -> None:
+    first, *rest = words.split()
+    group = [first, rest.pop(0)] if first != "connect" else [first, rest.pop(0), rest.pop(0)]
+    rostra_cli(*group, "-datacenter=dc9", *rest)
+    assert agent.asked[0].query["dc"] == "dc9"
