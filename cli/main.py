@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         _insist_on_utf8()
     words = sys.argv[1:] if argv is None else argv
     try:
-        "".join(words).encode()
+        "".join([] if words[:1] == ["kv"] else words).encode()  # keys and values are bytes
     except UnicodeEncodeError:
         return _fail(f"rostra: an argument is not UTF-8: {next(w for w in words if not w.isprintable())!a}")
     try:
