@@ -39,6 +39,7 @@ log = logging.get("agent")
 
 STOP_S = 1.6
 FDS_NEEDED = 4096
+FDS_LEAST = 64  # with fewer the loop itself cannot be made, and the process is aborted
 #: How often a server's agent asks its core whether the join addresses are to be asked again.
 LOOK_AGAIN_S = 5.0
 
@@ -198,6 +199,11 @@ def _raise_fd_limit() -> None:
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
+    if soft < FDS_LEAST:
+        raise BadRequest(
+            f"{soft} file descriptors are too few to start, {FDS_LEAST} are the least:"
+            " ulimit -n, or LimitNOFILE= in the unit"
+        )
     if soft < FDS_NEEDED:
         log.warn(
             "few file descriptors: watches and proxies will be refused when they run out",

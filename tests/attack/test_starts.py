@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -69,6 +70,17 @@ def test_a_home_that_is_not_there_is_told_where_its_key_is_needed(processes: Pro
     assert done.err.count("\n") == 1
     assert "local.key: the key of this user's clusters on loopback cannot be made" in done.err
     assert "set `encrypt`, or XDG_STATE_HOME" in done.err
+
+
+def few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+
+
+def test_too_few_descriptors_to_start_are_told_in_one_line(processes: Processes) -> None:
+    agent = processes.agent("few", "-dev", preexec_fn=few_descriptors)
+    assert agent.process.wait(60) == 1
+    assert agent.process.log.startswith("rostra agent: 8 file descriptors are too few to start, 64 are the least")
+    assert agent.process.log.count("\n") == 1
 
 
 def refused(processes: Processes, agent: Agent) -> tuple[int, list[str]]:
