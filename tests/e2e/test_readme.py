@@ -76,6 +76,31 @@ def test_the_readmes_commands_answer_as_it_says(processes: Processes) -> None:
     assert processes.left() == []
 
 
+def test_the_units_and_the_configuration_of_the_operators_page_are_whole(processes: Processes) -> None:
+    page = (REPO / "docs" / "operations.md").read_text()
+    work = processes.directory / "host"
+    work.mkdir()
+    (hcl,) = re.findall(r"^```hcl\n(server .*?)^```", page, re.MULTILINE | re.DOTALL)
+    (work / "rostra.hcl").write_text(hcl.replace("…", "U5nMDtFY3HYnsmEwLDyg1p7ZMDPM3bRSS9BKpFwqdbU="))
+    done = processes.rostra("validate", str(work))
+    assert (done.status, done.out) == (0, "Configuration is valid!\n"), done
+    units = re.findall(r"^```ini\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(units) == 2
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    for name, unit in zip(("rostra", "rostra-server"), units):
+        assert f"ExecStart=/opt/rostra/bin/rostra {'agent' if name == 'rostra' else 'server'} " in unit
+        (work / f"{name}.service").write_text(unit.replace("/opt/rostra/bin/rostra", "/bin/true"))
+    checked = subprocess.run(
+        ["systemd-analyze", "verify", "./rostra.service", "./rostra-server.service"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
 def test_the_demo_plays_to_its_end_and_leaves_no_process(processes: Processes) -> None:
     if shutil.which("dig") is None:
         pytest.skip("the demo needs dig")
