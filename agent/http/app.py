@@ -28,6 +28,8 @@ from aiohttp.web_request import BaseRequest
 
 from rostra.agent.context import Agent
 from rostra.agent.http import acl, catalog, connect, health, kv, operator, session, status
+from rostra.agent.http.compression import BYTES_MIN as COMPRESSED_BYTES_MIN
+from rostra.agent.http.compression import Compression
 from rostra.agent.http.connection import Attention, Connection, Connections, PayloadBroken, insides_fit
 from rostra.agent.http.declared import WARNING_HEADER, check_parameters, warning
 from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, outcome
@@ -102,6 +104,7 @@ class HttpServer:
         self._deadlines = Deadlines()
         self.hot = HotReads(agent.servers, agent.metrics, _date_line)
         self._attention = Attention()
+        self._compression = Compression()
         self._fits = True
         self._server = Connections(self.handle, self._connection, self.gone, keepalive_s=KEEPALIVE_S)
         self._listeners: list[asyncio.Server] = []
@@ -269,6 +272,8 @@ class HttpServer:
             response.headers = {**response.headers, WARNING_HEADER: warning(request.ignored)}
         if request.query.has("pretty") and response.headers.get("Content-Type") == JSON_TYPE:
             response = await _pretty(response)
+        if len(response.body) >= COMPRESSED_BYTES_MIN:
+            await self._compression.apply(response, base.headers.get("Accept-Encoding", ""))
         return response, f"{method} {route.path}"
 
     async def _body(self, base: BaseRequest, route: Route) -> bytes:
