@@ -233,22 +233,26 @@ class ServedStream:
         if self.cancelled:
             return
         if len(packed_rest) > ANSWER_FRAME_BYTES_MAX - 16:
+            on_cancel = self.on_cancel
             self.fail(TooLarge(f"a row of {len(packed_rest)} bytes is too large to be sent"))
-            if self.on_cancel is not None:
-                self.on_cancel()
+            if on_cancel is not None:
+                on_cancel()
             return
         self.credit -= 1
         self._served.chunks_untaken += 1
         self._served.connection.send(b"\x97" + pack(self.id) + packed_rest)
         if end:
-            self._served.streams.pop(self.id, None)
-            self.cancelled = True
+            self._over()
 
     def fail(self, error: RostraError) -> None:
         if not self.cancelled:
-            self._served.streams.pop(self.id, None)
-            self.cancelled = True
+            self._over()
             self._served.connection.send(pack((self.id, "err", error.code, error.message)))
+
+    def _over(self) -> None:
+        self._served.streams.pop(self.id, None)
+        self.cancelled = True
+        self.on_cancel = None  # it holds who holds this: a cycle, and a core runs without the cyclic collector
 
     async def more(self) -> bool:
         """Wait for credit. False: cancelled or lost."""
@@ -263,10 +267,11 @@ class ServedStream:
 
     def _cancel(self) -> None:
         if not self.cancelled:
-            self.cancelled = True
+            on_cancel = self.on_cancel
+            self._over()
             self._wake()
-            if self.on_cancel is not None:
-                self.on_cancel()
+            if on_cancel is not None:
+                on_cancel()
 
 
 def pack_rows(flags: int, index: int, granules: Any, rows: Any, removed: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 from typing import Any
@@ -15,7 +16,7 @@ from rostra.server.state.entry import encode_args
 from rostra.server.state.health import ServiceInstances
 from rostra.server.state.kv import DeleteKey, DeleteTree, GetKey, KeyNames, ListKeys, SetKey
 from rostra.server.state.store import Store
-from rostra.server.watches import LAG_CHUNKS, SLICE_ROWS, SLICE_SUBSCRIBERS, Watches
+from rostra.server.watches import LAG_CHUNKS, SLICE_ROWS, SLICE_SUBSCRIBERS, SharedWatch, Watches
 from rostra.wire.codec import encode_value
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import CREDIT_CHUNKS, DONE, END, FULL, ServedStream
@@ -288,3 +289,30 @@ async def test_what_is_evaluated_for_nobody_any_more_is_not_evaluated_to_its_end
     await server.settled()
     assert not server.tasks
     assert steps < 15
+
+
+@pytest.mark.parametrize("once", [False, True])
+async def test_a_stream_that_is_over_is_freed_without_the_cyclic_collector(once: bool) -> None:
+    server = Server()
+    for i in range(SLICE_ROWS * 2):
+        server.do(SetKey(f"k/{i}", b""))
+
+    def alive() -> int:
+        return sum(type(each) in (ServedStream, SharedWatch) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for i in range(6):
+            number = server.watch(ListKeys("k/"), once=once)
+            if i % 2:  # the others are given up before their first answer
+                await server.settled()
+            if number in server.wire.streams:
+                server.cancel(number)
+            async with asyncio.timeout(10):
+                while server.tasks:
+                    await asyncio.sleep(0)
+        assert alive() == before
+    finally:
+        gc.enable()
