@@ -252,7 +252,7 @@ def measure(fleet: Fleet, at: Node, options: argparse.Namespace) -> tuple[dict[s
     histograms = {loop: between(before[loop], after[loop]) for loop in after}
     print(f"\n{options.watchers} watchers at {at.name}, {options.instances} instances, {len(lags)} changes")
     show(histograms)
-    over = {loop: sum(n for bound, n in h.items() if bound > LIMIT_MS) for loop, h in histograms.items()}
+    over = {loop: sum(n for bound, n in h.items() if bound > options.limit_ms) for loop, h in histograms.items()}
     return {loop: n for loop, n in over.items() if n and loop != IDLE}, lags
 
 
@@ -264,14 +264,14 @@ def judge(fleet: Fleet, at: Node, options: argparse.Namespace, verdicts: Verdict
         dirty = {loop: min(n, again[loop]) for loop, n in dirty.items() if loop in again}
         tries += 1
     text = ", ".join(f"{n} in {loop}" for loop, n in dirty.items()) or "0"
-    verdicts.add(f"watchers at {at.name}: steps over {LIMIT_MS:g} ms (measured {tries}x)", text, "0", not dirty)
+    verdicts.add(f"watchers at {at.name}: steps over {options.limit_ms:g} ms (measured {tries}x)", text, "0", not dirty)
     verdicts.add(
         f"watchers at {at.name}: change to first / last watcher",
         f"{max(a for a, _ in lags) * 1000:.0f} / {max(b for _, b in lags) * 1000:.0f} ms at most",
     )
 
 
-def first_srv(at: Node) -> tuple[int, int]:
+def first_srv(at: Node, limit_ms: float) -> tuple[int, int]:
     """(answers, steps over the limit) of the first SRV question for the service at an agent."""
     before = steps_of(at)
     question = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + b"".join(
@@ -285,7 +285,7 @@ def first_srv(at: Node) -> tuple[int, int]:
     answers = int.from_bytes(reply[6:8], "big")
     time.sleep(0.1)
     after = steps_of(at)
-    over = sum(sum(n for b, n in between(before[loop], after[loop]).items() if b > LIMIT_MS) for loop in after)
+    over = sum(sum(n for b, n in between(before[loop], after[loop]).items() if b > limit_ms) for loop in after)
     return answers, over
 
 
@@ -368,6 +368,7 @@ def main() -> int:
     arguments.add_argument(
         "--tick-ms", default="1", help="0: every turn of every loop, which keeps the processors busy"
     )
+    arguments.add_argument("--limit-ms", type=float, default=LIMIT_MS, help="a step over this misses the bar")
     arguments.add_argument("--at", default="c1,s2", help="the agents that the watchers ask, one after the other")
     arguments.add_argument("--hostile", default="", metavar="KINDS", help="hostile mode: kinds of attack, or all")
     arguments.add_argument("--eight", action="store_true", help="hostile mode: eight at once as well")
@@ -389,10 +390,11 @@ def main() -> int:
                 )
             for name in options.at.split(","):
                 judge(fleet, fleet[name], options, verdicts)
-            firsts = [first_srv(fleet[name]) for name in ("s3", "s1", "s2")]
+            firsts = [first_srv(fleet[name], options.limit_ms) for name in ("s3", "s1", "s2")]
         fewest = min(over for _, over in firsts)
         verdicts.add(
-            f"first SRV question ({firsts[0][0]} answers): steps over {LIMIT_MS:g} ms, fewest of {len(firsts)} agents",
+            f"first SRV question ({firsts[0][0]} answers): steps over {options.limit_ms:g} ms, "
+            f"fewest of {len(firsts)} agents",
             str(fewest),
             "0",
             fewest == 0,
