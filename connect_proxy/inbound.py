@@ -37,6 +37,7 @@ class Decision(NamedTuple):
     allowed: bool
     rule: Rule | None
     overruled: tuple[Rule, ...]  # those that fit too, with less precedence
+    service: str = ""  # whose proxy this is
 
     def fields(self) -> dict[str, str | int]:
         """For the log: which intention decided, and what it overruled."""
@@ -44,27 +45,35 @@ class Decision(NamedTuple):
             return {"intention": "none", "default": "allow" if self.allowed else "deny"}
         fields: dict[str, str | int] = {
             "intention": self.rule.id or "-",
-            "rule": f"{self.rule.source}:{self.rule.action}",
+            "rule": self._spelled(self.rule),
             "precedence": self.rule.precedence,
         }
         if self.overruled:
-            fields["overruled"] = ",".join(f"{r.source}:{r.action}({r.precedence})" for r in self.overruled)
+            fields["overruled"] = ",".join(f"{self._spelled(r)}({r.precedence})" for r in self.overruled)
         return fields
+
+    def _spelled(self, rule: Rule) -> str:
+        return f"{rule.source}=>{_destination(rule, self.service)}:{rule.action}"
+
+
+def _destination(rule: Rule, here: str) -> str:
+    """An intention's precedence says whether it names this service or all of them."""
+    return intention.ANY if 0 < rule.precedence < _EXACT_DESTINATION else here
 
 
 def decide(snapshot: ProxySnapshot, source: str) -> Decision:
     """What the intentions of `snapshot` say about `source`, by the rule that servers and agents use."""
     here = snapshot.service
     intentions = [
-        _Intention(rule.source, intention.ANY if 0 < rule.precedence < _EXACT_DESTINATION else here, rule.action, rule)
+        _Intention(rule.source, _destination(rule, here), rule.action, rule)
         for rule in snapshot.intentions
         if rule.source in (source, intention.ANY)
     ]
     decision = intention.decide(source, here, intentions, snapshot.default_allow)
     if decision.winner is None:
-        return Decision(decision.allowed, None, ())
+        return Decision(decision.allowed, None, (), here)
     winner = next(i.rule for i in intentions if i is decision.winner)
-    return Decision(decision.allowed, winner, tuple(i.rule for i in intentions if i.rule is not winner))
+    return Decision(decision.allowed, winner, tuple(i.rule for i in intentions if i.rule is not winner), here)
 
 
 class Inbound:

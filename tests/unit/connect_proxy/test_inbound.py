@@ -45,7 +45,11 @@ def test_the_default_decides_when_nothing_fits():
 
 def test_a_refusal_tells_what_it_overruled():
     fields = decide(snapshot(EXACT_DENY, ANY_ALLOW), "api").fields()
-    assert fields == {"intention": "ed", "rule": "api:deny", "precedence": 9, "overruled": "*:allow(8)"}
+    assert fields == {"intention": "ed", "rule": "api=>web:deny", "precedence": 9, "overruled": "*=>web:allow(8)"}
+
+
+def test_a_rule_for_all_destinations_is_shown_as_one():
+    assert decide(snapshot(FAR_DENY), "api").fields()["rule"] == "*=>*:deny"
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def test_an_intention_decides_and_the_refusal_names_it(mesh, eventually):
     line = found[0]
     assert "intention=id-9" in line
     assert "precedence=9" in line
-    assert "*:allow(8)" in line
+    assert "*=>web:allow(8)" in line
 
 
 def test_without_a_fitting_intention_the_default_decides(mesh):
