@@ -321,11 +321,11 @@ def _parse(request: Request) -> tuple[SetIntention, str]:
             raise _refused(f'Meta key "{name}" exceeds maximum length {_NAME_CHARS_MAX}')
         if len(value.encode()) > _VALUE_CHARS_MAX:
             raise _refused(f'Meta value for key "{name}" exceeds maximum length {_VALUE_CHARS_MAX}')
+    for name in ("DefaultAddr", "DefaultPort"):
+        if body.raw(name):
+            request.ignored.append(f"field {name}")
     source, destination, action = body.text("SourceName"), body.text("DestinationName"), body.text("Action")
-    given = SetIntention(source, destination, action, description, meta)
-    return replace(given, default_addr=body.text("DefaultAddr"), default_port=body.integer("DefaultPort")), body.text(
-        "ID"
-    )
+    return SetIntention(source, destination, action, description, meta), body.text("ID")
 
 
 def _problem(error: BadRequest) -> str:

@@ -16,7 +16,7 @@ import orjson
 
 from rostra.agent.http.durations import format_duration
 from rostra.agent.servers_port import Key, Row
-from rostra.server.state.rows import CheckRow, IntentionRow, KVRow, NodeRow, RootRow, ServiceRow, SessionRow
+from rostra.server.state.rows import CheckRow, IntentionRow, KVRow, NodeRow, RootRow, ServiceRow, session_row
 
 Json = dict[str, Any]
 
@@ -194,7 +194,7 @@ def kv_fragment(key: Key, row: Row) -> bytes:
 
 
 def session_json(row: Row) -> Json:
-    s = SessionRow(*row)
+    s = session_row(*row)
     shown = {
         "ID": s.id,
         "Name": s.name,
@@ -229,8 +229,8 @@ def intention_json(row: Row) -> Json:
         "DestinationName": i.destination,
         "SourceType": "consul",
         "Action": i.action,
-        "DefaultAddr": i.default_addr,
-        "DefaultPort": i.default_port,
+        "DefaultAddr": "",
+        "DefaultPort": 0,
         "Meta": i.meta,
         "Precedence": i.precedence,
         "CreatedAt": rfc3339(i.created_at_ms),

@@ -38,8 +38,6 @@ class SetIntention:
     description: str = ""
     meta: dict[str, str] = field(default_factory=dict)
     id: str = ""
-    default_addr: str = ""
-    default_port: int = 0
 
     def allowed(self, can: Authorizer) -> bool:
         return can.intention_write(self.destination)
@@ -79,8 +77,6 @@ class SetIntention:
             old.updated_at_ms if old is not None else tx.at_ms,
             old.create_index if old is not None else tx.index,
             old.modify_index if old is not None else tx.index,
-            self.default_addr,
-            self.default_port,
         )
         if row != old:
             if old is not None:

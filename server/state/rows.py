@@ -77,9 +77,28 @@ class SessionRow(NamedTuple):
     service_checks: tuple[str, ...] = ()
     create_index: int = 0
     modify_index: int = 0
-    checks: tuple[str, ...] = ()  # more checks to rely on, under the name that they had before Consul 1.7
-    ttl: str = ""  # as it was given, where `ttl_ms` would be shown otherwise
-    lock_delay_ns: int = -1  # as it was given, where `lock_delay_ms` is rounded or bounded
+
+    # A tail that only those rows have of which it says more: older versions read all the others.
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """More checks to rely on, under the name that they had before Consul 1.7."""
+        return self[10] if len(self) > 10 else ()  # type: ignore[misc, no-any-return]
+
+    @property
+    def ttl(self) -> str:
+        """As it was given, where `ttl_ms` would be shown otherwise."""
+        return self[11] if len(self) > 10 else ""  # type: ignore[misc, no-any-return]
+
+    @property
+    def lock_delay_ns(self) -> int:
+        """As it was given, where `lock_delay_ms` is rounded or bounded."""
+        return self[12] if len(self) > 10 else -1  # type: ignore[misc, no-any-return]
+
+
+def session_row(*fields: Any) -> SessionRow:
+    """The row that came as an array, with its tail."""
+    return tuple.__new__(SessionRow, fields) if len(fields) > 10 else SessionRow(*fields)
 
 
 class IntentionRow(NamedTuple):
@@ -94,8 +113,6 @@ class IntentionRow(NamedTuple):
     updated_at_ms: int = 0
     create_index: int = 0
     modify_index: int = 0
-    default_addr: str = ""  # kept for who wrote it, without effect
-    default_port: int = 0
 
 
 class RootRow(NamedTuple):

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from rostra.acl.authorizer import Authorizer
 from rostra.server.state import kv
-from rostra.server.state.rows import SessionRow
+from rostra.server.state.rows import SessionRow, session_row
 from rostra.server.state.tables import Tables
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest, Conflict
@@ -72,10 +72,9 @@ class CreateSession:
             self.service_checks,
             tx.index,
             tx.index,
-            self.checks,
-            self.ttl,
-            self.lock_delay_ns,
         )
+        if self.checks or self.ttl or self.lock_delay_ns >= 0:
+            row = session_row(*row, self.checks, self.ttl, self.lock_delay_ns)
         tx.put(tables.sessions, self.id, row)
         _touch(tx, self.id)
         tx.effect("session-created", self.id)

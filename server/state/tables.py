@@ -26,6 +26,7 @@ from rostra.server.state.rows import (
     RootRow,
     ServiceRow,
     SessionRow,
+    session_row,
 )
 
 K = TypeVar("K")
@@ -122,7 +123,7 @@ class Tables:
         self.nodes: Table[str, NodeRow] = Table("nodes", NodeRow, self._node_changed, ordered=True)
         self.services: Table[Pair, ServiceRow] = Table("services", ServiceRow, self._service_changed)
         self.checks: Table[Pair, CheckRow] = Table("checks", CheckRow, self._check_changed)
-        self.sessions: Table[str, SessionRow] = Table("sessions", SessionRow, self._session_changed, ordered=True)
+        self.sessions: Table[str, SessionRow] = Table("sessions", session_row, self._session_changed, ordered=True)
         self.renewals: Table[str, int] = Table("renewals")  # session -> index of its last logged renewal
         self.intentions: Table[Pair, IntentionRow] = Table(
             "intentions", IntentionRow, self._intention_changed, ordered=True

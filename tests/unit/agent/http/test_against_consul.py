@@ -280,7 +280,7 @@ def intentions(ask: Both) -> None:
         {"SourceName": "t6", "Meta": {129 * "k": "v"}},
         {"SourceName": "t7", "Meta": {"k": 513 * "v"}},
         {"SourceName": "t8", "Meta": {"k": 5}},
-        {"SourceName": "t9", "DefaultAddr": "10.0.0.1", "DefaultPort": 5, "Precedence": 3},
+        {"SourceName": "t9", "Precedence": 3},
         {"SourceName": "*"},
         {"DestinationName": "*"},
         {"SourceName": "*", "DestinationName": "*"},

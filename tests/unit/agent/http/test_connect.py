@@ -297,13 +297,19 @@ async def test_what_an_intention_cannot_be_is_refused_as_consul_does(api, fields
     assert (await api.get("/v1/connect/intentions")).json == []
 
 
-async def test_the_longest_description_and_meta_are_kept_and_the_default_address_too(api):
+async def test_the_longest_description_and_meta_are_kept(api):
     body: dict[str, Any] = {"SourceName": "web", "DestinationName": "db", "Action": "deny", "SourceNS": "default"}
-    body |= {"Description": 512 * "x", "Meta": {f"k{i}": "v" for i in range(64)}}
-    body |= {"DefaultAddr": "10.0.0.1", "DefaultPort": 5, "SourceType": "consul", "Precedence": 3}
-    made = (await api.call("POST", "/v1/connect/intentions", body)).json["ID"]
+    body |= {"Description": 512 * "x", "Meta": {f"k{i}": "v" for i in range(64)}, "SourceType": "consul"}
+    made = (await api.call("POST", "/v1/connect/intentions", {**body, "Precedence": 3})).json["ID"]
     row = (await api.get(f"/v1/connect/intentions/{made}")).json
-    assert {name: row[name] for name in body} == {**body, "Precedence": 9}
+    assert {name: row[name] for name in body} == body
+    assert row["Precedence"] == 9
+
+
+async def test_an_address_without_effect_is_ignored_and_the_answer_says_so(api):
+    body = {"SourceName": "web", "DestinationName": "db", "Action": "deny", "DefaultAddr": "10.0.0.1", "DefaultPort": 5}
+    reply = await api.call("POST", "/v1/connect/intentions", body)
+    assert reply.headers["X-Rostra-Warning"] == "field DefaultAddr, field DefaultPort were ignored"
 
 
 async def test_an_update_without_all_fields_is_refused(api):

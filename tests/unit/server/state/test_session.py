@@ -194,3 +194,16 @@ def test_checks_are_relied_on_beside_those_of_the_node(node):
 def test_what_is_shown_of_a_session_is_what_was_given(node):
     node.do(CreateSession("s", "n1", lock_delay_ms=1, ttl_ms=3600_000, ttl="1h", lock_delay_ns=1000))
     assert node.ask(SessionInfo("s"))["s"][-2:] == ("1h", 1000)
+
+
+def test_an_ordinary_session_has_the_fields_that_older_versions_read_and_others_survive_a_snapshot(node, reloaded):
+    node.do(CreateSession("s", "n1", ttl_ms=15000))
+    node.do(CreateSession("t", "n1", checks=("web:1",)))
+    assert {key: len(row) for key, row in node.ask(Sessions()).items()} == {"s": 10, "t": 13}
+    node.store = reloaded(node.store)
+    assert {key: (row.checks, row.ttl) for key, row in node.ask(Sessions()).items()} == {
+        "s": ((), ""),
+        "t": (("web:1",), ""),
+    }
+    node.register("n1", None, {"id": "web:1", "status": "critical", "service_id": "web"})
+    assert list(node.ask(Sessions())) == ["s"]
