@@ -1285,7 +1285,6 @@ MUTANTS: tuple[Mutant, ...] = (
         ("        if seen_process not in lineage and seen_starts > starts - len(lineage):\n", "        if False:\n"),
         by="""test_witness.py test_a_server_knows_its_former_processes_however_often_it_was_started_since
         test_witness.py test_the_vote_of_who_has_lost_its_log_counts_for_nothing""",
-        seeds=2 * SEEDS,
     ),
     _mutant(
         "LIVED.7",
