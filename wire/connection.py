@@ -137,7 +137,7 @@ class FrameConnection(asyncio.Protocol):
                     self.on_frame(payload)
                 if self._lost:
                     return True
-                if decoder.buffered and not room():
+                if not room() and decoder.buffered:
                     return False
         except FrameTooLarge as e:
             self.abort(str(e))

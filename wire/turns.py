@@ -109,7 +109,7 @@ class Turns:
 #: of its session, as far as they trust each other), which waits for nobody else: a leader goes on leading whatever
 #: others send. Its turn is longer, so that what many callers have asked for at once goes into one entry of the log.
 EVERYBODY, CLUSTER = "everybody", "cluster"
-CLUSTER_TURN_S = CLUSTER_SLICE_S = 0.002
+CLUSTER_TURN_S = CLUSTER_SLICE_S = 0.004
 
 _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Turns]] = WeakKeyDictionary()
 
