@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import socket
 import time
@@ -59,6 +60,7 @@ class Style:
     ends: float = 0.15  # of batches after which the connection ends
     innocent: float = 0.3  # of clients that send plain GETs only, one by one
     pauses: tuple[float, ...] = (0, 0, 0, 0.001, 0.003)
+    until: float = math.inf  # on the monotonic clock: no more requests then
 
 
 # -- how a request is written ------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ class Client:
 
     async def run(self, requests: int) -> None:
         try:
-            while self.n < requests:
+            while self.n < requests and time.monotonic() < self.style.until:
                 await self.batch()
         finally:
             self.hang_up()
@@ -378,6 +380,7 @@ def main() -> int:
     parser.add_argument("--agent", default="", help="HOST:PORT,… of agents that run already")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--writes", type=float, default=0.2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="with --agent: at most")
     args = parser.parse_args()
     import uvloop
 
@@ -385,8 +388,8 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     if args.agent:
         agents = [(host, int(port)) for host, _, port in (a.rpartition(":") for a in args.agent.split(","))]
-        style = Style(writes=args.writes)
         began = time.monotonic()
+        style = Style(writes=args.writes, until=began + args.minutes * 60)
         run = run_clients(
             agents,
             random.Random(seed),
