@@ -244,7 +244,9 @@ def _secret_key(value: Any) -> Secret:
         except (binascii.Error, ValueError):
             raw = b""
         if len(raw) not in (16, 24, 32):
-            raise ValueError('not a key: it must be 32 random bytes in base64, such as "rostra keygen" prints')
+            raise ValueError(
+                'not a key: it must be 32 random bytes (or 16 or 24) in base64, such as "rostra keygen" prints'
+            )
     return Secret(text)
 
 

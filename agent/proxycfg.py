@@ -245,11 +245,13 @@ class ProxyConfigs:
         self._proxies: dict[str, _Proxy] = {}
         self._tasks = Tasks("agent.proxycfg")
         self._remover: Callable[[], None] | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         self._remover = self._local.on_change(self._compare)
 
     async def stop(self) -> None:
+        self._stopped = True
         if self._remover is not None:
             self._remover()
         for proxy in self._proxies.values():
@@ -291,6 +293,8 @@ class ProxyConfigs:
             return proxy
 
     def _of(self, proxy_id: str) -> _Proxy:
+        if self._stopped:  # a proxy that waited is told so; it asks again, and goes on with what it has
+            raise Timeout("this agent is stopping")
         service = self._local.services.get(proxy_id)
         if service is None:
             raise NotFound(f"unknown service ID: {proxy_id}")

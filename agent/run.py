@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -157,7 +158,20 @@ def _with_port(host: str, port: int) -> str:
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
+def _check_bind(host: str) -> None:
+    """Said before all that follows from an address: of a foreign one an operator would first be asked for a secret."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as e:
+            if e.errno == errno.EADDRNOTAVAIL:
+                raise BadRequest(
+                    f"-bind: {host} is no address of this host: choose one that `ip address` shows"
+                ) from None
+
+
 def _run(config: Config) -> int:
+    _check_bind(config.bind_addr)
     lock = _lock(config)
     pid_file = Path(config.pid_file) if config.pid_file else None
     if pid_file is not None:

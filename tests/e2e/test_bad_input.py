@@ -87,10 +87,11 @@ def test_every_problem_of_a_configuration_is_told_at_once(processes: Processes, 
         (["-dev", "-http-port"], "flag needs an argument: -http-port"),
         (["-dev", "-http-port=many"], '-http-port: must be a port number, not "many"'),
         (["-dev", "-config-file=/does/not/exist.hcl"], "cannot read the configuration file /does/not/exist.hcl: "),
-        (["-dev", "-encrypt=short"], "-encrypt: not a key: it must be 32 random bytes in base64"),
+        (["-dev", "-encrypt=short"], "-encrypt: not a key: it must be 32 random bytes (or 16 or 24) in base64"),
         (["-server"], "data_dir cannot be empty: give -data-dir=PATH, or -dev to try things out"),
         (["-dev", "extra"], "unexpected extra arguments: extra"),
         (["-dev", "-bind=nowhere"], "-bind: invalid ip address: nowhere"),
+        (["-dev", "-bind=192.0.2.1"], "-bind: 192.0.2.1 is no address of this host"),
     ],
 )
 def test_a_wrong_flag_is_one_line(processes: Processes, flags: list[str], message: str) -> None:

@@ -192,7 +192,9 @@ def test_during_a_change_the_new_and_the_old_secret_are_accepted_and_a_third_is_
 def test_an_encrypt_key_that_is_none_is_refused_without_printing_it() -> None:
     for bad in ("correct horse battery staple", "YWJj", "c2VjcmV0LXZhbHVl!"):
         lines = problems(*BASE, f"-encrypt={bad}")
-        assert lines == ['-encrypt: not a key: it must be 32 random bytes in base64, such as "rostra keygen" prints']
+        assert lines == [
+            '-encrypt: not a key: it must be 32 random bytes (or 16 or 24) in base64, such as "rostra keygen" prints'
+        ]
 
 
 def test_the_secret_prints_as_stars_everywhere() -> None:

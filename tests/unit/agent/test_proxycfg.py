@@ -15,7 +15,7 @@ from rostra.connect_proxy.snapshot import ProxySnapshot
 from rostra.server.state.catalog import Register
 from rostra.server.state.intention import DeleteIntention, SetIntention
 from rostra.server.state.rows import IntentionRow
-from rostra.wire.errors import BadRequest, Denied, NotFound
+from rostra.wire.errors import BadRequest, Denied, NotFound, Timeout
 from tests.support.local_servers import TRUST_DOMAIN, LocalServers
 
 UPSTREAM = {"DestinationName": "api", "LocalBindPort": 9001, "Config": {"connect_timeout_ms": 700}}
@@ -189,3 +189,14 @@ async def test_the_listener_binds_where_config_or_the_sidecar_says() -> None:
         configured = await w.register("configured", Proxy={"Config": {"bind_address": "127.0.0.9", "bind_port": 5}})
         assert (await w.proxies.snapshot(own))[0]["Public"] == {"Address": "127.0.0.8", "Port": 22000}
         assert (await w.proxies.snapshot(configured))[0]["Public"] == {"Address": "127.0.0.9", "Port": 5}
+
+
+async def test_a_proxy_that_waits_while_the_agent_stops_is_told_so() -> None:
+    async with world() as w:
+        proxy_id = await w.register()
+        _, digest = await w.proxies.snapshot(proxy_id)
+        waiting = asyncio.create_task(w.proxies.wait(proxy_id, digest, 60.0))
+        await asyncio.sleep(0)
+        await w.proxies.stop()
+        with pytest.raises(Timeout, match="this agent is stopping"):
+            await waiting
