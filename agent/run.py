@@ -55,9 +55,10 @@ def main(argv: Sequence[str]) -> int:
             print(f"rostra agent: {problem}", file=sys.stderr)
         return 1
     logging.configure(config.log_level, as_json=config.log_json)
-    for warning in config.warnings:
-        log.warn(warning)
     try:
+        _check_bind(config.bind_addr)
+        for warning in config.warnings:
+            log.warn(warning)
         return _run(config)
     except RostraError as e:
         print(f"rostra agent: {e.message}", file=sys.stderr)
@@ -171,7 +172,6 @@ def _check_bind(host: str) -> None:
 
 
 def _run(config: Config) -> int:
-    _check_bind(config.bind_addr)
     lock = _lock(config)
     pid_file = Path(config.pid_file) if config.pid_file else None
     if pid_file is not None:
