@@ -1,9 +1,9 @@
 """Service and check definitions, as Consul's JSON or HCL spells them, turned into rows and check specs.
 
 Called by `agent/local.py` for definitions from HTTP and from configuration files. Pure: it knows no clock, no sockets
-and no registered services, so a sidecar without a port keeps port 0 until `local.py` picks one. CamelCase in any case
-and snake_case name the same field. Maps whose keys belong to the user (meta, header, tagged addresses, proxy config)
-are taken as they are. Error texts are Consul's where it has one.
+and no registered services, so a sidecar without a port keeps port 0 until `local.py` picks one. Maps whose keys belong
+to the user (meta, header, tagged addresses, proxy config) are taken as they are. Error texts are Consul's where it has
+one. How a field is spelled and read is `definition_fields.py`'s.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rostra.agent.http.durations import SECOND, parse_duration
+from rostra.agent.definition_fields import DefinitionFields
 from rostra.server.state.rows import ServiceRow
-from rostra.wire.bounds import DEPTH_MAX
 from rostra.wire.errors import BadRequest, Denied
 
 INTERVAL_MIN_S = 1.0
@@ -35,10 +34,6 @@ _META_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 class ScriptsDisabled(Denied):
     """This agent runs no scripts, or none that came over HTTP."""
-
-
-class DecodeError(BadRequest):
-    """The definition has an unknown field or a value of the wrong type. HTTP adds `Request decode failed: `."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +101,7 @@ class ServiceDefinition:
 
 def parse_service(raw: Any, *, node: str) -> ServiceDefinition:
     """The service that `raw` defines for `node`. Raises DecodeError or BadRequest."""
-    fields = _Fields(raw, "")
+    fields = DefinitionFields(raw, "")
     definition = _read_service(fields, node)
     fields.end()
     return definition
@@ -117,7 +112,7 @@ def parse_check(raw: Any, *, from_file: bool = False) -> CheckSpec:
 
     Raises as above.
     """
-    fields = _Fields(raw, "")
+    fields = DefinitionFields(raw, "")
     name = fields.text("name")
     check_id = fields.text("id") or fields.text("check_id") or name
     service_id = fields.text("service_id")
@@ -175,7 +170,7 @@ def frozen(value: Any) -> Any:
     return value
 
 
-def _read_service(fields: _Fields, node: str) -> ServiceDefinition:
+def _read_service(fields: DefinitionFields, node: str) -> ServiceDefinition:
     name = fields.text("name") or fields.text("service")
     service_id = fields.text("id") or name
     kind = fields.text("kind")
@@ -229,7 +224,7 @@ def _read_service(fields: _Fields, node: str) -> ServiceDefinition:
     return ServiceDefinition(row, checks, token, sidecar)
 
 
-def _read_sidecar(fields: _Fields, parent: ServiceRow, token: str) -> ServiceDefinition:
+def _read_sidecar(fields: DefinitionFields, parent: ServiceRow, token: str) -> ServiceDefinition:
     """Name, tags and meta come from the parent unless given; ID, kind and destination are the agent's to choose."""
     if fields.text("id"):
         raise _errors("A SidecarService cannot specify an ID as this is managed by the agent")
@@ -287,8 +282,10 @@ def _read_sidecar(fields: _Fields, parent: ServiceRow, token: str) -> ServiceDef
     return ServiceDefinition(row, checks, token, None, default_sidecar_checks=not own_checks)
 
 
-def _read_service_checks(fields: _Fields, service_id: str, service_name: str, token: str) -> Iterator[CheckSpec]:
-    given: list[_Fields] = []
+def _read_service_checks(
+    fields: DefinitionFields, service_id: str, service_name: str, token: str
+) -> Iterator[CheckSpec]:
+    given: list[DefinitionFields] = []
     single = fields.object("check")
     if single is not None and not single.is_empty():
         given.append(single)
@@ -310,7 +307,7 @@ def _read_service_checks(fields: _Fields, service_id: str, service_name: str, to
             yield replace(spec, token=spec.token or token)
 
 
-def _read_check(fields: _Fields, *, id: str, name: str, service_id: str, bad_status: str) -> CheckSpec | None:
+def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str, bad_status: str) -> CheckSpec | None:
     """The spec of one check object; None for an object that asks for nothing at all."""
     status = fields.text("status")
     notes = fields.text("notes")
@@ -389,7 +386,7 @@ def _read_check(fields: _Fields, *, id: str, name: str, service_id: str, bad_sta
     )
 
 
-def _read_proxy(fields: _Fields | None) -> dict[str, Any] | None:
+def _read_proxy(fields: DefinitionFields | None) -> dict[str, Any] | None:
     """The proxy part of a row: snake_case keys, empty ones left out, upstreams with their defaults filled in."""
     if fields is None:
         return None
@@ -409,7 +406,7 @@ def _read_proxy(fields: _Fields | None) -> dict[str, Any] | None:
     return {key: value for key, value in proxy.items() if value}
 
 
-def _read_expose(fields: _Fields | None) -> dict[str, Any]:
+def _read_expose(fields: DefinitionFields | None) -> dict[str, Any]:
     """Paths that the proxy serves without mTLS, for checks of others."""
     if fields is None:
         return {}
@@ -418,7 +415,7 @@ def _read_expose(fields: _Fields | None) -> dict[str, Any]:
     return {**({"checks": True} if checks else {}), **({"paths": paths} if paths else {})}
 
 
-def _read_path(fields: _Fields) -> dict[str, Any]:
+def _read_path(fields: DefinitionFields) -> dict[str, Any]:
     path = {
         "listener_port": fields.integer("listener_port"),
         "path": fields.text("path"),
@@ -430,7 +427,7 @@ def _read_path(fields: _Fields) -> dict[str, Any]:
     return path
 
 
-def _read_upstream(fields: _Fields) -> dict[str, Any]:
+def _read_upstream(fields: DefinitionFields) -> dict[str, Any]:
     upstream = {
         "destination_type": fields.text("destination_type") or "service",
         "destination_namespace": fields.text("destination_namespace"),
@@ -445,7 +442,7 @@ def _read_upstream(fields: _Fields) -> dict[str, Any]:
     return {key: value for key, value in upstream.items() if value}
 
 
-def _mode_map(fields: _Fields | None) -> dict[str, str]:
+def _mode_map(fields: DefinitionFields | None) -> dict[str, str]:
     if fields is None:
         return {}
     mode = fields.text("mode")
@@ -453,16 +450,16 @@ def _mode_map(fields: _Fields | None) -> dict[str, str]:
     return {"mode": mode} if mode else {}
 
 
-def _read_tagged_addresses(fields: _Fields) -> dict[str, dict[str, Any]]:
+def _read_tagged_addresses(fields: DefinitionFields) -> dict[str, dict[str, Any]]:
     addresses: dict[str, dict[str, Any]] = {}
     for name, value in fields.free_map("tagged_addresses").items():
-        entry = _Fields({} if value is None else value, f"TaggedAddresses.{name}.")
+        entry = DefinitionFields({} if value is None else value, f"TaggedAddresses.{name}.")
         addresses[name] = {"address": entry.text("address"), "port": entry.integer("port")}
         entry.end()
     return addresses
 
 
-def _read_weights(fields: _Fields) -> tuple[int, int, bool]:
+def _read_weights(fields: DefinitionFields) -> tuple[int, int, bool]:
     weights = fields.object("weights")
     if weights is None:
         return 1, 1, False
@@ -605,175 +602,3 @@ def _errors(*problems: str) -> BadRequest:
     """Several problems in the shape that Consul's clients show."""
     head = "1 error occurred:" if len(problems) == 1 else f"{len(problems)} errors occurred:"
     return BadRequest("\n".join([head, *(f"\t* {problem}" for problem in problems)]) + "\n\n")
-
-
-def is_deeper(value: Any, levels: int) -> bool:
-    """Whether maps and lists in `value` are nested deeper: recursion could not follow them."""
-    level = [value]
-    while level and levels >= 0:
-        holders = [v for v in level if isinstance(v, Mapping | list | tuple)]
-        level = [v for holder in holders for v in (holder.values() if isinstance(holder, Mapping) else holder)]
-        levels -= 1
-    return bool(level)
-
-
-def _fold(key: str) -> str:
-    return key.replace("_", "").lower()
-
-
-_JSON_NAMES = {
-    str: "string",
-    bool: "bool",
-    int: "number",
-    float: "number",
-    list: "array",
-    tuple: "array",
-    dict: "object",
-}
-
-
-class _Fields:
-    """The fields of one object: each is taken by its name once, and `end` refuses what nobody took."""
-
-    __slots__ = ("_left", "_path")
-
-    def __init__(self, raw: Any, path: str) -> None:
-        if isinstance(raw, list | tuple) and len(raw) == 1:  # an HCL block
-            raw = raw[0]
-        if not isinstance(raw, Mapping):
-            kind = _JSON_NAMES.get(type(raw), "null")
-            raise DecodeError(
-                f"json: cannot unmarshal {kind} into {path.rstrip('.') or 'a definition'}: an object is needed"
-            )
-        self._path = path
-        self._left: dict[str, tuple[str, Any]] = {_fold(str(k)): (str(k), v) for k, v in raw.items()}
-
-    def is_empty(self) -> bool:
-        return not any(value not in (None, "", [], {}, (), 0, False) for _, value in self._left.values())
-
-    def has(self, name: str) -> bool:
-        found = self._left.get(_fold(name))
-        return found is not None and found[1] is not None
-
-    def ignore(self, *names: str) -> None:
-        for name in names:
-            self._left.pop(_fold(name), None)
-
-    def refuse_namespace(self) -> None:
-        """There is one, which an empty name and its own stand for."""
-        if self.text("namespace") not in ("", "default"):
-            raise DecodeError(
-                f'json: unknown field "{self._path}Namespace" - Namespaces are a Consul Enterprise feature'
-            )
-
-    def end(self) -> None:
-        for given, _ in self._left.values():
-            raise DecodeError(f'json: unknown field "{self._path}{given}"')
-
-    def text(self, name: str) -> str:
-        value = self._take(name)
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value
-        raise self._wrong(name, value, "string")
-
-    def integer(self, name: str) -> int:
-        value = self._take(name)
-        if value is None:
-            return 0
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        raise self._wrong(name, value, "int")
-
-    def boolean(self, name: str) -> bool:
-        value = self._take(name)
-        if value is None:
-            return False
-        if isinstance(value, bool):
-            return value
-        raise self._wrong(name, value, "bool")
-
-    def duration(self, name: str) -> float:
-        """Seconds. A number is nanoseconds, as Go writes its durations."""
-        value = self._take(name)
-        if value is None or value == "":
-            return 0.0
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value) / SECOND
-        if not isinstance(value, str):
-            raise self._wrong(name, value, "duration")
-        try:
-            return parse_duration(value) / SECOND
-        except ValueError as error:
-            raise DecodeError(str(error)) from None
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self._take(name)
-        if value is None:
-            return ()
-        if not isinstance(value, list | tuple):
-            raise self._wrong(name, value, "[]string")
-        for item in value:
-            if not isinstance(item, str | None):
-                raise self._wrong(name, item, "string")
-        return tuple(item or "" for item in value)
-
-    def text_map(self, name: str) -> dict[str, str]:
-        pairs = self.free_map(name)
-        for value in pairs.values():
-            if not isinstance(value, str | None):
-                raise self._wrong(name, value, "string")
-        return {key: value or "" for key, value in pairs.items()}
-
-    def header(self, name: str) -> dict[str, tuple[str, ...]]:
-        header: dict[str, tuple[str, ...]] = {}
-        for key, value in self.free_map(name).items():
-            values = (value,) if isinstance(value, str) else value or ()
-            if isinstance(values, list | tuple):
-                values = [v or "" if isinstance(v, str | None) else v for v in values]
-            if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-                raise self._wrong(name, value, "[]string")
-            if any(c in text for text in (key, *values) for c in "\r\n"):
-                raise DecodeError(f"json: a line break in {self._path}Header")
-            header[key] = tuple(values)
-        return header
-
-    def free_map(self, name: str) -> dict[str, Any]:
-        """A map whose keys belong to the user."""
-        value = self._take(name)
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise self._wrong(name, value, "map")
-        if is_deeper(value, DEPTH_MAX):
-            raise DecodeError(f"json: {self._path}{name} is nested more than {DEPTH_MAX} deep")
-        return {str(k): v for k, v in value.items()}
-
-    def object(self, name: str) -> _Fields | None:
-        given, value = self._left.pop(_fold(name), (name, None))
-        if value is None or value == []:
-            return None
-        return _Fields(value, f"{self._path}{given}.")
-
-    def objects(self, name: str) -> list[_Fields]:
-        given, value = self._left.pop(_fold(name), (name, None))
-        if value is None:
-            return []
-        if isinstance(value, Mapping):
-            value = [value]
-        if not isinstance(value, list | tuple):
-            raise self._wrong(name, value, "array")
-        return [_Fields(item, f"{self._path}{given}.") for item in value if item is not None]
-
-    def _take(self, name: str) -> Any:
-        return self._left.pop(_fold(name), (name, None))[1]
-
-    def _wrong(self, name: str, value: Any, wanted: str) -> DecodeError:
-        field_name = "".join(word.capitalize() for word in name.split("_"))
-        kind = _JSON_NAMES.get(type(value), type(value).__name__)
-        return DecodeError(f"json: cannot unmarshal {kind} into field {self._path}{field_name} of type {wanted}")

@@ -10,10 +10,7 @@ of output alone is announced at most once per `check_update_interval_s`.
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import random as _random
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -24,8 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from rostra.agent.bounds import refuse_too_large
-from rostra.agent.checks import http, script, tcp
-from rostra.agent.checks.alias import alias_result
+from rostra.agent.checks.alias import alias_result, follow
 from rostra.agent.checks.check import (
     CRITICAL,
     NODE_MAINTENANCE,
@@ -38,6 +34,7 @@ from rostra.agent.checks.check import (
     expired_output,
     is_maintenance,
 )
+from rostra.agent.checks.periodic import run_periodically
 from rostra.agent.checks.ttl import Deadline
 from rostra.agent.definition import (
     OUTPUT_BYTES_MAX,
@@ -54,21 +51,20 @@ from rostra.agent.definition import (
     with_ip_addresses,
 )
 from rostra.agent.local_files import Files
+from rostra.agent.sidecar_ports import SidecarPorts, port_is_busy_here
 from rostra.runtime import log as _log
 from rostra.runtime.service import AGAIN_MAX_S, Tasks
 from rostra.server.state.rows import CheckRow, ServiceRow
-from rostra.wire.errors import BadRequest, Conflict, NotFound
+from rostra.wire.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
-    from rostra.agent.results import Live, Results
+    from rostra.agent.results import Results
 
 log = _log.get("agent.local")
 
 CHECK_UPDATE_INTERVAL_S = 300.0
 REAP_EVERY_S = 30.0
-FIRST_RUN_WITHIN_S = 0.5
 STATUS_TELL_S = 10.0
-FIRST_PAUSE_S = 0.25
 #: How long a sidecar that passed may take to listen again after a restart of the agent.
 SIDECAR_SETTLES_S = 5.0
 STOP_S = 1.0
@@ -144,14 +140,13 @@ class LocalAgent:
         self._bind_address = bind_address
         self._scripts = scripts or Scripts()
         self._results = results
-        self._sidecar_ports = sidecar_ports
         self._check_update_interval_s = check_update_interval_s
         self._output_bytes_max = output_bytes_max
         self._discard_output = discard_output
         self._random = random
-        self._port_is_busy = port_is_busy or port_is_busy_here
         self._wall = wall
         self._files = Files(data_dir)
+        self._ports = SidecarPorts(self._files, sidecar_ports, port_is_busy or port_is_busy_here)
         self._statuses = _log.RateLimited(log, STATUS_TELL_S)
         self._tasks = Tasks("agent.checks")
         self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -159,14 +154,12 @@ class LocalAgent:
         self._started = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._states: dict[str, dict[str, Any]] = {}  # check id -> what was kept of it
-        self._remembered_ports: dict[str, int] = {}  # sidecar id -> port
 
     async def start(self) -> None:
         """Restore what was registered before; services of configuration files are registered after this."""
         for kept in await self._files.load("checks/state"):
             self._states[kept.get("id", "")] = kept
-        for kept in await self._files.load("sidecar-ports"):
-            self._remembered_ports.update(kept.get("ports", {}))
+        await self._ports.load()
         for kept in await self._files.load("services"):
             self._restore("service", kept, self._restore_service)
         for kept in await self._files.load("checks"):
@@ -221,7 +214,7 @@ class LocalAgent:
             parts = [(wanted, "")]
             if wanted.sidecar is not None:
                 sidecar = self._complete_sidecar(wanted.sidecar)
-                await self._remember_port(sidecar.row.id, sidecar.row.port)
+                await self._ports.keep(sidecar.row.id, sidecar.row.port, still=self.services)
                 parts.append((sidecar, wanted.row.id))
             await self._put(parts, token, from_file, replace_existing_checks)
         return wanted.row.id
@@ -452,13 +445,20 @@ class LocalAgent:
             check.ttl = Deadline(spec.ttl_s, lambda: self._expire(check), first_s=left_s)
             check.stop = check.ttl.stop
         elif spec.type == "alias":
-            if spec.alias_node and spec.alias_node != self.node:
-                check.stop = self._follow_remote(check, spec)
+            if spec.alias_node and spec.alias_node != self.node and self._results is not None:
+                check.stop = follow(spec, self._results, lambda result: self._observe(check, _capped(result, spec)))
         else:
             owner = self.services.get(spec.service_id)
             # Its process starts along with this agent: what it was before is true until it has had time to listen.
             settles = kept is not None and check.row.status != CRITICAL and owner is not None and bool(owner.sidecar_of)
-            work = partial(self._run_periodically, check, spec, SIDECAR_SETTLES_S if settles else 0.0)
+            work = partial(
+                run_periodically,
+                spec,
+                observe=partial(self._observe, check),
+                is_critical=lambda: check.row.status == CRITICAL,
+                settles_s=SIDECAR_SETTLES_S if settles else 0.0,
+                random=self._random,
+            )
             most_s = max(AGAIN_MAX_S, spec.interval_s)
             check.task = self._tasks.keep(f"check {spec.id}", work, first_s=spec.interval_s, most_s=most_s)
 
@@ -497,7 +497,11 @@ class LocalAgent:
     def _complete_sidecar(self, sidecar: ServiceDefinition) -> ServiceDefinition:
         """The sidecar with a port, and with the default checks where it brought none."""
         row = sidecar.row
-        port = row.port or self._free_port(row.id, row.address or self._bind_address)
+        before = self.services.get(row.id)
+        port = row.port or (before.row.port if before is not None else 0)
+        if not port:
+            taken = {s.row.port for s in self.services.values()}
+            port = self._ports.choose(row.id, row.address or self._bind_address, taken)
         sidecar = replace(sidecar, row=row._replace(port=port))
         if not sidecar.default_sidecar_checks:
             return sidecar
@@ -506,59 +510,7 @@ class LocalAgent:
         listener = join_host_port({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound, bound), port)
         return expand_sidecar_checks(sidecar, listener=listener, parent_id=parent_id)
 
-    def _free_port(self, sidecar_id: str, address: str) -> int:
-        """The port that this sidecar had before, or the first one of the range that nobody has."""
-        before = self.services.get(sidecar_id)
-        if before is not None and before.row.port:
-            return before.row.port
-        low, high = self._sidecar_ports
-        taken = {s.row.port for s in self.services.values()}
-        known = self._remembered_ports.get(sidecar_id, 0)
-        if low <= known <= high and known not in taken:
-            return known
-        others = {p for i, p in self._remembered_ports.items() if i != sidecar_id}
-        for avoided in (taken | others, taken):
-            for port in range(low, high + 1):
-                if port not in avoided and not self._port_is_busy(address, port):
-                    return port
-        raise Conflict(
-            f"no free port for a sidecar between {low} and {high} (ports.sidecar_min_port, sidecar_max_port)"
-        )
-
-    async def _remember_port(self, sidecar_id: str, port: int) -> None:
-        if self._remembered_ports.get(sidecar_id) == port:
-            return
-        low, high = self._sidecar_ports
-        ports = {i: p for i, p in self._remembered_ports.items() if p != port}
-        if len(ports) > high - low:
-            ports = {i: p for i, p in ports.items() if i in self.services}
-        self._remembered_ports = {**ports, sidecar_id: port}
-        await self._files.save("sidecar-ports", "all", {"ports": self._remembered_ports})
-
     # -- results --------------------------------------------------------------------------------------------------
-
-    async def _run_periodically(self, check: LocalCheck, spec: CheckSpec, settles_s: float) -> None:
-        """From start to start the interval; a run that takes longer delays the next, never overlaps it.
-
-        A service, or a sidecar's process, is often registered just before it listens. So until the first success the
-        pause grows from a quarter of a second to the interval; a script is not run more often than it asks for.
-        """
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(settles_s + self._random() * min(spec.interval_s, FIRST_RUN_WITHIN_S))
-        due = loop.time()
-        pause_s = spec.interval_s if spec.type == "script" else FIRST_PAUSE_S
-        while True:
-            try:
-                result = await _probe(spec)
-            except Exception as error:
-                self._observe(check, Result(CRITICAL, f"the check could not be run: {error!r}"))
-                raise
-            self._observe(check, result)
-            if result.status != CRITICAL or check.row.status != CRITICAL:
-                pause_s = spec.interval_s
-            due = max(due + min(pause_s, spec.interval_s), loop.time())
-            pause_s *= 2
-            await asyncio.sleep(max(0.0, due - loop.time()))
 
     def _observe(self, check: LocalCheck, result: Result) -> None:
         status = check.thresholds.observe(result.status)
@@ -623,34 +575,6 @@ class LocalAgent:
             others = [row for row in watched if row.id != spec.id]
             result = alias_result(self.node, target, others, service_exists=target in self.services)
             self._observe(check, _capped(result, spec))
-
-    def _follow_remote(self, check: LocalCheck, spec: CheckSpec) -> Callable[[], None]:
-        """Mirror a service of another node, from watches of that node. Returns what ends it."""
-        from rostra.server.state.catalog import NodeServices
-        from rostra.server.state.health import NodeChecks
-
-        if self._results is None:
-            return lambda: None
-        services: Live = self._results.live(NodeServices(spec.alias_node), token=spec.token)
-        checks: Live = self._results.live(NodeChecks(spec.alias_node), token=spec.token)
-
-        def refresh() -> None:
-            if not (services.is_ready and checks.is_ready):
-                return
-            rows = [CheckRow(*checks.rows[key]) for key in checks.keys]
-            exists = ("s", spec.alias_service) in services.rows
-            self._observe(
-                check, _capped(alias_result(spec.alias_node, spec.alias_service, rows, service_exists=exists), spec)
-            )
-
-        removers = (services.on_change(refresh), checks.on_change(refresh))
-        asyncio.get_running_loop().call_soon(refresh)
-
-        def stop() -> None:
-            for remove in removers:
-                remove()
-
-        return stop
 
     async def _reap(self) -> None:
         """Deregister services that have been critical for as long as their definition allows."""
@@ -743,21 +667,6 @@ def listener_address(proxy: ServiceRow, bind_address: str) -> str:
     return str(config.get("bind_address") or proxy.address or bind_address)
 
 
-def port_is_busy_here(address: str, port: int) -> bool:
-    """Whether something on this host listens there already. An address of another host is judged by all of ours."""
-    try:
-        is_v6 = ipaddress.ip_address(address).version == 6
-    except ValueError:
-        is_v6, address = False, "0.0.0.0"
-    with socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
-
-
 def _concerned(parts: Iterable[ServiceDefinition]) -> set[str]:
     """The services whose aliases a registration may change, those that its own checks are aliases of included."""
     return {i for part in parts for i in (part.row.id, *(spec.alias_service for spec in part.checks))}
@@ -770,14 +679,6 @@ def _service(service_id: str) -> str:
 
 def _check(check_id: str) -> str:
     return f"check {check_id}"
-
-
-async def _probe(spec: CheckSpec) -> Result:
-    if spec.type == "http":
-        return await http.run(spec)
-    if spec.type == "tcp":
-        return await tcp.run(spec.tcp, spec.timeout_s)
-    return await script.run(spec)
 
 
 def _capped(result: Result, spec: CheckSpec) -> Result:

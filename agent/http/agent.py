@@ -22,7 +22,8 @@ from rostra.acl.identity import BadIdentity, ServiceIdentity, parse
 from rostra.acl.intention import Intention, decide
 from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, aggregate
 from rostra.agent.context import Agent
-from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, DecodeError, ScriptsDisabled
+from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, ScriptsDisabled
+from rostra.agent.definition_fields import DecodeError
 from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError

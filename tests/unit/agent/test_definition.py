@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from rostra.agent.definition import DecodeError, parse_check, parse_service
+from rostra.agent.definition import parse_check, parse_service
+from rostra.agent.definition_fields import DecodeError
 from rostra.wire.errors import BadRequest
 
 
