@@ -151,7 +151,8 @@ class Client:
     style: Style
     plain: bool
     written: dict[str, int] = field(default_factory=dict)  # on this connection, in this order
-    n: int = 0
+    n: int = 0  # requests sent
+    asked: int = 0
     neat: bool = False  # on this connection each request comes in a piece of its own
     reader: asyncio.StreamReader | None = None
     writer: asyncio.StreamWriter | None = None
@@ -199,7 +200,7 @@ class Client:
         return f"k{self.name}-{0 if self.chance.random() < 0.1 else self.chance.randrange(1, KEYS_PER_CLIENT)}"
 
     def ask(self) -> Ask:
-        self.n += 1
+        self.asked += 1
         if self.chance.random() < self.style.writes:
             return self.put(self.own_key())
         if self.chance.random() < 0.05:
@@ -208,7 +209,7 @@ class Client:
         key = self.any_key()
         if self.neat and self.chance.random() < 0.6:
             return Ask(GET, key, hot_get(key))
-        return Ask(GET, key, get(self.chance, self.style, key, self.any_key(), self.n * self.clients + self.name))
+        return Ask(GET, key, get(self.chance, self.style, key, self.any_key(), self.asked * self.clients + self.name))
 
     def put(self, key: str) -> Ask:
         self.ledger.sent[key] += 1
@@ -219,8 +220,7 @@ class Client:
         """Send the requests as chance cuts them while reading the answers. `ends`: the connection ends after them."""
         if not asks:
             return
-        if self.plain:
-            self.n += len(asks)
+        self.n += len(asks)
         if self.writer is None:
             self.reader, self.writer = await asyncio.open_connection(*self.address)
             self.writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
