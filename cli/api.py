@@ -37,7 +37,7 @@ class ApiError(Failed):
 
     def __init__(self, code: int, text: str) -> None:
         hint = ""
-        if code == 403:
+        if code == 403 and ("Permission denied" in text or "ACL" in text):  # else a token would not help
             hint = "; give a token with -token or CONSUL_HTTP_TOKEN"
         super().__init__(f"Unexpected response code: {code} ({text}){hint}")
         self.code, self.text = code, text
@@ -67,6 +67,11 @@ class Client:
     def get(self, path: str, query: Query | None = None) -> Any:
         """The decoded JSON of an answer. Raises ApiError unless it is 200."""
         return self._decoded(self.request("GET", path, query))
+
+    def get_with_headers(self, path: str, query: Query | None = None) -> tuple[Any, Mapping[str, str]]:
+        """As `get`, and the answer's headers."""
+        answer = self.request("GET", path, query)
+        return self._decoded(answer), answer.headers
 
     def find(self, path: str, query: Query | None = None) -> Any | None:
         """Like get, but None where the agent answers 404."""
@@ -120,6 +125,9 @@ class Client:
 
     def _unreachable(self, error: Exception) -> str:
         where = f"the agent at {self.address}"
+        scheme, _, rest = self.address.partition("://")
+        if scheme == "http" and _host_port(rest, 0)[1] == 0 and isinstance(error, OSError):
+            return f"cannot reach {where}, port 80: {_reason(error)}; agents use 8500, give the address with its port"
         if isinstance(error, ConnectionRefusedError | FileNotFoundError):
             return (
                 f"cannot reach {where}: {_reason(error)}. Is it running? Start one with 'rostra agent -dev', "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.command import Call, Command, Failed, Flag, note, say
 from rostra.cli.output import columns, pairs
 
 _STATUS = {0: "none", 1: "alive", 2: "leaving", 3: "left", 4: "failed"}
@@ -19,9 +20,15 @@ def _members(call: Call) -> int:
     except re.error as e:
         raise Failed(f"-status: {call['status']!r} is not a regular expression: {e}") from None
     try:
-        members = call.client.get(path("agent", "members"), {"wan": "1"} if call["wan"] else {"segment": "_all"})
+        query = {"wan": "1"} if call["wan"] else {"segment": "_all"}
+        members, headers = call.client.get_with_headers(path("agent", "members"), query)
     except Failed as e:
         raise Failed(f"Error retrieving members: {e}") from e
+    if headers.get("X-Consul-KnownLeader") == "false":
+        age = headers.get("X-Consul-LastContact", "")
+        at = time.time() - int(age) / 1000 if age.isdigit() else None
+        since = f"as of {time.strftime('%H:%M:%S', time.localtime(at))}" if at is not None else "what was known last"
+        note(f"No cluster leader: this is {since}")
     shown = [m for m in members if wanted.search(_STATUS.get(m.get("Status", 0), "unknown"))]
     if not shown:
         return 2

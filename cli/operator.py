@@ -21,7 +21,8 @@ def _list_peers(call: Call) -> None:
     try:
         found = call.client.get(_RAFT)
     except Failed as e:
-        raise Failed(f"Error getting peers: {e}") from e
+        hint = " (try -stale)" if isinstance(e, ApiError) and "No cluster leader" in e.text else ""
+        raise Failed(f"Error getting peers: {e}{hint}") from e
     rows = [["Node", "ID", "Address", "State", "Voter", "RaftProtocol"]]
     for server in found["Servers"] or ():
         voter = "true" if server["Voter"] else "false"
@@ -29,10 +30,14 @@ def _list_peers(call: Call) -> None:
             [server["Node"], server["ID"], server["Address"], _state_of(server), voter, server["ProtocolVersion"]]
         )
     say(columns(rows))
-    for server in found.get("Waiting") or ():  # on stderr: scripts count the lines of the table
+    waiting = found.get("Waiting") or ()
+    names = [server["Node"] for server in waiting]
+    for server in waiting:  # on stderr: scripts count the lines of the table
         name = server["Node"]
-        step = server.get("Problem") or f"rostra operator raft add-peer {name}"
-        note(f"{name} ({server['Address']}) waits to be let in: {step}")
+        which = name if names.count(name) == 1 else f"-id={server['ID']}"
+        step = server.get("Problem") or f"rostra operator raft add-peer {which}"
+        heard = f", heard {server['LastHeard']} ago" if server.get("LastHeard") else ""
+        note(f"{name} ({server['Address']}, id {server['ID']}{heard}) waits to be let in: {step}")
 
 
 def _state_of(server: dict[str, Any]) -> str:
@@ -44,6 +49,9 @@ def _state_of(server: dict[str, Any]) -> str:
 
 def _remove_peer(call: Call) -> None:
     address, server_id = call["address"], call["id"]
+    if call.args and (address or server_id):
+        raise Failed("Error removing peer: give a name, an -id or an -address, and only one of them")
+    server_id = server_id or "".join(call.args)  # agents take a name for an id
     try:
         if not address and not server_id:
             raise Failed("an address or id is required for the peer to remove")
@@ -194,22 +202,22 @@ COMMANDS = {
         text="With -stale any server answers, also where there is no leader.",
     ),
     "raft remove-peer": Command(
-        "operator raft remove-peer [options]",
+        "operator raft remove-peer [options] [NAME]",
         "Remove a server from the cluster",
         _remove_peer,
         (
             Flag("address", "Address (IP:port) of the server to remove."),
-            Flag("id", "ID of the server to remove."),
+            Flag("id", "ID or name of the server to remove."),
         ),
         reach="server",
-        takes=0,
+        takes=1,
         text="The others refuse it from then on, alive or not, until it is let in again.",
     ),
     "raft add-peer": Command(
         "operator raft add-peer [options] NAME",
         "Let a server in that waits for it",
         _add_peer,
-        (Flag("id", "ID of the waiting server, instead of its name."),),
+        (Flag("id", "ID of the waiting server, where two have its name."),),
         reach="server",
         takes=1,
         text="""
@@ -220,7 +228,7 @@ Only the agents of servers' hosts take this command.""",
         "operator raft transfer-leader [options]",
         "Make another server the leader",
         _transfer_leader,
-        (Flag("id", "ID of the server to lead; default: the one that has the most of the log."),),
+        (Flag("id", "ID or name of the server to lead; default: the one that has the most of the log."),),
         reach="server",
         takes=0,
     ),

@@ -312,7 +312,8 @@ class Acts:
         if not (peer.local or peer.role == "server"):
             # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of itself.
             raise Denied(
-                "a server is let in from the host of a server: run the command there, or with -http-addr of its agent"
+                f"a server is let in from the host of a server, and this was asked by the agent of {peer.name}, a"
+                " client: run it on a server's host, or with -http-addr of the agent there"
             )
         wanted = _server_named(args)
 

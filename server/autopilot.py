@@ -230,7 +230,7 @@ class Autopilot:
         elif step.what == "remove":
             await self._roster.remove_dead(step.node_id)
             log.warn(
-                "removed a dead server from the cluster; it is let in again if it comes back",
+                "autopilot removed a dead server from the cluster; it is let in again if it comes back",
                 server=step.name,
                 id=step.node_id,
             )

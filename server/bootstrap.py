@@ -645,6 +645,8 @@ class Bootstrap:
             while (membership := self.committed) is None:
                 self._wake.clear()
                 addresses = self._addresses(candidates())
+                if not addresses and self._founder.expect < 1 and self._founder.stored.prepared is None:
+                    self._remark(Remark("warn", "no cluster yet: give -bootstrap-expect=N or -retry-join", {}))
                 late = self._now() - started > FIRST_ROUND_S
                 plan = self._settle(late or all(self._line(a, HELLO).tried for a in addresses))
                 for remark in plan.remarks:

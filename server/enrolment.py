@@ -17,7 +17,7 @@ from typing import Any
 
 from rostra.runtime.log import get
 from rostra.server.endpoint import Peer, about_node
-from rostra.server.leader import SERF_CHECK, UNUSED_S, is_unused
+from rostra.server.leader import SERF_CHECK, SILENT_S, UNUSED_S, is_unused
 from rostra.server.node import ServerNode
 from rostra.server.settings import CoreSettings
 from rostra.server.state.cluster import BindNode
@@ -220,12 +220,10 @@ def enrolment_problem(tables: Tables, name: str, node_id: str, key_hash: str) ->
             f"if that server is gone for good, run `rostra operator raft remove-peer -id={known.node_id}` first;"
             " else restore its node key"
             if known.voter
-            else f"choose another node name, or run `rostra force-leave {name}` if that node is gone for good"
+            else "if this one replaces it, repeat it then (a client does so by itself); else choose another node name"
         )
-        return (
-            f"{_of(name)} belongs to another node key ({known.address}),"
-            f" and that node is {'a server' if known.voter else 'alive'}: {gone}"
-        )
+        state = "is a server" if known.voter else f"counts as alive until it has been silent for {SILENT_S:.0f} s"
+        return f"{_of(name)} belongs to another node key ({known.address}), and that node {state}: {gone}"
     folded = name.lower()
     for other in members.values():
         if other.name == name or not (other.voter or other.status == "alive"):

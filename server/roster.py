@@ -29,6 +29,8 @@ from rostra.wire.errors import BadRequest, Conflict, NoLeader, NotFound, Timeout
 log = get("servers")
 
 WAITING_MAX = 64
+#: What autopilot removed is remembered, for who looks for it.
+REMOVED_MAX = 16
 #: A leader is missed for this long before others are asked, or strangers heard: an election is over sooner.
 ALONE_S = 2.0
 #: Who waits asks every half second; who was silent for this long does not wait any more.
@@ -127,6 +129,7 @@ class Roster:
         self._node, self._serf_port, self._version = node, serf_port, version
         self._hello, self._hint, self._where, self._introduce, self._now = hello, hint, where, introduce, now
         self._waiting: dict[str, Waiting] = {}
+        self._removed: dict[str, tuple[str, str, float]] = {}  # by autopilot: id -> (name, address, when)
         self._change = ""  # the one that is on its way
         self._removing = asyncio.Lock()  # one at a time from its first step: its steps must not be another's
         self._refused, self._announced = RateLimited(log, 60.0), RateLimited(log, 1.0)
@@ -197,6 +200,10 @@ class Roster:
         self._forget_silent(now)
         old = self._waiting.get(said.key_hash)
         if old is None:
+            # Who was emptied and comes again with another key is not there any more under the one before.
+            new = (said.name, said.address, said.rpc_port)
+            for key_hash in [k for k, w in self._waiting.items() if (w.name, w.host, w.port) == new]:
+                del self._waiting[key_hash]
             if len(self._waiting) >= WAITING_MAX:
                 return f"{WAITING_MAX} servers wait already to be let in"
             self._announced.info(
@@ -255,6 +262,7 @@ class Roster:
                 "key_hash": w.key_hash,
                 "version": w.version,
                 "waiting_s": round(now - w.since, 1),
+                "heard_s": round(now - w.seen, 1),
                 "problem": self._admission_problem(w.name, w.node_id, w.key_hash),
             }
             for w in self.waiting()
@@ -354,6 +362,9 @@ class Roster:
         member = find(raft.members, node_id=node_id)
         self._check_removal(raft, member)
         await self._take_out(raft, member)
+        self._removed[member.id] = (member.name, address_of(member), self._now())
+        while len(self._removed) > REMOVED_MAX:
+            del self._removed[next(iter(self._removed))]
 
     async def transfer(self, *, node_id: str = "", name: str = "") -> Member:
         """Hand leadership to a server, or to the one that is most up to date. It, when it was done."""
@@ -508,6 +519,10 @@ class Roster:
             "index": raft.members_index,
             "settled": raft.members_settled,
             "change": self._change,
+            "removed": [
+                {"id": i, "name": name, "address": address, "ago_s": round(self._now() - at)}
+                for i, (name, address, at) in self._removed.items()
+            ],
         }
 
 

@@ -23,7 +23,7 @@ from rostra.server.peers import Peers
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import Member, Members
 from rostra.server.roster import ALONE_S, address_of, join_address
-from rostra.wire.errors import Conflict, NoLeader, RostraError, Timeout
+from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError, Timeout
 
 log = get("servers")
 
@@ -61,6 +61,7 @@ class Standing:
         self._moved, self._introduce, self._hear, self._now = moved, introduce, hear, now
         self._lacks_leader_since: float | None = None
         self._follows_since = self._whole_at = self._looked_at = now()
+        self._has_asked = False
         self._limited = RateLimited(log, 30.0)
 
     async def keep(self) -> None:
@@ -72,7 +73,9 @@ class Standing:
             if self._is_settled():
                 self._introduce(())  # its own list says it all
             await self._report_address()
-            if self._misses_one():
+            # Once in any case: the join addresses may be those of another cluster.
+            if self._misses_one() or not self._has_asked:
+                self._has_asked = True
                 self._looked_at = self._now()
                 await self._ask_around(is_led=True)
             await asyncio.sleep(LOOK_EVERY_S)
@@ -154,6 +157,10 @@ class Standing:
                 self._introduce(parse_membership(reply.get("membership")).as_members())
             elif reply.get("state") == WAITING:
                 self._say_removed(member, str(reply.get("reason", "")))
+        except Denied as e:
+            self._limited.warn(
+                "that address belongs to another cluster", key=address, address=address, reason=e.message
+            )
         except Exception as e:  # a network, another program, another version: all of it means "not now"
             log.debug("no answer about the cluster", address=address, reason=str(e))
 

@@ -45,6 +45,10 @@ Json = dict[str, Any]
 
 HASH_WAIT_DEFAULT_S = 300.0
 WAIT_MAX_S = 600.0
+#: How long the list of members waits to be told how old it is.
+HOW_OLD_S = 1.0
+#: There is one datacenter and no listener there: what Consul's clients expect to see.
+WAN_PORT = 8302
 SYNC_ERROR_CHARS_MAX = 300
 _ASK_SERVERS_S = 1.0  # how long /self waits for what only servers know
 #: The core is not asked for its numbers more often, however many ask for metrics.
@@ -328,7 +332,23 @@ async def members(request: Request, agent: Agent) -> Response:
     live = agent.results.live(Members())
     if not await live.ready(5.0):
         raise NoLeader
-    return json_response([member_json(MemberRow(*live.rows[key]), agent.datacenter) for key in live.keys])
+    rows = [MemberRow(*live.rows[key]) for key in live.keys]
+    if request.query.get("wan"):
+        found = [_wan_member_json(row, agent.datacenter) for row in rows if row.role == "server"]
+    else:
+        found = [member_json(row, agent.datacenter) for row in rows]
+    return json_response(found, headers=await _how_old(agent))
+
+
+async def _how_old(agent: Agent) -> dict[str, str]:
+    """As the headers of a stale read: who is alive is the leader's judgement, and there may be none."""
+    try:
+        async with asyncio.timeout(HOW_OLD_S):
+            barrier = await agent.servers.barrier("stale")
+    except (NoLeader, TimeoutError):
+        return {"X-Consul-KnownLeader": "false"}
+    known = "true" if barrier.known_leader else "false"
+    return {"X-Consul-KnownLeader": known, "X-Consul-LastContact": str(barrier.last_contact_ms)}
 
 
 async def version(request: Request, agent: Agent) -> Response:
@@ -374,6 +394,13 @@ async def host(request: Request, agent: Agent) -> Response:
     return json_response(await asyncio.to_thread(describe, data_dir))
 
 
+def _wan_member_json(row: MemberRow, datacenter: str) -> Json:
+    """A server as those of other datacenters would know it."""
+    member = member_json(row, datacenter)
+    tags = {name: value for name, value in member["Tags"].items() if name != "wan_join_port"}
+    return member | {"Name": f"{row.name}.{datacenter}", "Port": WAN_PORT, "Tags": tags}
+
+
 def member_json(row: MemberRow, datacenter: str) -> Json:
     is_server = row.role == "server"
     tags = {
@@ -388,7 +415,7 @@ def member_json(row: MemberRow, datacenter: str) -> Json:
         "vsn_min": "2",
     }
     if is_server:
-        tags |= {"ft_fs": "1", "port": str(row.rpc_port), "raft_vsn": "3"}
+        tags |= {"ft_fs": "1", "port": str(row.rpc_port), "raft_vsn": "3", "wan_join_port": str(WAN_PORT)}
     return {
         "Name": row.name,
         "Addr": row.address,
@@ -632,7 +659,7 @@ def _index(request: Request) -> int:
 #: path → method, handler, and the parameters that it reads besides those of every route.
 _TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]], str]] = {
     "self": ("GET", self_, ""),
-    "members": ("GET", members, ""),
+    "members": ("GET", members, "wan segment"),
     "version": ("GET", version, ""),
     "metrics": ("GET", metrics, "format"),
     "host": ("GET", host, ""),

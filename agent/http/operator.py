@@ -30,6 +30,8 @@ VOTER, REPLICA = "voter", "replica"
 Members = list[dict[str, Any]]
 #: A change, and the looks at the list before and after it: all three fit into the time of a request.
 CHANGE_S, LOOK_S = 14.0, 7.5
+#: An election is over sooner; after that nobody is kept waiting for a leader who only asks who the servers are.
+LEADERLESS_MS = 3000
 _NEVER = "0001-01-01T00:00:00Z"
 _DIGITS = re.compile(r"[0-9]{1,20}")
 
@@ -39,6 +41,10 @@ _DIGITS = re.compile(r"[0-9]{1,20}")
 async def raft_configuration(request: Request, agent: Agent) -> Response:
     """With `?stale` as the asked server has it, also where no leader can be found; only a leader knows who waits."""
     stale = read_options(request, agent).mode == "stale"
+    if not stale:
+        known = await agent.servers.barrier("stale")
+        if not known.known_leader and known.last_contact_ms > LEADERLESS_MS:
+            raise NoLeader("No cluster leader: ask with ?stale for what is known here")  # not after seconds of waiting
     answer = await agent.servers.act("raft.configuration", {"stale": stale}, token=request.token)
     waiting = () if stale else await agent.servers.act("raft.waiting", {}, token=request.token)
     servers = [
@@ -56,6 +62,7 @@ async def raft_configuration(request: Request, agent: Agent) -> Response:
             **_server(row),
             "Suffrage": row["suffrage"],
             "WaitingFor": format_duration(int(row["waiting_s"] * 1000) * MILLISECOND),
+            "LastHeard": format_duration(int(row.get("heard_s", 0) * 1000) * MILLISECOND),
             "Problem": row["problem"],
         }
         for row in waiting
@@ -64,14 +71,25 @@ async def raft_configuration(request: Request, agent: Agent) -> Response:
 
 
 async def remove_peer(request: Request, agent: Agent) -> Response:
-    args = _one_of(request, "id", "address", what="the server to remove")
+    given = {name: value for name in ("id", "address") if (value := request.query.get(name))}
+    if not given:
+        raise BadRequest(
+            "Bad request: Must specify either ?id with the server's ID or ?address with IP:port of peer to remove"
+        )
+    if len(given) > 1:
+        raise BadRequest("Bad request: Must specify only one of ?id or ?address")
     check_datacenter(request, agent)
-    ((name, value),) = args.items()
-    members = await _members(request, agent)
-    meant = {row["id"] for row in members if row[name] == value}
+    ((name, value),) = given.items()
+    answer = await _configuration(request, agent)
+    members = list(answer["members"])
+    # A name is taken for an id, as the list shows both: no node has another one's name as its id.
+    meant = {row["id"] for row in members if row[name] == value or (name == "id" and row["name"] == value)}
     if not meant:
         there = ", ".join(f"{row['name']} ({row['address']})" for row in members)
-        raise HttpError(500, f'{name} "{value}" was not found in the Raft configuration; there are {there}')
+        gone = next((r for r in answer.get("removed", ()) if value in (r["id"], r["name"], r["address"])), None)
+        why = f"; autopilot removed {gone['name']} {gone['ago_s']} s ago, because it had failed" if gone else ""
+        raise HttpError(500, f'{name} "{value}" was not found in the Raft configuration{why}; there are {there}')
+    args = {"address": value} if name == "address" else {"id": next(iter(meant))}
     await _change(
         request, agent, "raft.remove-peer", args, lambda members: meant.isdisjoint(row["id"] for row in members)
     )
@@ -92,12 +110,15 @@ async def transfer_leader(request: Request, agent: Agent) -> Response:
     wanted = request.query.get("id")
 
     def done(members: Members) -> Any:
-        return next((m for m in members if m["id"] == wanted and m["leader"]), None)
+        return next((m for m in members if wanted in (m["id"], m["name"]) and m["leader"]), None)
 
     try:
         row = await _change(request, agent, "raft.transfer-leader", {"id": wanted} if wanted else {}, done)
-    except NotFound as e:
-        raise HttpError(500, f'id "{wanted}" was not found in the Raft configuration: {e.message}') from None
+    except NotFound:
+        try:  # the list shows names beside ids, and one is taken for the other
+            row = await _change(request, agent, "raft.transfer-leader", {"name": wanted}, done)
+        except NotFound as e:
+            raise HttpError(500, f'id "{wanted}" was not found in the Raft configuration: {e.message}') from None
     return json_response({"Success": True, "Leader": _server(row)})
 
 
@@ -119,12 +140,16 @@ async def _change(
         return found
 
 
-async def _members(request: Request, agent: Agent) -> Members:
+async def _configuration(request: Request, agent: Agent) -> dict[str, Any]:
     try:
         answer = await agent.servers.act("raft.configuration", {}, token=request.token, timeout_s=LOOK_S)
     except Timeout:
         raise NoLeader from None  # only a question: nothing was done
-    return list(answer["members"])
+    return dict(answer)
+
+
+async def _members(request: Request, agent: Agent) -> Members:
+    return list((await _configuration(request, agent))["members"])
 
 
 def _one_of(request: Request, *names: str, what: str) -> dict[str, str]:

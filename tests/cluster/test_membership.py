@@ -269,6 +269,61 @@ async def test_a_member_is_told_whom_to_hear_although_the_list_that_says_so_is_n
         await change
 
 
+async def test_who_was_emptied_while_it_waited_waits_once_and_under_its_new_key(tmp_path: Path) -> None:
+    async with Cluster(tmp_path) as cluster:
+        roster = leader(cluster)._roster
+        for key in ("a" * 64, "b" * 64):
+            said = ServerInfo(f"id-{key[0]}", "s4", "127.0.0.4", 8300, key)
+            roster._note(said, {"suffrage": LEARNER, "version": "1"})
+        roster._note(ServerInfo("id-c", "s4", "127.0.0.5", 8300, "c" * 64), {"suffrage": LEARNER, "version": "1"})
+        assert [w["id"] for w in cluster.waiting()] == ["id-b", "id-c"]
+        assert all(w["heard_s"] >= 0 for w in cluster.waiting())
+
+
+async def test_a_join_address_of_another_cluster_is_named_with_its_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with Cluster(tmp_path / "a", 1) as one, Cluster(tmp_path / "b", 1) as other:
+        other.secret = one.secret
+        await other.stop("s1")
+        shutil.rmtree(tmp_path / "b" / "s1")
+        stranger = await other.start("s1")
+        await eventually(other.leader)
+        address = f"127.0.0.1:{leader(one).rpc_port}"
+        await other.stop("s1")
+        await other.start("s1", candidates=(address,))
+        told = ""
+
+        def is_told() -> bool:
+            nonlocal told
+            told += capsys.readouterr().err
+            return "that address belongs to another cluster" in told
+
+        await eventually(is_told)
+        line = next(x for x in told.splitlines() if "that address belongs to another cluster" in x)
+        assert address in line
+        assert leader(one).node.cluster_id in line
+        assert stranger.node.cluster_id in line
+
+
+async def test_a_server_that_can_neither_found_nor_join_a_cluster_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = Cluster(tmp_path, 1)
+    told = ""
+
+    def is_told() -> bool:
+        nonlocal told
+        told += capsys.readouterr().err
+        return "no cluster yet: give -bootstrap-expect=N or -retry-join" in told
+
+    try:
+        await cluster.start("s1", bootstrap_expect=0)
+        await eventually(is_told)
+    finally:
+        await cluster.__aexit__()
+
+
 async def test_an_old_list_that_another_server_shows_takes_no_hint_away(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
         core, other = cluster.followers()
@@ -316,7 +371,7 @@ async def test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that
 
 async def test_h21_who_comes_back_to_a_cluster_of_none_that_it_knows_follows_it(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
-        await prompt(cluster)
+        await prompt(cluster, cleanup_dead_servers=False)  # who is away stays in the list, however long this takes
         away, *known = (core.settings.node_name for core in cluster.followers())
         known.append(leader(cluster).settings.node_name)
         await cluster.stop(away)

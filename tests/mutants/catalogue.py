@@ -763,7 +763,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "MOVED.1",
         "who has a leader does not look for a member that it cannot reach",
         "server/standing.py",
-        ("            if self._misses_one():", "            if False:"),
+        ("            if self._misses_one() or not self._has_asked:", "            if not self._has_asked:"),
         by="tests/sim/test_moves.py test_a_server_that_knows_only_old_addresses_is_looked_for_by_those_that_have_a_leader",
     ),
     _mutant(

@@ -44,8 +44,9 @@ class Operator:
         return self.cluster.profile.operator and self._job is None
 
     def remove_now(self, leader: Server, server_id: str) -> None:
-        """Once, whatever comes of it."""
-        if not leader.loop.is_dead and leader.raft is not None:
+        """Once, whatever comes of it. Not where a machine was given up for good meanwhile: with both, no majority is
+        left that anything could bring back."""
+        if self._job is None and not leader.loop.is_dead and leader.raft is not None:
             wanted = tuple(m for m in leader.raft.members if m.id != server_id)
             leader.loop.run_now(self._propose, leader, wanted)
 

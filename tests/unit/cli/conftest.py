@@ -35,6 +35,7 @@ class Agent:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
         self.asked: list[Asked] = []
+        self.headers: dict[str, str] = {}  # of every answer
         agent = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,6 +49,8 @@ class Agent:
                 data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
+                for name, value in agent.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
 

@@ -133,3 +133,8 @@ def test_a_refusal_shows_the_agents_reason(rostra_cli: Any, agent: Any) -> None:
 def test_something_that_is_no_agent_is_recognised(rostra_cli: Any, agent: Any) -> None:
     agent.on("GET", "/v1/agent/self", b"<html>hello</html>")
     assert "does not answer like an agent: no JSON" in rostra_cli("info", f"-http-addr={agent.address}").err
+
+
+def test_an_address_without_a_port_is_told_which_port_agents_use(rostra_cli: Any) -> None:
+    done = rostra_cli("members", "-http-addr=127.0.23.11")
+    assert "127.0.23.11, port 80: connection refused; agents use 8500" in done.err

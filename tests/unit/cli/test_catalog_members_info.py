@@ -1,5 +1,6 @@
 """`rostra catalog`, `rostra members` and `rostra info`: columns as Consul prints them."""
 
+import re
 from typing import Any
 
 import pytest
@@ -27,6 +28,18 @@ def test_members(rostra_cli: Any, agent: Any) -> None:
     assert agent.asked[-1].query == {"segment": "_all"}
     rostra_cli("members", "-wan")
     assert agent.asked[-1].query == {"wan": "1"}
+
+
+def test_members_without_a_leader_say_of_when_they_are(rostra_cli: Any, agent: Any) -> None:
+    agent.on("GET", "/v1/agent/members", MEMBERS)
+    agent.headers = {"X-Consul-KnownLeader": "false", "X-Consul-LastContact": "4000"}
+    done = rostra_cli("members")
+    assert re.fullmatch(r"No cluster leader: this is as of \d\d:\d\d:\d\d\n", done.err)
+    assert done.status == 0
+    agent.headers = {"X-Consul-KnownLeader": "false"}
+    assert rostra_cli("members").err == "No cluster leader: this is what was known last\n"
+    agent.headers = {"X-Consul-KnownLeader": "true", "X-Consul-LastContact": "0"}
+    assert rostra_cli("members").err == ""
 
 
 def test_members_detailed_and_by_status(rostra_cli: Any, agent: Any) -> None:

@@ -121,7 +121,7 @@ def test_consuls_other_nouns_say_that_they_are_not_there_yet(rostra_cli: Any) ->
         *(["members"], ["info"], ["keygen"], ["version"], ["maint"], ["intention", "list"]),
         *(["catalog", name] for name in ("nodes", "services", "datacenters")),
         *(["connect", "ca", "get-config"], ["connect", "ca", "set-config"]),
-        *(["operator", "raft", name] for name in ("list-peers", "remove-peer", "transfer-leader")),
+        *(["operator", "raft", name] for name in ("list-peers", "transfer-leader")),
         *(["operator", "autopilot", name] for name in ("get-config", "set-config", "state")),
     ],
     ids=" ".join,

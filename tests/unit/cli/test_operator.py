@@ -49,10 +49,42 @@ def test_what_has_no_vote_says_why_and_who_waits_is_named_beside_the_table(rostr
     agent.on("GET", RAFT, {"Servers": [learner], "Waiting": [waiting]})
     done = rostra_cli("operator", "raft", "list-peers")
     assert done.out.splitlines()[1].split()[3:] == ["learner", "false", "3"]
-    assert done.err == "s4 (10.0.0.4:8300) waits to be let in: rostra operator raft add-peer s4\n"
+    assert done.err == "s4 (10.0.0.4:8300, id i4) waits to be let in: rostra operator raft add-peer s4\n"
     agent.on("GET", RAFT, {"Servers": [learner], "Waiting": [waiting | {"Problem": "remove the old s4 first"}]})
     done = rostra_cli("operator", "raft", "list-peers")
-    assert done.err == "s4 (10.0.0.4:8300) waits to be let in: remove the old s4 first\n"
+    assert done.err == "s4 (10.0.0.4:8300, id i4) waits to be let in: remove the old s4 first\n"
+
+
+def test_of_two_that_wait_under_one_name_each_is_named_by_its_id(rostra_cli: Any, agent: Any) -> None:
+    waiting = [
+        {"ID": i, "Node": "s4", "Address": f"10.0.0.{n}:8300", "Problem": "", "LastHeard": "400ms"}
+        for n, i in ((4, "i4"), (5, "i5"))
+    ]
+    agent.on("GET", RAFT, {"Servers": SERVERS, "Waiting": waiting})
+    first, second = rostra_cli("operator", "raft", "list-peers").err.splitlines()
+    assert (
+        first == "s4 (10.0.0.4:8300, id i4, heard 400ms ago) waits to be let in: rostra operator raft add-peer -id=i4"
+    )
+    assert second.endswith("rostra operator raft add-peer -id=i5")
+
+
+def test_without_a_leader_the_list_names_the_flag_that_shows_it_all_the_same(rostra_cli: Any, agent: Any) -> None:
+    agent.on("GET", RAFT, b"No cluster leader: ask with ?stale for what is known here", status=500)
+    assert rostra_cli("operator", "raft", "list-peers").err.endswith("what is known here) (try -stale)\n")
+
+
+def test_a_server_is_removed_by_its_name(rostra_cli: Any, agent: Any) -> None:
+    agent.on("DELETE", PEER, b"")
+    assert rostra_cli("operator", "raft", "remove-peer", "s2").status == 0
+    assert agent.asked[-1].query == {"id": "s2"}
+    assert "too many arguments" in rostra_cli("operator", "raft", "remove-peer", "s2", "s3").err
+
+
+def test_a_refusal_that_no_token_would_lift_does_not_ask_for_one(rostra_cli: Any, agent: Any) -> None:
+    agent.on("POST", PEER, b"a server is let in from the host of a server", status=403)
+    assert "token" not in rostra_cli("operator", "raft", "add-peer", "s4").err
+    agent.on("POST", PEER, b"Permission denied", status=403)
+    assert "CONSUL_HTTP_TOKEN" in rostra_cli("operator", "raft", "add-peer", "s4").err
 
 
 def test_a_server_is_removed_by_address_or_id(rostra_cli: Any, agent: Any) -> None:
@@ -70,11 +102,7 @@ def test_a_server_is_removed_by_address_or_id(rostra_cli: Any, agent: Any) -> No
         ([], "Error removing peer: an address or id is required for the peer to remove"),
         (["-address=", "-id="], "Error removing peer: an address or id is required for the peer to remove"),
         (["-address=a", "-id=b"], "Error removing peer: cannot give both an address and id"),
-        (
-            ["-id=b", "s2"],
-            "rostra operator raft remove-peer: unexpected argument 's2': only flags are taken, as -flag=value "
-            "(rostra operator raft remove-peer -h)",
-        ),
+        (["-id=b", "s2"], "Error removing peer: give a name, an -id or an -address, and only one of them"),
     ],
 )
 def test_what_to_remove_must_be_said_in_one_way(rostra_cli: Any, agent: Any, flags: list[str], message: str) -> None:

@@ -289,6 +289,19 @@ async def test_self_answers_without_servers() -> None:
         assert shown["Stats"]["consul"]["leader_addr"] == ""
 
 
+async def test_members_of_the_wan_are_the_servers_under_the_names_and_the_port_that_consul_gives_them() -> None:
+    async with api() as a:
+        a.servers.apply(BindNode("o", "key", "client", "127.0.0.35", node_id="id-o"))
+        for query in ("wan=1", "wan=true"):
+            (server,) = await a.get(f"/v1/agent/members?{query}")
+            assert (server["Name"], server["Port"], server["Tags"]["role"]) == ("s1.dc1", 8302, "consul")
+            assert "wan_join_port" not in server["Tags"]
+        for query in ("wan", "wan=", "segment=_all"):
+            lan = {m["Name"]: m for m in await a.get(f"/v1/agent/members?{query}")}
+            assert set(lan) == {"s1", "o"}
+            assert lan["s1"]["Tags"]["wan_join_port"] == "8302"
+
+
 async def test_members_have_the_fields_that_consuls_cli_prints() -> None:
     async with api() as a:
         a.servers.apply(BindNode("o", "key", "client", "127.0.0.35", node_id="id-o"))

@@ -85,9 +85,9 @@ async def test_a_server_is_removed_by_its_id_or_its_address(api, query):
 @pytest.mark.parametrize(
     ("method", "query", "text"),
     [
-        ("DELETE", "", "either ?id= or ?address="),
-        ("DELETE", "?id=&address=", "either ?id= or ?address="),
-        ("DELETE", "?id=a&address=b", "only one of ?id= or ?address="),
+        ("DELETE", "", "Must specify either ?id with the server's ID or ?address with IP:port of peer to remove"),
+        ("DELETE", "?id=&address=", "Bad request: Must specify either ?id with the server's ID"),
+        ("DELETE", "?id=a&address=b", "Bad request: Must specify only one of ?id or ?address"),
         ("POST", "", "either ?name= or ?id="),
         ("POST", "?id=a&name=b", "only one of ?name= or ?id="),
     ],
@@ -122,6 +122,23 @@ async def test_a_server_that_is_none_is_told_in_the_words_that_clients_know(api)
         assert (reply.status, reply.text.partition(";")[0]) == (500, f"{meant} was not found in the Raft configuration")
     reply = await api.put("/v1/operator/raft/transfer-leader?id=x")
     assert (reply.status, reply.text.partition(":")[0]) == (500, 'id "x" was not found in the Raft configuration')
+
+
+async def test_a_name_is_taken_where_an_id_is_asked_for(api):
+    members = [server("s1"), server("s2")]
+    api.servers.acts |= {"raft.configuration": {"index": 1, "members": members}, "raft.remove-peer": ()}
+    assert (await api.delete("/v1/operator/raft/peer?id=s2")).status == 200
+    assert api.servers.asked[-1] == ("raft.remove-peer", {"id": "id-s2"})
+    api.servers.acts["raft.transfer-leader"] = lambda args: server("s2") if "name" in args else NotFound("none")
+    assert (await api.put("/v1/operator/raft/transfer-leader?id=s2")).json["Leader"]["ID"] == "id-s2"
+
+
+async def test_who_looks_for_a_server_that_autopilot_removed_is_told_so(api):
+    removed = [{"id": "id-s2", "name": "s2", "address": "127.0.0.2:8300", "ago_s": 10}]
+    api.servers.acts["raft.configuration"] = {"index": 1, "members": [server("s1")], "removed": removed}
+    for query in ("id=s2", "id=id-s2", "address=127.0.0.2:8300"):
+        reply = await api.delete(f"/v1/operator/raft/peer?{query}")
+        assert (reply.status, "autopilot removed s2 10 s ago, because it had failed" in reply.text) == (500, True)
 
 
 @pytest.mark.parametrize("error", [NotFound("no such server"), Timeout("it may or may not have been done")])
