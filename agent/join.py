@@ -23,7 +23,7 @@ from rostra.runtime.service import Tasks
 from rostra.runtime.tls import Handshakes, explain, peer_key_hash
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied, RostraError
-from rostra.wire.frames import pack, unpack
+from rostra.wire.frames import pack, unpack_first
 
 log = _log.get("join")
 
@@ -188,7 +188,7 @@ class _Session(FrameConnection):
     def _answer(self, payload: bytes) -> None:
         self._asked = True
         try:
-            request = unpack(payload)
+            request = unpack_first(payload)
             kind = request.get("kind") if isinstance(request, dict) else None
             if kind == "ping":
                 reply: dict[str, Any] = {"kind": "pong", "self": asdict(self._info())}
@@ -313,7 +313,7 @@ async def _ask(
             if expected_key_hash and key_hash != expected_key_hash:
                 raise Denied(f"the node at {host}:{port} has another key than expected")
             asking.send(pack(request))
-            reply = unpack(await asking.answer())
+            reply = unpack_first(await asking.answer())
     finally:
         asking.close()
     if not isinstance(reply, dict) or reply.get("kind") not in ("pong", "servers", "error"):

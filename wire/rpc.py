@@ -24,7 +24,7 @@ from typing import Any
 
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, NoLeader, RostraError, TooLarge, from_wire
-from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX, pack, unpack, unpack_request
+from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX, pack, unpack, unpack_first, unpack_request
 
 PROTOCOL_VERSION = 1
 CHUNK_BYTES = 64 << 10
@@ -46,7 +46,7 @@ def hello(protocol: str, **about: Any) -> bytes:
 def check_hello(payload: bytes) -> dict[str, Any]:
     """The peer's hello. Raises BadRequest where it is not one of ours or speaks a version that we do not know."""
     try:
-        message = unpack(payload)
+        message = unpack_first(payload)
     except ValueError as e:
         raise BadRequest(f"the first frame is {e}") from None
     if not isinstance(message, dict) or not isinstance(message.get("rostra"), int):

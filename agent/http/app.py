@@ -7,6 +7,7 @@ becomes a status in `errors.py`. Blocking queries end when their client goes. Li
 from __future__ import annotations
 
 import asyncio
+import html
 import importlib.util
 import json
 import os
@@ -588,7 +589,7 @@ def _other_method(method: str, match: Match) -> Response:
 def _moved(path: str, target: str) -> Response:
     _, mark, query = target.partition("?")
     location = quote(path, safe="/:@!$&'()*+,;=~") + mark + query
-    body = f'<a href="{location}">Moved Permanently</a>.\n\n'.replace("&", "&amp;").encode()
+    body = f'<a href="{html.escape(location)}">Moved Permanently</a>.\n\n'.encode()
     return Response(301, body, {"Content-Type": "text/html; charset=utf-8", "Location": location})
 
 

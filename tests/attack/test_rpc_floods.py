@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgpack
 import pytest
 
 from rostra.runtime.identity import NodeIdentity, parse_secrets
@@ -92,6 +93,10 @@ def watch_and_cancel(i: int) -> bytes:
     return frame(pack((i, "watch", "kv.list", query, ""))) + frame(pack((i, "cancel")))
 
 
+#: Names that are arrays of -1 and -2, whose hashes are equal: to read it took 0.1 s.
+ONE_HASH = msgpack.Packer().pack_map_pairs(
+    [(name, 0) for name in itertools.islice(itertools.product((-1, -2), repeat=11), 1100)]
+)
 #: What no honest agent sends: its connection ends.
 VIOLATIONS = {
     "credit for nothing": (repeated(frame(pack((7, "credit", 1)))), "malformed credit"),
@@ -104,6 +109,7 @@ VIOLATIONS = {
         repeated(frame(pack((7, "act", "x", {"a": ["é"] * (RPC_FRAME_BYTES_MAX // 3 - 20)}, "")))),
         "malformed request",
     ),
+    "a map whose names all have one hash": (repeated(frame(b"\x93\x07" + pack("act") + ONE_HASH)), "malformed request"),
 }
 #: What one may: it gets its share.
 FLOODS = {

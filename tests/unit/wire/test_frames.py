@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rostra.wire.errors import BadRequest
 from rostra.wire.frames import (
     CONTAINERS_MAX,
     ITEMS_MAX,
@@ -14,8 +17,10 @@ from rostra.wire.frames import (
     frame,
     pack,
     unpack,
+    unpack_first,
     unpack_request,
 )
+from rostra.wire.rpc import check_hello
 
 
 @given(st.lists(st.binary(max_size=50), max_size=8), st.lists(st.integers(1, 20), min_size=1))
@@ -94,6 +99,25 @@ def test_a_large_request_has_few_items_however_they_are_nested():
         unpack_request(pack([{str(i): 0 for i in range(ITEMS_MAX)}]))
     with pytest.raises(ValueError, match="max_map_len"):
         unpack_request(pack({str(i): 0 for i in range(ITEMS_MAX + 1)}))
+
+
+def of_equal_hashes(count: int) -> bytes:
+    """A map whose names all collide: Python's hash of -2 is that of -1."""
+    names = itertools.islice(itertools.product((-1, -2), repeat=14), count)
+    return msgpack.Packer().pack_map_pairs([(name, 0) for name in names])
+
+
+@pytest.mark.parametrize("count", [2, 1000, 5000])
+def test_a_peer_that_may_mean_harm_names_what_is_in_its_maps_by_text_only(count):
+    for inside in (of_equal_hashes(count), pack({1: 0})):
+        payload = b"\x93\x01" + pack("act") + inside
+        with pytest.raises(ValueError, match=r"map key|items|arrays"):
+            unpack_request(payload)
+        with pytest.raises(ValueError, match="msgpack"):
+            unpack_first(payload)
+        with pytest.raises(BadRequest, match="first frame"):
+            check_hello(inside)
+    assert unpack_request(pack({"a": {b"b": 1}})) == {"a": {b"b": 1}}
 
 
 def test_what_was_not_taken_stays_in_its_order_when_more_comes():

@@ -119,3 +119,25 @@ def test_json_that_nests_too_deep_is_refused_before_it_costs_anything(opening):
     for depth in (101, 500, 1000, 1024, 100_000):
         with pytest.raises(BadRequest, match="Request decode failed"):
             load_json(opening * depth + b"1" + closing * depth)
+
+
+def test_a_body_has_so_many_arrays_and_objects_and_items_and_its_texts_count_for_nothing():
+    few, items = b",".join([b"{}"] * 4_000), b",".join([b"1"] * 20_000)
+    assert len(load_json(b"[" + few + b"]")) == 4_000
+    assert len(load_json(b"[" + items + b"]")) == 20_000
+    assert load_json(b'{"a":"' + b'{[,\\"' * 50_000 + b'"}')["a"] == '{[,"' * 50_000
+    for body in (
+        b"[" + few + b"," + few + b"]",
+        b"[" + items + b",1,1]",
+        b"[" * 6_000,
+        b'["",' + b'"",' * 170_000,
+        b"{" * 9_000 + b'"' + b'\\"' * 250_000,
+    ):
+        with pytest.raises(BadRequest, match="Request decode failed"):
+            load_json(body)
+
+
+def test_a_request_has_so_many_parameters():
+    assert len(list(Query("&".join(f"p{i}" for i in range(1_000))).names())) == 1_000
+    with pytest.raises(BadRequest, match="more than 1000 parameters"):
+        Query("&" * 1_000)
