@@ -45,7 +45,7 @@ class Witness:
         seen_starts, seen_process = self._seen.get(key_hash, (0, ""))
         # Who was away for long may have seen one that is not named any more.
         if seen_process not in lineage and seen_starts > starts - len(lineage):
-            return f"in start {starts} it does not know of its start {seen_starts}, in which it was seen here"
+            return f"its data count {starts} starts, without the one that was seen here as number {seen_starts}"
         acknowledged = self._acknowledged.get(key_hash, 0)
         if said["last_index"] < acknowledged:
             return f"its log ends with entry {said['last_index']}, and it has acknowledged entry {acknowledged}"

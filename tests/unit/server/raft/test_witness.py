@@ -40,9 +40,9 @@ def test_a_server_knows_its_former_processes_however_often_it_was_started_since(
     witness = Witness(None)
     assert witness.problem("key", lived("abc")) == ""
     assert witness.problem("key", lived("abc")) == ""  # another connection
-    assert "start 3" in witness.problem("key", lived("ab"))
-    assert "start 3" in witness.problem("key", lived("abx"))
-    assert "start 3" in witness.problem("key", lived("abxyz"))
+    assert "as number 3" in witness.problem("key", lived("ab"))
+    assert "as number 3" in witness.problem("key", lived("abx"))
+    assert "as number 3" in witness.problem("key", lived("abxyz"))
     assert witness.problem("key", lived("abcde")) == ""
     assert witness.problem("other", lived("x")) == ""
 
@@ -50,7 +50,7 @@ def test_a_server_knows_its_former_processes_however_often_it_was_started_since(
 def test_who_was_away_for_long_believes_a_server_that_names_only_its_latest_processes() -> None:
     witness = Witness(None)
     witness.problem("key", lived("abc"))
-    assert "start 3" in witness.problem("key", lived("xyz", starts=5))
+    assert "as number 3" in witness.problem("key", lived("xyz", starts=5))
     assert witness.problem("key", lived("xyz", starts=6)) == ""
 
 
@@ -77,7 +77,9 @@ def test_what_was_seen_is_remembered_by_the_next_process(tmp_path: Path) -> None
     witness.problem("key", lived("ab"))
     disk.close()
     disk = DirectoryDisk(tmp_path, inline=True)
-    assert "start 2" in Witness(disk).problem("key", lived("ax"))
+    assert Witness(disk).problem("key", lived("ax")) == (
+        "its data count 2 starts, without the one that was seen here as number 2"
+    )
     (tmp_path / FILE_NAME).write_text("{")
     assert Witness(disk).problem("key", lived("x")) == ""
     disk.close()
@@ -97,7 +99,7 @@ async def test_the_vote_of_who_has_lost_its_log_counts_for_nothing(machine: Mach
     peer = Peer(raft, "b")
     peer.say(type="lived", **lived("axyz"))
     said = await peer.hears("outlived")
-    assert "start 2" in said["reason"]
+    assert "as number 2" in said["reason"]
     asked = await peer.hears("pre_vote")
     peer.say(type="pre_vote_reply", term=asked["term"], current=asked["term"] - 1, granted=True)
     asks = await peer._hears(lambda message: message["type"] in ("pre_vote", "request_vote"))
