@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +30,6 @@ from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NodeIdentity, UnusableData, parse_secrets, read_node_id
 from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads
 from rostra.runtime.steps import LoopSteps
-from rostra.runtime.wall import Wall
 from rostra.server.acts import Acts
 from rostra.server.autopilot import Autopilot
 from rostra.server.bootstrap import FILE_NAME, JOIN, Bootstrap, Membership, ServerInfo, load
@@ -40,6 +38,7 @@ from rostra.server.enrolment import Enrolment
 from rostra.server.leader import Leader
 from rostra.server.lived import look, way_out
 from rostra.server.node import ServerNode
+from rostra.server.own_certificate import OwnCertificate
 from rostra.server.peers import Peers, ask, dial
 from rostra.server.raft.journal import Place, has_journal
 from rostra.server.raft.log import RaftLog, Timing
@@ -50,7 +49,7 @@ from rostra.server.settings import CoreSettings
 from rostra.server.standing import Standing
 from rostra.server.state import cluster as cluster_commands
 from rostra.server.state.rows import MemberRow
-from rostra.wire.errors import Conflict, NoLeader, RostraError, Timeout
+from rostra.wire.errors import Conflict, NoLeader, RostraError
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import Caller, hello
 
@@ -59,9 +58,6 @@ log = logging.get("server")
 EXIT_CANNOT = 1
 EXIT_DAMAGED = 78
 
-#: How often this server looks whether its certificate is due and its report still true.
-CERTIFICATE_EVERY_S = 60.0
-CERTIFICATE_RETRY_S = 1.0
 #: How long a leader that stops may take to hand leadership over.
 HAND_OVER_S = 0.8
 #: Where a development server keeps its identity; younger directories may not have taken their lock yet.
@@ -187,7 +183,7 @@ class Core:
         (directory / "server" / "socket").write_text(str(path))
         self._steps.start()
         self._tasks.start("join the cluster", self._join())
-        self._tasks.keep("own certificate", self._keep_certificate)
+        self._tasks.keep("own certificate", OwnCertificate(self._identity, node, acts, s.node_name).keep)
         if self._temporary is not None:
             self._tasks.start("remove stale directories", asyncio.to_thread(remove_stale, self._temporary.parent))
         return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
@@ -509,46 +505,7 @@ class Core:
         finally:
             connection.close()
 
-    # -- this server's own certificate ------------------------------------------------------------------------
-
-    async def _keep_certificate(self) -> None:
-        """Hold a certificate of the cluster CA, renewed in time, and report the anchors that this server trusts."""
-        limited = logging.RateLimited(log, 600.0)
-        wall, never = Wall(), asyncio.Event()
-        while True:
-            try:
-                is_done = await self._certify()
-            except (NoLeader, Timeout):
-                is_done = False
-            except Exception as e:
-                reason = e.message if isinstance(e, RostraError) else repr(e)
-                limited.warn("this server has no new certificate of the cluster CA yet", reason=reason)
-                is_done = False
-            if not is_done or wall.now() >= self._identity.renew_at:
-                await asyncio.sleep(CERTIFICATE_RETRY_S)
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CERTIFICATE_EVERY_S):
-                    await wall.until(self._identity.renew_at, never)
-
-    async def _certify(self) -> bool:
-        """True when certificate and report are as they should be."""
-        identity, tables = self._identity, self.node.store.tables
-        cluster, member = tables.cluster.get(""), tables.members.get(self.settings.node_name)
-        if cluster is None or member is None or member.key_hash != identity.key_hash:
-            return False
-        if time.time() >= identity.renew_at or cluster.ca_cert_pem not in identity.anchors_pem:
-            answer = await self._acts.certificate_for(member, identity.public_key)
-            pems = answer["cert_pem"], answer["anchors_pem"]
-            install = partial(identity.install_certificate, *pems, trust_enrolment=True)
-            installing = asyncio.ensure_future(asyncio.to_thread(install))
-            try:
-                await asyncio.shield(installing)
-            finally:
-                await installing  # nothing stops a thread: a server that has stopped writes no more files
-            log.info("has a new certificate of the cluster CA", renew_at=_date(identity.renew_at))
-        await self._acts.report(member, identity.anchor_hashes)
-        return True
+    # -- what the first leader makes -----------------------------------------------------------------------------
 
     async def _ensure_roots(self) -> None:
         """The first leader of a cluster writes down who its servers are and makes the mesh's first root."""
@@ -650,10 +607,6 @@ def _refusing() -> Iterator[None]:
         yield
     except RostraError as e:
         raise UnusableData(e.message) from None
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -26,6 +26,7 @@ from rostra.runtime.tls import peer_key_hash
 from rostra.runtime.wall import Wall
 from rostra.server import enrolment
 from rostra.server.endpoint import Peer
+from rostra.server.own_certificate import OwnCertificate
 from rostra.server.peers import dial
 from rostra.server.run import Core, UnusableData
 from rostra.server.settings import CoreSettings
@@ -614,7 +615,8 @@ async def test_a_server_that_has_stopped_writes_no_certificate_any_more(
 
         monkeypatch.setattr(core._identity, "install_certificate", install)
         core._identity.renew_at = 0.0
-        certifying = asyncio.create_task(core._certify())
+        own = OwnCertificate(core._identity, core.node, core._acts, "s1")
+        certifying = asyncio.create_task(own.keep())
         await eventually(begun.is_set)
         certifying.cancel()
         asyncio.get_running_loop().call_later(0.05, may_end.set)

@@ -28,7 +28,7 @@ SEEN = {
     ("agent.local", "done"): "waited for by the caller",
     ("agent.local_files", "_commit"): "gives each who waits its outcome, whatever fails",
     ("agent.http.hot", "_ask"): "hands its connections to the ordinary way, whatever fails",
-    ("server.run", "_certify"): "waited for by the same function",
+    ("server.own_certificate", "_certify"): "waited for by the same function",
     ("server.node", "_while_leader"): "waited for by the same function",
     ("server.raft.snapshotting", "_start"): "its end is the log's: a failure ends the process",
 }
