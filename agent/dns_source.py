@@ -1,8 +1,8 @@
 """The catalog as DNS sees it: `dns.source.Source` on the agent's shared watches.
 
 One watch tells which services exist, one the nodes, one per service asked for its instances, and one the addresses of
-instances, from the first question about an address that no node has. Rows that did
-not change are not converted again, and the first conversion of a large service is done in slices.
+instances, from the first question about an address that no node has. Rows that did not change are not converted again,
+and the first conversion of a large service is done in slices.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rostra.agent.definition import SIDECAR_SUFFIX
 from rostra.dns.source import AddressesView, Instance, Node, NodesView, Status, pack_address
 from rostra.server.state.catalog import Nodes, ServiceAddresses, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
 
 SLICE_ROWS = 100
-SIDECAR_SUFFIX = "-sidecar-proxy"
 
 
 class CatalogSource:
@@ -118,24 +118,35 @@ def _is_other(key: Any) -> bool:
     return bool(key != key.lower())
 
 
-class _Nodes:
-    def __init__(self, live: Live, datacenter: str) -> None:
+class _Watched:
+    """What all views have of the watch that they show."""
+
+    def __init__(self, live: Live) -> None:
         self._live = live
-        self._datacenter = datacenter
-        self._spelling = _Spelling(live)
-        self._by_address: dict[bytes, str] = {}
-        self._above: set[str] = set()  # "b.c" for a node "a.b.c"
-        self._version = -1
+        self._version = -1  # of the watch, as it was looked at last
 
     @property
     def is_ready(self) -> bool:
         return self._live.is_ready
 
     async def ready(self, timeout_s: float) -> bool:
-        return await _is_ready(self._live, timeout_s)
+        """Whether it arrived in time; a refusal (a token without the right) counts as not."""
+        try:
+            return await self._live.ready(timeout_s)
+        except RostraError:
+            return self._live.is_ready
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         return self._live.on_change(callback)
+
+
+class _Nodes(_Watched):
+    def __init__(self, live: Live, datacenter: str) -> None:
+        super().__init__(live)
+        self._datacenter = datacenter
+        self._spelling = _Spelling(live)
+        self._by_address: dict[bytes, str] = {}
+        self._above: set[str] = set()  # "b.c" for a node "a.b.c"
 
     def get(self, name: str) -> Node | None:
         found = self._spelling.all_of(name)
@@ -166,23 +177,12 @@ class _Nodes:
         return self.get(name) if name else None
 
 
-class _Addresses:
+class _Addresses(_Watched):
     """Which service an address of its own belongs to: of several, the one whose name comes first."""
 
     def __init__(self, live: Live) -> None:
-        self._live = live
+        super().__init__(live)
         self._by_address: dict[bytes | str, str] = {}  # version 6 packed, version 4 as it is written
-        self._version = -1
-
-    @property
-    def is_ready(self) -> bool:
-        return self._live.is_ready
-
-    async def ready(self, timeout_s: float) -> bool:
-        return await _is_ready(self._live, timeout_s)
-
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._live.on_change(callback)
 
     def service_at(self, ip: bytes) -> str:
         if self._version != self._live.version:
@@ -196,15 +196,14 @@ class _Addresses:
         return self._by_address.get(ip if len(ip) == 16 else socket.inet_ntoa(ip), "").lower()
 
 
-class _Service:
+class _Service(_Watched):
     """The instances of one service."""
 
     def __init__(self, live: Live, datacenter: str, prepare: Callable[[Sequence[Instance]], None] = _nothing) -> None:
-        self._live = live
+        super().__init__(live)
         self._datacenter = datacenter
         self._prepare = prepare
         self._made: dict[Any, tuple[Any, Instance]] = {}
-        self._version = -1
         self._instances: list[Instance] = []
         self._is_sliced = False
 
@@ -213,7 +212,7 @@ class _Service:
         return self._live.is_ready and (self._is_sliced or len(self._live.rows) <= SLICE_ROWS)
 
     async def ready(self, timeout_s: float) -> bool:
-        if not await _is_ready(self._live, timeout_s):
+        if not await super().ready(timeout_s):
             return False
         rows = list(self._live.rows.items())
         for at in range(0, len(rows), SLICE_ROWS):
@@ -224,9 +223,6 @@ class _Service:
             await asyncio.sleep(0)
         self._is_sliced = True
         return True
-
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        return self._live.on_change(callback)
 
     def instances(self) -> Sequence[Instance]:
         live = self._live
@@ -272,11 +268,3 @@ def worst_status(checks: Sequence[Sequence[Any]]) -> Status:
     if found <= {"passing"}:
         return "passing"
     return "warning" if found <= {"passing", "warning"} else "critical"
-
-
-async def _is_ready(live: Live, timeout_s: float) -> bool:
-    """Whether it arrived in time; a refusal (a token without the right) counts as not."""
-    try:
-        return await live.ready(timeout_s)
-    except RostraError:
-        return live.is_ready

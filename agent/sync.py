@@ -22,7 +22,7 @@ from rostra.agent.definition import frozen
 from rostra.agent.servers_port import Key, Row, Servers
 from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks
-from rostra.server.state.catalog import Deregister, NodeServices, Register
+from rostra.server.state.catalog import SERF_HEALTH, Deregister, NodeServices, Register
 from rostra.server.state.health import NodeChecks
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
 from rostra.wire.errors import Denied, RostraError
@@ -38,7 +38,6 @@ BEHIND_TELL_S = 10.0  # while there is no leader, it is tried again every second
 SETTLE_WITHIN_S = 2.0
 #: For so long after a write the watches may still show what was before it.
 WATCH_LAG_S = 0.5
-SERF_HEALTH = "serfHealth"
 SERVERS_SERVICE = "consul"
 _AT_ONCE = 16  # writes on their way at the same time
 _INDEXES = 2  # rows end with create_index and modify_index
