@@ -6,17 +6,15 @@ of each and of eight at once.
 
 from __future__ import annotations
 
-import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support.dns_floods import KINDS, framed, query
-from tests.support.processes import REPO, Agent, Processes, eventually
+from tests.support.floods import Flood, long_steps, metric
+from tests.support.processes import Agent, Processes, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -34,36 +32,8 @@ def agent(module_processes: Processes) -> Agent:
     return agent
 
 
-def _long_steps(agent: Agent) -> int:
-    text = agent.api.get("/v1/agent/metrics?format=prometheus").text
-    counts = dict(re.findall(r'consul_loop_step_bucket\{le="([^"]+)"\} (\S+)', text))
-    return int(float(counts["+Inf"]) - float(counts[str(STEP_MS_MAX)]))
-
-
-def _metric(agent: Agent, name: str) -> float:
-    found = agent.api.get("/v1/agent/metrics").json()["Gauges"]
-    return float(next(gauge["Value"] for gauge in found if gauge["Name"] == f"consul.{name}"))
-
-
-class Flood:
-    """`seconds` of each of `kinds` at once, in processes of their own."""
-
-    def __init__(self, agent: Agent, seconds: float, *kinds: str) -> None:
-        words = [agent.host, str(agent.ports.dns), "web", str(seconds)]
-        self._running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.support.dns_floods", kind, *words], cwd=REPO, stdout=subprocess.PIPE
-            )
-            for kind in kinds
-        ]
-
-    @property
-    def is_on(self) -> bool:
-        return any(process.poll() is None for process in self._running)
-
-    def done(self) -> list[int]:
-        """What each of them did."""
-        return [int(process.communicate(timeout=60)[0]) for process in self._running]
+def _flood(agent: Agent, seconds: float, *kinds: str) -> Flood:
+    return Flood("tests.support.dns_floods", kinds, agent.host, str(agent.ports.dns), "web", str(seconds))
 
 
 def _ask(agent: Agent) -> None:
@@ -78,11 +48,11 @@ def _ask(agent: Agent) -> None:
 @pytest.fixture
 def unhurt(agent: Agent) -> Iterator[None]:
     """What must be as before once a flood has ended."""
-    reads = _metric(agent, "server.counts.reads") + _metric(agent, "server.counts.watches_opened")
-    long_before = _long_steps(agent)
+    reads = metric(agent, "server.counts.reads") + metric(agent, "server.counts.watches_opened")
+    long_before = long_steps(agent, STEP_MS_MAX)
     yield
-    assert _long_steps(agent) == long_before
-    assert _metric(agent, "server.counts.reads") + _metric(agent, "server.counts.watches_opened") == reads
+    assert long_steps(agent, STEP_MS_MAX) == long_before
+    assert metric(agent, "server.counts.reads") + metric(agent, "server.counts.watches_opened") == reads
     assert agent.api.check_status("flooded") == "passing"
     eventually("UDP answers", lambda: agent.dig("flooded.node.consul") == [agent.host], 15)
     assert "DNS query failed" not in agent.process.log
@@ -92,7 +62,7 @@ def unhurt(agent: Agent) -> Iterator[None]:
 def test_a_flood_neither_holds_the_loop_nor_keeps_others_waiting_nor_costs_the_servers_a_read(
     kind: str, agent: Agent, unhurt: None
 ) -> None:
-    flood = Flood(agent, 1.0, kind)
+    flood = _flood(agent, 1.0, kind)
     asked = 0
     while flood.is_on:
         _ask(agent)
@@ -106,8 +76,8 @@ def test_a_flood_neither_holds_the_loop_nor_keeps_others_waiting_nor_costs_the_s
 @pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), KINDS[:8], [KINDS[0]] * 8], ids="+".join)
 def test_floods_of_30_s_leave_no_trace(kinds: list[str], agent: Agent, unhurt: None) -> None:
     _ask(agent)
-    before = _metric(agent, "runtime.rss_bytes")
-    flood = Flood(agent, 30.0, *kinds)
+    before = metric(agent, "runtime.rss_bytes")
+    flood = _flood(agent, 30.0, *kinds)
     waits = []
     while flood.is_on:
         began = time.monotonic()
@@ -117,4 +87,4 @@ def test_floods_of_30_s_leave_no_trace(kinds: list[str], agent: Agent, unhurt: N
     flood.done()
     assert len(waits) > 50
     # What is kept for repeated questions is bounded, and no more than that stays.
-    eventually("memory is back", lambda: _metric(agent, "runtime.rss_bytes") < before * 1.1 + (64 << 20), 15)
+    eventually("memory is back", lambda: metric(agent, "runtime.rss_bytes") < before * 1.1 + (64 << 20), 15)

@@ -5,17 +5,15 @@ A real agent. The short form asks for half a second of each kind, the long one f
 
 from __future__ import annotations
 
-import re
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
+from tests.support.floods import Flood, long_steps, metric
 from tests.support.http_floods import KINDS
-from tests.support.processes import REPO, Agent, Processes, eventually
+from tests.support.processes import Agent, Processes, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
@@ -30,51 +28,24 @@ def agent(module_processes: Processes) -> Agent:
     return agent
 
 
-def _long_steps(agent: Agent) -> int:
-    text = agent.api.get("/v1/agent/metrics?format=prometheus").text
-    counts = dict(re.findall(r'consul_loop_step_bucket\{le="([^"]+)"\} (\S+)', text))
-    return int(float(counts["+Inf"]) - float(counts[str(STEP_MS_MAX)]))
-
-
-def _metric(agent: Agent, name: str) -> float:
-    found = agent.api.get("/v1/agent/metrics").json()["Gauges"]
-    return float(next(gauge["Value"] for gauge in found if gauge["Name"] == f"consul.{name}"))
-
-
-class Flood:
-    """`seconds` of each of `kinds` at once, in processes of their own."""
-
-    def __init__(self, agent: Agent, seconds: float, *kinds: str) -> None:
-        words = [agent.host, str(agent.ports.http), str(seconds)]
-        self._running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.support.http_floods", kind, *words], cwd=REPO, stdout=subprocess.PIPE
-            )
-            for kind in kinds
-        ]
-
-    @property
-    def is_on(self) -> bool:
-        return any(process.poll() is None for process in self._running)
-
-    def done(self) -> list[int]:
-        return [int(process.communicate(timeout=60)[0]) for process in self._running]
+def _flood(agent: Agent, seconds: float, *kinds: str) -> Flood:
+    return Flood("tests.support.http_floods", kinds, agent.host, str(agent.ports.http), str(seconds))
 
 
 @pytest.fixture
 def unhurt(agent: Agent) -> Iterator[None]:
     """What must be as before once a flood has ended."""
-    long_before, lines_before = _long_steps(agent), agent.process.log.count("\n")
+    long_before, lines_before = long_steps(agent, STEP_MS_MAX), agent.process.log.count("\n")
     yield
-    assert _long_steps(agent) == long_before
+    assert long_steps(agent, STEP_MS_MAX) == long_before
     assert agent.api.check_status("flooded") == "passing"
     assert agent.process.log.count("\n") - lines_before < 10
-    eventually("its connections are gone", lambda: _metric(agent, "http.connections") < 5, 15)
+    eventually("its connections are gone", lambda: metric(agent, "http.connections") < 5, 15)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flood_neither_holds_the_loop_nor_keeps_others_waiting(kind: str, agent: Agent, unhurt: None) -> None:
-    flood = Flood(agent, 0.5, kind)
+    flood = _flood(agent, 0.5, kind)
     asked = 0
     while flood.is_on:
         assert agent.api.get("/v1/kv/mine?raw").body == b"mine"
@@ -87,13 +58,13 @@ def test_a_flood_neither_holds_the_loop_nor_keeps_others_waiting(kind: str, agen
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), KINDS[:8], ["chunks"] * 8], ids="+".join)
 def test_floods_of_30_s_leave_no_trace(kinds: list[str], agent: Agent, unhurt: None) -> None:
-    before = _metric(agent, "runtime.rss_bytes")
-    flood = Flood(agent, 30.0, *kinds)
+    before = metric(agent, "runtime.rss_bytes")
+    flood = _flood(agent, 30.0, *kinds)
     while flood.is_on:
         assert agent.api.get("/v1/kv/mine?raw").body == b"mine"
         assert agent.api.check_status("flooded") == "passing"
     flood.done()
-    eventually("memory is back", lambda: _metric(agent, "runtime.rss_bytes") < before * 1.1 + (32 << 20), 15)
+    eventually("memory is back", lambda: metric(agent, "runtime.rss_bytes") < before * 1.1 + (32 << 20), 15)
 
 
 def _hold(agent: Agent, count: int) -> None:
@@ -104,7 +75,7 @@ def _hold(agent: Agent, count: int) -> None:
                 connection.sendall(b"GET /v1/kv/mi")
             elif i % 3 == 2:
                 connection.sendall(b"GET /v1/kv/mine?index=99999999&wait=60s HTTP/1.1\r\nHost: x\r\n\r\n")
-        eventually("all are there", lambda: _metric(agent, "http.connections") > count, 30)
+        eventually("all are there", lambda: metric(agent, "http.connections") > count, 30)
         for _ in range(20):
             assert agent.api.get("/v1/kv/mine?raw").body == b"mine"
     finally:

@@ -508,7 +508,8 @@ def test_a_port_that_others_have_to_know_is_a_fixed_one(argv: list[str], flag: s
 
 
 def test_ports_that_only_this_host_asks_for_may_be_any() -> None:
-    load(["-dev", "-server-port=0", "-http-port=0", "-dns-port=0"])
+    config = load(["-dev", "-server-port=0", "-http-port=0", "-dns-port=0"])
+    assert (config.server_port, config.http_port, config.dns_port) == (0, 0, 0)
 
 
 # ── as Consul takes files ──

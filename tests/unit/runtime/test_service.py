@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from rostra.runtime.service import Tasks, backoff
+from tests.support.waiting import eventually
 
 
 async def test_a_crash_is_logged_with_its_name_and_told_to_the_owner(capsys):
@@ -89,12 +90,6 @@ def test_delays_double_up_to_the_most():
     assert all(0.5 <= d <= 1 for d in itertools.islice(backoff(1, 1), 50))
 
 
-async def until(condition):
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_kept_work_is_run_again_however_it_ends_and_the_same_end_is_said_once(capsys):
     waiting = asyncio.get_running_loop().create_future()
     lives: list[int] = []
@@ -115,7 +110,7 @@ async def test_kept_work_is_run_again_however_it_ends_and_the_same_end_is_said_o
 
     async with Tasks("owner") as tasks:
         tasks.keep("journal", work, first_s=0.001, most_s=0.002)
-        await until(lambda: len(lives) == 7)
+        await eventually(lambda: len(lives) == 7)
         assert tasks.names == ["journal"]
     said = [line for line in capsys.readouterr().err.splitlines() if "has ended, is started again" in line]
     reasons = [line.partition("reason=")[2].partition(" in_s")[0] for line in said]
@@ -138,7 +133,7 @@ async def test_the_end_of_kept_work_that_was_steady_is_said_each_time_and_its_pa
 
     async with Tasks("owner") as tasks:
         tasks.keep("steady", work, first_s=0.001, most_s=60.0, steady_s=0.001)
-        await until(lambda: len(lives) == 12)  # the pause before the 12th would be seconds
+        await eventually(lambda: len(lives) == 12)  # the pause before the 12th would be seconds
     assert capsys.readouterr().err.count("reason=again") >= 11
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 
 from rostra.runtime.wall import Wall
+from tests.support.waiting import eventually
 
 
 class Clock:
     def __init__(self, now: float) -> None:
         self.now = now
+        self.looks = 0
 
     def __call__(self) -> float:
+        self.looks += 1
         return self.now
 
 
@@ -19,7 +22,7 @@ async def test_a_clock_that_jumps_past_the_moment_ends_the_wait() -> None:
     clock = Clock(1000.0)
     wall = Wall(clock, look_s=0.005)
     waiting = [asyncio.create_task(wall.until(1000.0 + 3600 * n, asyncio.Event())) for n in (1, 2, 48)]
-    await asyncio.sleep(0.02)
+    await eventually(lambda: clock.looks > 10)
     assert not any(task.done() for task in waiting)
     clock.now += 30 * 3600
     assert await asyncio.wait_for(asyncio.gather(*waiting[:2]), 5) == [True, True]
@@ -64,10 +67,10 @@ async def test_a_moment_that_is_near_is_not_missed_by_more_than_it_takes() -> No
 
 
 async def test_nothing_ticks_while_nobody_waits() -> None:
-    wall = Wall(look_s=0.001)
-    task = asyncio.create_task(wall.until(wall.now() + 3600, asyncio.Event()))
-    await asyncio.sleep(0.01)
+    clock = Clock(1000.0)
+    wall = Wall(clock, look_s=0.001)
+    task = asyncio.create_task(wall.until(4600.0, asyncio.Event()))
+    await eventually(lambda: clock.looks > 5)
+    assert wall._timer is not None
     task.cancel()
-    async with asyncio.timeout(5):
-        while wall._timer is not None:
-            await asyncio.sleep(0.001)
+    await eventually(lambda: wall._timer is None)

@@ -14,6 +14,7 @@ import uvloop
 from rostra.wire.connection import FrameConnection
 from rostra.wire.frames import frame
 from rostra.wire.turns import SLICE_S, TURN_S
+from tests.support.waiting import eventually
 
 #: What the handling of one frame costs here.
 UNIT_S = SLICE_S / 4
@@ -48,10 +49,12 @@ class Ends:
         return payloads
 
 
-async def until(condition: Callable[[], Any], within_s: float = 20.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.001)
+async def others_had_their_turns() -> None:
+    """A later flood is through: what was still to come of an earlier one has come."""
+    later = await Ends().open()
+    sent = later.flood(100)
+    await eventually(lambda: len(later.handled) == len(sent))
+    later.connection.abort()
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
@@ -91,8 +94,8 @@ def test_what_came_before_the_end_is_handled_before_the_end_is_told_and_that_onc
         ends.connection.on_lost = on_lost
         sent = ends.flood(500)
         ends.socket.close()
-        await until(lambda: ends.lost)
-        await asyncio.sleep(0.05)
+        await eventually(lambda: ends.lost)
+        await others_had_their_turns()
         assert ends.handled == sent
         assert seen_at_the_end == [len(sent)]
         assert len(ends.lost) == 1
@@ -105,12 +108,12 @@ def test_who_ends_it_gets_nothing_more_and_is_told_once(run: Callable[[Any], Any
     async def main() -> None:
         ends = await Ends().open()
         ends.flood(500)
-        await until(lambda: ends.handled)
+        await eventually(lambda: ends.handled)
         getattr(ends.connection, end)()
         had = len(ends.handled)
-        await until(lambda: ends.lost)
+        await eventually(lambda: ends.lost)
         assert len(ends.handled) == had < 500
-        await asyncio.sleep(0.05)
+        await others_had_their_turns()
         assert len(ends.handled) == had
         assert len(ends.lost) == 1
         assert not ends.connection.open
@@ -122,11 +125,13 @@ def test_a_peer_whose_frames_wait_for_their_turn_counts_as_heard(run: Callable[[
     async def main() -> None:
         ends = await Ends().open()
         ends.flood(3000)
-        await until(lambda: ends.handled)
-        heard = {ends.connection.heard_at}
-        while len(ends.handled) < 3000:
-            await asyncio.sleep(0.01)
+        heard = set()
+
+        def all_is_handled() -> bool:
             heard.add(ends.connection.heard_at)
+            return len(ends.handled) == 3000
+
+        await eventually(all_is_handled, 20)
         assert len(heard) > 2  # again and again, not only when the bytes came
 
     run(main)
@@ -139,11 +144,17 @@ def test_the_cluster_s_own_frames_wait_for_nobody_else_s(run: Callable[[Any], An
         member.connection.is_of_the_cluster()
         for flood in floods:
             flood.flood(400)
-        await until(lambda: all(flood.handled for flood in floods))
-        before = sum(len(flood.handled) for flood in floods)
+        await eventually(lambda: all(flood.handled for flood in floods))
+
+        def of_others() -> int:
+            return sum(len(flood.handled) for flood in floods)
+
+        came_after: list[int] = []
+        member.connection.on_frame = lambda _: came_after.append(of_others())
+        before = of_others()
         member.flood(1)
-        await until(lambda: member.handled)
-        between = sum(len(flood.handled) for flood in floods) - before
+        await eventually(lambda: came_after)
+        between = came_after[0] - before
         # Of those who wait there are 40, with a slice of at least one frame each: it comes before they all had theirs.
         assert between <= 2 * 2 * TURN_S / UNIT_S
         for flood in floods:
@@ -166,7 +177,7 @@ def test_a_frame_that_fails_ends_its_connection_and_no_other(run: Callable[[Any]
         bad.connection.on_frame = fail
         bad.flood(400)
         sent = good.flood(400)
-        await until(lambda: bad.lost and len(good.handled) == len(sent))
+        await eventually(lambda: bad.lost and len(good.handled) == len(sent))
         assert len(bad.lost) == 1
         assert bad.handled[-1] == b"100"
         assert good.handled == sent
@@ -179,7 +190,7 @@ def test_a_frame_above_the_bound_behind_a_flood_ends_the_connection_after_the_fl
         ends = await Ends().open()
         sent = ends.flood(300)
         ends.socket.sendall(b"\x7f\xff\xff\xff")
-        await until(lambda: ends.lost)
+        await eventually(lambda: ends.lost)
         assert ends.handled == sent
         assert ends.lost[0].startswith("frame of 2147483647 bytes")
 

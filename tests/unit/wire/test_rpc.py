@@ -27,6 +27,7 @@ from rostra.wire.rpc import (
     hello_error,
     pack_rows,
 )
+from tests.support.waiting import eventually
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -194,9 +195,7 @@ async def flooded(frames: list[Any]) -> tuple[Served, list[str]]:
     await asyncio.get_running_loop().create_connection(lambda: serving, sock=theirs)
     ours.sendall(b"".join(frame(pack(f)) for f in frames))
     ours.shutdown(socket.SHUT_WR)
-    async with asyncio.timeout(10):
-        while not lost:
-            await asyncio.sleep(0.001)
+    await eventually(lambda: lost)
     ours.close()
     return served, lost
 
