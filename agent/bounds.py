@@ -1,8 +1,8 @@
 """How a service and its checks are cut into commands, and what is too large to be registered at all.
 
-`agent/sync.py` sends these commands. What the servers would refuse for ever is refused by the agent that is asked to
-register it, over HTTP (`agent/local.py`) or in a file (`agent/file_definitions.py`), and the bound is named. The bounds
-are those of `wire/bounds.py`, which the servers use, too.
+`agent/sync.py` sends these commands. An agent refuses at once a registration that the servers would refuse for ever,
+and names the bound: over HTTP (`agent/local.py`) and in files (`agent/file_definitions.py`). The bounds are those of
+`wire/bounds.py`, which the servers use, too.
 """
 
 from __future__ import annotations

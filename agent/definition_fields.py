@@ -1,8 +1,8 @@
 """Takes the fields of one object of a definition, each once and with its type; what nobody took is refused.
 
-Called by `agent/definition.py`. CamelCase in any case and snake_case name the same field, null means absent, and a list
-of one object is an object, as HCL writes its blocks. Error texts are those of Go's decoder. It does not know which
-fields there are.
+Called by `agent/definition.py`. CamelCase in any case and snake_case name the same field; null means absent. A list of
+one object is an object, as HCL writes its blocks. Error texts are those of Go's decoder. It does not know which fields
+there are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The catalog as DNS sees it: `dns.source.Source` on the agent's shared watches.
 
-One watch tells which services exist, one the nodes, one per service asked for its instances, and one the addresses of
-instances, from the first question about an address that no node has. Rows that did not change are not converted again,
-and the first conversion of a large service is done in slices.
+One watch tells which services exist, one the nodes, and one per service asked for its instances. One more tells the
+addresses of instances, from the first question about an address that no node has. Rows that did not change are not
+converted again, and the first conversion of a large service is done in slices.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CatalogSource:
         return _Addresses(self._results.live(ServiceAddresses(), token=self._token))
 
     def connect(self, name: str) -> _Service | None:
-        # Whoever is reached through a proxy has a name of his own in the catalog, or his sidecar has its usual one.
+        # A service that is reached through a proxy is in the catalog itself, or its sidecar under its usual name.
         if self._spelling is None or not (self._spelling.all_of(name) or self._spelling.all_of(name + SIDECAR_SUFFIX)):
             return None
         return _Service(self._results.live(ConnectInstances(name), token=self._token), self._datacenter)

@@ -1,4 +1,4 @@
-"""What is wrong with the services and checks of configuration files, before anything is started with them.
+"""Finds faults in the services and checks of configuration files, before anything is started with them.
 
 `agent/config.py` calls it for `rostra agent` and `rostra validate` alike, with the rules that the running agent applies
 (`agent/definition.py`); so both say the same, and where.

@@ -1,7 +1,7 @@
 """Which servers this agent knows, and the keys that they show: learnt from the servers, remembered for the next start.
 
-Whoever joins the cluster asks agents for this list (`join.py`), so it has to follow the servers as they are added,
-replaced and moved, also where one session lasts for months.
+Nodes that join ask agents for this list (`join.py`). So it has to follow the servers as they are added, replaced and
+moved, also where one session lasts for months.
 """
 
 from __future__ import annotations

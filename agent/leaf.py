@@ -1,9 +1,9 @@
 """Leaf certificates of this host's services: fetched once, renewed in time, shared by all who ask.
 
 A leaf belongs to (service, token), for a token decides who may have the key. Its key is made here and never leaves the
-host; the servers sign a request. It is renewed at a random point between 60 % and 90 % of its life, at once after that
-or when the clock is set to before it, and when the active root changes. A leaf that nobody asked for since its last
-renewal is forgotten, not renewed.
+host; the servers sign a request. It is renewed at a random point between 60 % and 90 % of its life, and when the
+active root changes. After that point it is renewed at once, and also when the clock is set to before its life. A leaf
+that nobody asked for since its last renewal is forgotten, not renewed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Anti-entropy: makes the catalog's picture of this node agree with the agent's.
 
 `plan` is pure: what is here, what the catalog says, and out come commands. `Sync` runs it at once after a change here,
-within a moment of a change of this node's rows in the catalog (a watch tells it: whoever deregisters a service there
-sees it come back), when the servers come back, and fully every minute. Whoever changed something here waits with
-`settled` until a round that began after the change is through; rounds follow each other, and each takes all that has
+when the servers come back, and fully every minute. A watch tells it within a moment when this node's rows in the
+catalog change: a service that somebody deregisters there comes back. A caller that changed something here waits with
+`settled` until a round that began after the change is through. Rounds follow each other, and each takes all that has
 come meanwhile. The node itself is registered along with its services. `serfHealth` belongs to the leader and the
 service `consul` to the servers: neither is ever touched here.
 """
@@ -150,7 +150,7 @@ def _removals(
     catalog: Picture,
     is_server: bool,
 ) -> Iterable[Step]:
-    # What is here in another spelling is registered so, which respells what the catalog has.
+    # A service that is here in another spelling is registered in it, and the catalog takes that over.
     ids, check_ids = {i.lower() for i in services}, {i.lower() for i in checks}
     gone = [i for i in catalog.services if i.lower() not in ids and not (is_server and i == SERVERS_SERVICE)]
     for service_id in gone:
@@ -201,7 +201,7 @@ def _same_check(ours: CheckRow, theirs: CheckRow | None, *, ignore_output: bool)
 
 
 class _Written:
-    """What was written of late, laid over the watches' rows, which may be older. None: it was removed."""
+    """Rows that were written of late, laid over those of the watches, which may be older. None: it was removed."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], tuple[float, Any]] = {}

@@ -29,7 +29,7 @@ _NOUNS = {
     "validate": "Validate config files/directories",
     "version": "Prints the version",
 }
-#: What is not there, and what does its work today.
+#: Nouns that are not there yet, and what does their work today.
 _NOT_YET = {
     "acl": "there are no ACLs: keep client_addr on loopback",
     "config": "there are no configuration entries",

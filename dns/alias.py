@@ -1,7 +1,7 @@
 """Where an alias leads: the CNAMEs in between and the records at the end, from our own zone and from recursors. Pure.
 
-A service or node whose address is a host name answers with a CNAME, and a stub resolver wants the address behind it in
-the same answer. What a recursor says is used as far as it belongs to the alias: the names on the way, nothing else.
+A service or node whose address is a host name answers with a CNAME. A stub resolver wants the address behind it in the
+same answer. A recursor's answer is used as far as it belongs to the alias: the names on the way, nothing else.
 Bounded: so many names on the way, each name once.
 """
 

@@ -1,8 +1,8 @@
 """Other people's names, asked of the configured recursors in order. Small on purpose: no cache.
 
 A client's query is passed on as it is; what our own answers lack (`alias.py`) is asked in one of ours. Each goes out
-under a fresh random id from a fresh random port, and an answer counts only if it comes from that recursor with that id
-and that question (RFC 5452). Bounded in flight; answers keep the client's own id.
+under a fresh random id from a fresh random port. An answer counts only if it comes from that recursor with that id and
+that question (RFC 5452). Bounded in flight; answers keep the client's own id.
 """
 
 from __future__ import annotations

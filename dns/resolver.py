@@ -421,7 +421,7 @@ class Resolver:
     def _lead_on(self, query: Query, planned: _Planned, known: Known | None, may_ask: bool) -> _Planned | Wait | Look:
         """The plan with what stands behind its host names, as far as it is ours or recursors tell.
 
-        Where that is nothing, the plan stays as it was, and is kept. What depends on others is not.
+        Where that is nothing, the plan stays as it was, and is kept. A plan that depends on others is not kept.
         """
         plan = planned.plan
         if plan.one_only:
@@ -552,7 +552,7 @@ class Resolver:
         rotation.hot_keys.append(hot_key)
 
     def _nothing(self, query: Query, plan: Plan, tcp: bool) -> bytes:
-        """What does not exist, or has no records, goes a short way: floods ask for it."""
+        """The short way for names that do not exist or have no records: floods ask for them."""
         if plan.rcode == NXDOMAIN:
             self._add("nxdomain")
         sections = Sections((0, len(plan.authority), 0), b"".join(plan.authority), False)

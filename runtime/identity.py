@@ -222,7 +222,7 @@ def is_loopback(address: str) -> bool:
 
 
 class UnusableData(Conflict):
-    """What lies in the data directory must not be started from: a person has to look at it (exit status 78)."""
+    """No start is possible from this data directory: a person has to look at it (exit status 78)."""
 
 
 class NewerFormat(UnusableData):
@@ -313,7 +313,7 @@ def _check_format(directory: Path) -> None:
 
 
 def _check_access(directory: Path) -> None:
-    """What somebody else has made here, or a file system that is read-only now, is told before it is in the way."""
+    """Tells of files of somebody else and of a file system that is read-only now, before they are in the way."""
     for path in (directory, *_entries(directory, 2)):
         wanted = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
         if os.access(path, wanted, effective_ids=True) or not os.path.lexists(path):

@@ -21,7 +21,7 @@ from rostra.runtime import log as _log
 from rostra.wire.errors import RostraError
 
 AGAIN_MIN_S, AGAIN_MAX_S = 0.2, 10.0
-#: What ran this long before it ended begins its back-off anew, and its end is said again.
+#: Work that ran this long before it ended begins its back-off anew, and its end is said again.
 STEADY_S = 30.0
 #: The same end of the same work is said once in this time.
 SAY_AGAIN_S = 600.0

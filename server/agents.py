@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = get("rpc")
 
-#: Agents ping every 0.5 s. Who was not heard for this long is not reported as alive.
+#: Agents ping every 0.5 s. One that was not heard for this long is not reported as alive.
 FRESH_S = 1.5
 
 

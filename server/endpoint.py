@@ -39,7 +39,7 @@ log = get("rpc")
 
 HELLO_S = HANDSHAKE_S
 HELLO_BYTES_MAX = 16 << 10
-#: Agents and servers ping every 0.5 s. Who is silent for this long is gone although no packet said so.
+#: Agents and servers ping every 0.5 s. A peer that is silent for this long is gone although no packet said so.
 SILENT_S = 15.0
 #: What a connection of a server is that is in the list no longer, and for how long it stays open.
 FORMER, FAREWELL_S = "former server", 2.0

@@ -121,8 +121,8 @@ class Leader:
 
     def heard(self, nodes: Iterable[tuple[str, str]]) -> None:
         """A server (this one or a follower) hears the agents of these nodes now: (name, hash of the key). No key: an
-        agent of a server's own host, or a server of an older version reports it. Who shows a key to which the name does
-        not belong is not that node."""
+        agent of a server's own host, or a server of an older version reports it. An agent with a key to which the
+        name does not belong is not that node."""
         now = self._node.clock()
         members = self._node.store.tables.members.rows
         for name, key_hash in nodes:

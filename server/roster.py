@@ -29,7 +29,7 @@ from rostra.wire.errors import BadRequest, Conflict, NoLeader, NotFound, Timeout
 log = get("servers")
 
 WAITING_MAX = 64
-#: What autopilot removed is remembered, for who looks for it.
+#: Servers that autopilot removed are remembered, for operators who look for them.
 REMOVED_MAX = 16
 #: A leader is missed for this long before others are asked, or strangers heard: an election is over sooner.
 ALONE_S = 2.0
@@ -200,7 +200,7 @@ class Roster:
         self._forget_silent(now)
         old = self._waiting.get(said.key_hash)
         if old is None:
-            # Who was emptied and comes again with another key is not there any more under the one before.
+            # A server that was emptied comes again with another key: it is not there any more under the one before.
             new = (said.name, said.address, said.rpc_port)
             for key_hash in [k for k, w in self._waiting.items() if (w.name, w.host, w.port) == new]:
                 del self._waiting[key_hash]

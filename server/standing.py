@@ -1,12 +1,11 @@
 """How this server stands with its cluster, for as long as it runs: has it moved, was it removed, who is there?
 
-A server keeps its place by its key, not by its address. So one that was started with another address tells the leader;
-one that hears of no leader asks around, at the addresses of the list, at those of `retry_join` and wherever others were
-heard from, and learns from the answers where they are, who else belongs to the cluster by now, and whether it still
-does. One that has a leader but cannot reach a member does the same now and then: both may have moved, and perhaps only
-one was told where the other is now. What such an answer says counts only if it comes from a key that this server hears
-already, or from one that proves to be a server's (`introduction.py`), as the question does too; addresses are hints at
-most.
+A server keeps its place by its key, not by its address. So one that was started with another address tells the leader.
+One that hears of no leader asks around: at the addresses of the list, at those of `retry_join` and wherever others were
+heard from. From the answers it learns where they are, who belongs to the cluster by now, and whether it still does. One
+that has a leader but cannot reach a member does the same now and then: both may have moved, and perhaps only one was
+told where the other is now. Such an answer counts only if it comes from a key that this server hears already, or from
+one that proves to be a server's (`introduction.py`). The same goes for the question; addresses are hints at most.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The HTTP check: one request on a connection of its own; 2xx is passing, 429 is warning, all else critical.
 
-A small HTTP/1.1 client: a check needs no pool and no cookies. The status line decides (`response.py`); what the body is
-or whether it ever ends changes nothing, so at the timeout a check whose target has sent its head has its answer.
-Redirects are followed as Go's client does, ten at most. What the other side sends gets its share of the loop
-(`wire/turns.py`).
+A small HTTP/1.1 client: a check needs no pool and no cookies. The status line decides (`response.py`). The body
+changes nothing, and need not end: at the timeout a check has its answer if its target has sent a head. Redirects are
+followed as Go's client does, ten at most. Bytes of the other side get their share of the loop (`wire/turns.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An answer to an HTTP check, taken apart as its bytes come: the status line decides, the rest is only shown.
 
-Sans-IO: bytes go in by `feed`, each `step` does one small piece of work, so whoever drives it can stop between two of
-them, whatever the other side sends: endless heads, bodies, chunks of one byte. Heads are bounded, of a body the last
+Sans-IO: bytes go in by `feed`, and each `step` does one small piece of work. So its driver can stop between two of
+them, also where the other side sends endless heads, bodies or chunks of one byte. Heads are bounded, of a body the last
 bytes are kept and no more than a bound is read. Lenient where Go's client is: line feeds alone, no reason, any HTTP
 version number; a body that is cut short, late or damaged changes nothing.
 """
@@ -228,5 +228,5 @@ class Response:
         return True
 
 
-#: What is read of a head; all else is passed over.
+#: The fields that are read of a head; all else is passed over.
 _READ = frozenset(("content-length", "transfer-encoding", "content-encoding", "location"))

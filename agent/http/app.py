@@ -278,7 +278,7 @@ class HttpServer:
         return response, f"{method} {route.path}"
 
     async def _body(self, base: BaseRequest, route: Route) -> bytes:
-        """The whole body. What does not come whole is not done."""
+        """The whole body. A request is not done whose body does not come whole."""
         try:
             return await _read_body(base, route)
         except PayloadBroken as e:

@@ -1,7 +1,7 @@
 """gzip for clients that accept it, where it is worth while: bodies of some size, each compressed once.
 
 Many clients get the same body (it is rendered once per change), so its compressed form is kept beside it, bounded by
-bytes. What takes long is compressed beside the loop. Hot reads store what is sent here, so they cost nothing more.
+bytes. Large bodies are compressed beside the loop. Hot reads store what is sent here, so they cost nothing more.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def proxy_json(proxy: dict[str, Any] | None) -> Json:
 
 
 def _expose_json(given: Json) -> Json:
-    """What is not set is not shown, but for where a path came from."""
+    """Shows only fields that are set, and always where a path came from."""
     out: Json = {"Checks": True} if given.get("Checks") else {}
     if given.get("Paths"):
         out["Paths"] = [

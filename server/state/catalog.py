@@ -22,7 +22,7 @@ from rostra.wire.errors import BadRequest, Conflict
 
 SERF_HEALTH = "serfHealth"
 SERF_HEALTH_NAME = "Serf Health Status"
-#: What the refusal of a name that another node has begins with.
+#: The first words of a refusal: another node has the name.
 NAME_RESERVED = "Node name"
 STATUSES = ("passing", "warning", "critical")
 

@@ -19,7 +19,7 @@ from rostra.server.state.tables import Pair
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest, Conflict
 
-#: What the refusal of an intention that is there already begins with.
+#: The first words of a refusal: there is such an intention already.
 DUPLICATE = "duplicate intention found:"
 
 

@@ -34,7 +34,7 @@ class CreateSession:
     ttl_ms: int = 0
     node_checks: tuple[str, ...] = ("serfHealth",)
     service_checks: tuple[str, ...] = ()
-    # What follows is sent only where it says more than the fields above: older servers cannot apply it.
+    # These fields are sent only where they say more than those above: older servers cannot apply them.
     checks: tuple[str, ...] = ()
     ttl: str = ""
     lock_delay_ns: int = -1
