@@ -220,10 +220,10 @@ def test_a_server_whose_founding_was_lost_says_so_and_does_not_start(processes: 
     flags = [f"-data-dir={data_dir}", f"-bind={agent.host}", "-node=s1", "-bootstrap-expect=1", *agent.ports.flags]
     done = processes.rostra("server", *flags)
     assert done.status == 78
-    assert "lost, although this server has data" in done.err
+    assert "bootstrap.json: gone" in done.err
     again = processes.restart(agent)
     assert again.process.wait(15) != 0
-    assert "lost, although this server has data" in again.process.log
+    assert "bootstrap.json: gone" in again.process.log
     assert "Traceback" not in again.process.log
 
 
