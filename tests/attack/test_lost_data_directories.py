@@ -5,7 +5,6 @@ w3 is stopped, w1 and w2 acknowledge 200 writes, both die; w2 starts on what is 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.support.lost_data import FORMER_LIFE, SAME_LIFE, Outcome, Servers, empty, play, prepare, remove, replace
 
@@ -97,11 +97,11 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Servers:
-    return asyncio.run(prepare(tmp_path_factory.mktemp("prepared")))
+    return uvloop.run(prepare(tmp_path_factory.mktemp("prepared")))
 
 
 def check(prepared: Servers, directory: Path, loss: Loss) -> Outcome:
-    outcome = asyncio.run(play(prepared, directory, partial(loss.inflict, prepared)))
+    outcome = uvloop.run(play(prepared, directory, partial(loss.inflict, prepared)))
     if outcome.how != "serves":
         said = outcome.said
         assert said, f"{loss}: {outcome.how}, and no line says so"
