@@ -253,7 +253,8 @@ def _tagged(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def check_map(given: Fields) -> dict[str, Any]:
     """The fields of CheckRow, by name, that a catalog registration's Check describes."""
-    definition = _definition(given.object("Definition") or Fields({}))
+    described = given.object("Definition")
+    definition = _definition(described) if described is not None else {}
     return {
         "id": given.text("CheckID") or given.text("Name"),
         "name": given.text("Name"),

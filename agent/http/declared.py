@@ -8,7 +8,6 @@ declares. `ns` is declared by the routes where Consul's own edition without name
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rostra.agent.http.fields import Fields
@@ -80,28 +79,30 @@ class Body:
     def read(self, request: Request, *, empty: bool = False) -> Fields:
         """The request's body. Raises BadRequest for what is no such object; `empty`: no body at all is {}."""
         value = JsonObject() if empty and not request.body else request.json_object()
-        for name in self.unread(value):
-            request.ignored.append(f"unknown field {shown(name)}")
+        unread: list[str] = []
+        self.look(value, unread)
+        request.ignored += [f"unknown field {shown(name)}" for name in unread]
         return Fields(value)
 
-    def unread(self, value: Any) -> Iterator[str]:
-        """The unknown fields of `value` that are ignored. Raises BadRequest for one that is not."""
+    def look(self, value: Any, unread: list[str]) -> None:
+        """Add the unknown fields of `value` that are ignored. Raises BadRequest for one that is not."""
         for item in value if isinstance(value, list) else (value,):
-            if isinstance(item, Mapping):
-                for name, inner in item.items():
-                    yield from self._of(name, inner)
+            if not isinstance(item, dict):
+                continue
+            for name, inner in item.items():
+                try:
+                    known = self._fields[name.lower()]
+                except KeyError:
+                    self._refuse_unless_lenient(name)
+                    unread.append(name)
+                else:
+                    if known is not None:
+                        known.look(inner, unread)
 
-    def _of(self, name: str, inner: Any) -> Iterator[str]:
-        try:
-            known = self._fields[name.lower()]
-        except KeyError:
-            if self._is_strict:
-                why = f" - {ENTERPRISE}" if name.lower() == "namespace" else ""
-                raise BadRequest(f"Request decode failed: json: unknown field {shown(name)}{why}") from None
-            yield name
-        else:
-            if known is not None:
-                yield from known.unread(inner)
+    def _refuse_unless_lenient(self, name: str) -> None:
+        if self._is_strict:
+            why = f" - {ENTERPRISE}" if name.lower() == "namespace" else ""
+            raise BadRequest(f"Request decode failed: json: unknown field {shown(name)}{why}")
 
 
 class MapOf:
@@ -110,6 +111,6 @@ class MapOf:
     def __init__(self, names: str) -> None:
         self._each = Body(names)
 
-    def unread(self, value: Any) -> Iterator[str]:
-        for inner in value.values() if isinstance(value, Mapping) else ():
-            yield from self._each.unread(inner)
+    def look(self, value: Any, unread: list[str]) -> None:
+        for inner in value.values() if isinstance(value, dict) else ():
+            self._each.look(inner, unread)
