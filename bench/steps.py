@@ -292,11 +292,12 @@ def first_srv(at: Node, limit_ms: float) -> tuple[int, int]:
 # -- hostile mode -----------------------------------------------------------------------------------------------------
 
 
-def longest(before: dict[str, Buckets], after: dict[str, Buckets]) -> tuple[float, int]:
-    """(upper bound of the longest step in ms, how many were over the bar) of the loops."""
-    steps = [between(before[loop], after[loop]) for loop in after]
-    bounds = [bound for histogram in steps for bound, n in histogram.items() if n]
-    return max(bounds), sum(n for histogram in steps for bound, n in histogram.items() if bound > HOSTILE_STEP_MS)
+def longest(before: dict[str, Buckets], after: dict[str, Buckets]) -> tuple[float, str, int]:
+    """(upper bound of the longest step in ms, the loop that it was on, how many were over the bar) of the loops."""
+    steps = {loop: between(before[loop], after[loop]) for loop in after}
+    bound, where = max((bound, loop) for loop, histogram in steps.items() for bound, n in histogram.items() if n)
+    over = sum(n for histogram in steps.values() for bound, n in histogram.items() if bound > HOSTILE_STEP_MS)
+    return bound, where, over
 
 
 def elections(fleet: Fleet) -> int:
@@ -322,14 +323,14 @@ def under_attack(fleet: Fleet, kinds: list[str], seconds: int, verdicts: Verdict
         after = {**steps_of(agent), **steps_of(leader)}
     time.sleep(5)
     name = "+".join(kinds) if len(kinds) < 3 else f"{len(kinds)} at once"
-    bound, over = longest(before, after)
+    bound, where, over = longest(before, after)
     moved = elections(fleet) - held
     grown = resident_mb(victims) / memory
     p99, quiet_p99 = others.percentile(99), quiet.percentile(99)
     ok = over == 0 and p99 <= 3 * quiet_p99 and not failed and not moved and grown <= 1.1 and not others.failed
     verdicts.add(
         name,
-        f"step ≤ {bound:g} ms ({over} over); others p50/p99 {quiet.percentile(50):.1f}/{quiet_p99:.1f} →"
+        f"step ≤ {bound:g} ms in {where} ({over} over); others p50/p99 {quiet.percentile(50):.1f}/{quiet_p99:.1f} →"
         f" {others.percentile(50):.1f}/{p99:.1f} ms; failed {len(failed)}, elections {moved},"
         f" errors {len(others.failed)}; memory x {grown:.2f}",
         f"≤ {HOSTILE_STEP_MS:g} ms, x 3, 0, 0, 0, x 1.1",

@@ -181,8 +181,13 @@ def test_ctrl_c_is_quiet_and_130(rostra_process: Any) -> None:
         connection, _ = silent.accept()
         with connection:
             connection.recv(1000)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=10)
+            for last in (False, False, True):  # Python sees a signal only later that comes just before a system call
+                process.send_signal(signal.SIGINT)
+                try:
+                    out, err = process.communicate(timeout=10)
+                    break
+                except subprocess.TimeoutExpired:
+                    assert not last
     assert (process.returncode, out, err) == (130, b"", b"")
 
 
@@ -196,4 +201,4 @@ def test_a_reader_that_goes_away_is_no_error(rostra_process: Any, agent: Any) ->
         assert process.stdout.readline() == b"key-000000\n"
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=10) == 141
+        assert process.wait(timeout=60) == 141
