@@ -16,15 +16,29 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-#: What all readers of a loop may take of one turn, and what one of them may take before the next one has its turn.
-TURN_S = 0.001
+#: What all readers of a loop may take of one turn; what those may take of it that did not finish in an earlier one; and
+#: what one reader may take while others wait.
+TURN_S = 0.0015
+REST_S = 0.0005
 SLICE_S = 0.00025
 
 
 class Turns:
     """`call_soon(f)` calls `f` in the next turn of the loop; `clock()` is in seconds and only ever grows."""
 
-    __slots__ = ("_armed", "_call_soon", "_clock", "_queue", "_slice_ends", "_slice_s", "_turn_ends", "_turn_s")
+    __slots__ = (
+        "_armed",
+        "_call_soon",
+        "_clock",
+        "_ends",
+        "_queue",
+        "_rest_ends",
+        "_rest_s",
+        "_slice_ends",
+        "_slice_s",
+        "_turn_ends",
+        "_turn_s",
+    )
 
     def __init__(
         self,
@@ -32,26 +46,33 @@ class Turns:
         clock: Callable[[], float] = time.perf_counter,
         *,
         turn_s: float = TURN_S,
+        rest_s: float = REST_S,
         slice_s: float = SLICE_S,
     ) -> None:
         self._call_soon = call_soon
         self._clock = clock
         self._turn_s = turn_s
+        self._rest_s = rest_s
         self._slice_s = slice_s
         self._queue: deque[Callable[[], None]] = deque()
         self._armed = False
-        self._turn_ends = 0.0
-        self._slice_ends = 0.0
+        self._turn_ends = self._rest_ends = 0.0
+        self._slice_ends = self._ends = 0.0  # of the reader that began last: while others wait, and while nobody does
 
     def begin(self) -> bool:
-        """Whether a reader may handle something now. False: others wait already, or this turn is used up; queue."""
+        """Whether a reader with something new may handle it now. False: this turn is used up; queue.
+
+        Those that wait have a part of the turn of their own, which is smaller: they have more to do than others, so
+        who comes with little does not wait behind them.
+        """
         now = self._clock()
         if not self._armed:
             self._armed = True
             self._turn_ends = now + self._turn_s
             self._call_soon(self._next_turn)
-        elif self._queue or now >= self._turn_ends:
+        elif now >= self._turn_ends:
             return False
+        self._ends = self._turn_ends
         self._slice_ends = min(now + self._slice_s, self._turn_ends)
         return True
 
@@ -60,7 +81,7 @@ class Turns:
 
         Where nobody waits it may go on to the end of the turn: what comes at once is better handled at once.
         """
-        return self._clock() < (self._slice_ends if self._queue else self._turn_ends)
+        return self._clock() < (self._slice_ends if self._queue else self._ends)
 
     def queue(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` when its turn has come, after those that wait. It may use `room` at once, and queue again.
@@ -83,7 +104,7 @@ class Turns:
 
         def go_on() -> None:
             if not mine.done():
-                self._turn_ends -= self._slice_s  # it runs a little later, and what it takes then was taken of this
+                self._rest_ends -= self._slice_s  # it runs a little later, and what it takes then was taken of this
                 mine.set_result(None)
 
         self.queue(go_on)
@@ -97,10 +118,12 @@ class Turns:
         self._call_soon(self._next_turn)  # first, so that a reader that raises stops nobody
         now = self._clock()
         self._turn_ends = now + self._turn_s
+        self._rest_ends = now + self._rest_s
         for _ in range(len(queue)):
-            if now >= self._turn_ends:
+            if now >= self._rest_ends:
                 return
-            self._slice_ends = min(now + self._slice_s, self._turn_ends)
+            self._ends = self._rest_ends
+            self._slice_ends = min(now + self._slice_s, self._rest_ends)
             queue.popleft()()
             now = self._clock()
 
@@ -109,7 +132,7 @@ class Turns:
 #: of its session, as far as they trust each other), which waits for nobody else: a leader goes on leading whatever
 #: others send. Its turn is longer, so that what many callers have asked for at once goes into one entry of the log.
 EVERYBODY, CLUSTER = "everybody", "cluster"
-CLUSTER_TURN_S = CLUSTER_SLICE_S = 0.004
+CLUSTER_TURN_S = 0.004
 
 _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, Turns]] = WeakKeyDictionary()
 
@@ -122,6 +145,6 @@ def turns(whose: str = EVERYBODY) -> Turns:
         shares = _of_loop[loop] = {}
     found = shares.get(whose)
     if found is None:
-        turn_s, slice_s = (CLUSTER_TURN_S, CLUSTER_SLICE_S) if whose == CLUSTER else (TURN_S, SLICE_S)
-        found = shares[whose] = Turns(loop.call_soon, turn_s=turn_s, slice_s=slice_s)
+        share = (CLUSTER_TURN_S,) * 3 if whose == CLUSTER else (TURN_S, REST_S, SLICE_S)
+        found = shares[whose] = Turns(loop.call_soon, turn_s=share[0], rest_s=share[1], slice_s=share[2])
     return found

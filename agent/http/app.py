@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import html
 import importlib.util
-import json
 import os
 import posixpath
 import ssl
@@ -36,6 +35,7 @@ from rostra.agent.http.declared import WARNING_HEADER, check_parameters, warning
 from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, outcome
 from rostra.agent.http.gate import READS, Gate
 from rostra.agent.http.hot import HotReads, StoredAnswer, key_of
+from rostra.agent.http.indent import indented
 from rostra.agent.http.reads import WAIT_MAX_S
 from rostra.agent.http.routing import (
     JSON_TYPE,
@@ -62,8 +62,6 @@ TURN_BYTES = 128 << 10
 LARGE_AT_ONCE = 8
 #: A large body whose reader pauses for longer goes on beside the others.
 PATIENCE_S = 0.02
-#: Indenting larger bodies would hold the loop.
-PRETTY_INLINE_BYTES = 8 << 10
 
 _REASONS = {s.value: s.phrase for s in HTTPStatus} | {413: "Request Entity Too Large"}
 _TOO_MANY = (
@@ -605,12 +603,9 @@ def _origin_form(target: str) -> str:
 
 
 async def _pretty(response: Response) -> Response:
-    if len(response.body) <= PRETTY_INLINE_BYTES:
-        response.body = _indent(response.body)
-    else:
-        response.body = await asyncio.to_thread(_indent, response.body)
+    pieces = []
+    for piece in indented(response.body):
+        pieces.append(piece)
+        await turns().turn()
+    response.body = b"".join(pieces)
     return response
-
-
-def _indent(body: bytes) -> bytes:
-    return json.dumps(json.loads(body), indent=4, ensure_ascii=False).encode() + b"\n"

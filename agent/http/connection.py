@@ -584,7 +584,7 @@ async def insides_fit(make_connection: Callable[[], Connection]) -> bool:
         transport = _FakeTransport()
         connection = make_connection()
         try:
-            connection._turns = Turns(asyncio.get_running_loop().call_soon, turn_s=60, slice_s=60)
+            connection._turns = Turns(asyncio.get_running_loop().call_soon, turn_s=60, rest_s=60, slice_s=60)
             connection.connection_made(transport)
             if not await _soon(connection._idle) or not await trial(connection, transport):
                 return False

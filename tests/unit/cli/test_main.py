@@ -181,13 +181,8 @@ def test_ctrl_c_is_quiet_and_130(rostra_process: Any) -> None:
         connection, _ = silent.accept()
         with connection:
             connection.recv(1000)
-            for last in (False, False, True):  # Python sees a signal only later that comes just before a system call
-                process.send_signal(signal.SIGINT)
-                try:
-                    out, err = process.communicate(timeout=10)
-                    break
-                except subprocess.TimeoutExpired:
-                    assert not last
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
 
 

@@ -13,7 +13,7 @@ from rostra.wire.turns import SLICE_S as SLICE_S_REAL
 from rostra.wire.turns import TURN_S as TURN_S_REAL
 from rostra.wire.turns import Turns, turns
 
-TURN_S, SLICE_S, UNIT_S = 1.0, 0.25, 0.0625
+TURN_S, REST_S, SLICE_S, UNIT_S = 1.0, 0.5, 0.25, 0.0625
 
 
 class Loop:
@@ -67,7 +67,7 @@ def loop() -> Loop:
 
 @pytest.fixture
 def shared(loop: Loop) -> Turns:
-    return Turns(lambda call: loop.soon.append(call), lambda: loop.now, turn_s=TURN_S, slice_s=SLICE_S)
+    return Turns(lambda call: loop.soon.append(call), lambda: loop.now, turn_s=TURN_S, rest_s=REST_S, slice_s=SLICE_S)
 
 
 def test_a_reader_with_little_to_do_is_never_delayed(loop: Loop, shared: Turns) -> None:
@@ -102,15 +102,32 @@ def test_many_floods_together_take_no_more_of_a_turn_than_one(loop: Loop, shared
         assert loop.now - before <= TURN_S + UNIT_S
 
 
-def test_who_comes_beside_a_flood_waits_for_one_slice_of_it_only(loop: Loop, shared: Turns) -> None:
-    flood = Reader(loop, shared)
-    flood.receive(1000)
+def test_who_comes_with_little_waits_for_no_flood_that_has_waited_already(loop: Loop, shared: Turns) -> None:
+    floods = [Reader(loop, shared) for _ in range(20)]
+    for flood in floods:
+        flood.receive(1000)
     honest = Reader(loop, shared)
-    honest.receive(1)
-    before = loop.now
-    loop.turn()
-    assert honest.handled == 1
-    assert loop.now - before <= TURN_S + UNIT_S
+    for n in range(10):
+        before = loop.now
+        loop.turn()
+        assert loop.now - before <= REST_S + UNIT_S
+        honest.receive(1)
+        assert honest.handled == n + 1
+    assert sum(flood.handled for flood in floods) >= 10 * REST_S / UNIT_S  # nor do those who come starve them
+
+
+def test_those_who_come_all_the_time_leave_their_part_to_those_that_wait(loop: Loop, shared: Turns) -> None:
+    waiting = [Reader(loop, shared)]
+    waiting[0].receive(1000)
+    for _ in range(10):
+        before, handled = loop.now, sum(reader.handled for reader in waiting)
+        loop.turn()
+        assert sum(reader.handled for reader in waiting) - handled >= REST_S / UNIT_S
+        come = [Reader(loop, shared) for _ in range(100)]
+        for reader in come:
+            reader.receive(4)
+        assert loop.now - before <= TURN_S + UNIT_S
+        waiting += [reader for reader in come if reader.waits]
 
 
 def test_a_reader_that_is_alone_may_use_the_whole_turn(loop: Loop, shared: Turns) -> None:

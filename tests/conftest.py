@@ -1,0 +1,11 @@
+"""What every test may rely on, however the run was started."""
+
+from __future__ import annotations
+
+import signal
+
+
+def pytest_configure() -> None:
+    # A shell starts its background jobs with Ctrl-C ignored, and whatever they start inherits that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
