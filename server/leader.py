@@ -344,7 +344,8 @@ class Leader:
 
     async def _mark(self, member: MemberRow, status: str) -> None:
         await self._node.own_write(SetMemberStatus(name=member.name, status=status, key_hash=member.key_hash), hold_s=2)
-        await self._register(member, status == "alive")
+        if not self._is_leaving(member.name):
+            await self._register(member, status == "alive")
 
     async def _register(self, member: MemberRow, alive: bool) -> None:
         check = {

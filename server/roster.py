@@ -449,6 +449,8 @@ class Roster:
     async def _keep_row(self, member: Member) -> None:
         rows = self._node.store.tables.members
         known = rows.get(member.name)
+        if self._goes(member):
+            return
         if known is None or (known.key_hash, known.role, known.address, known.rpc_port, known.version) != (
             member.key_hash,
             "server",
@@ -457,8 +459,12 @@ class Roster:
             self._versions.get(member.id) or known.version or self._version,
         ):
             await self._bind(member)
-        if known is None or not known.voter:
+        if (known is None or not known.voter) and not self._goes(member):
             await self._node.own_write(SetVoter(name=member.name, voter=True), hold_s=2)
+
+    def _goes(self, member: Member) -> bool:
+        """Whether it is being removed, or was since the list was looked at: what is written of it now stays."""
+        return member.name in self.leaving or all(m.id != member.id for m in self._leading().members)
 
     async def _bind(self, member: Member) -> None:
         known = self._node.store.tables.members.get(member.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from rostra.server.raft import Limits, Member, RaftLog
 from rostra.server.raft.members import LEARNER, Members
 from rostra.server.run import FOUND_MAX, Core, UnusableData
 from rostra.server.standing import Standing
-from rostra.server.state.cluster import CLUSTER_CA_KEY
+from rostra.server.state.cluster import CLUSTER_CA_KEY, BindNode
 from rostra.server.state.kv import SetKey
 from rostra.server.state.operator import SetAutopilot
 from rostra.wire.errors import BadRequest, Conflict, Denied, NotFound, RostraError
@@ -468,6 +469,35 @@ async def test_a_removed_follower_is_told_so_and_can_be_let_in_again(tmp_path: P
         await cluster.act("raft.add-peer", {"name": gone})
         await votes(cluster, "s1", "s2", "s3")
         await eventually(lambda: "meanwhile" in core.node.store.tables.kv.rows)
+
+
+async def test_a_server_that_is_removed_while_the_rows_follow_the_list_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Cluster(tmp_path) as cluster:
+        await prompt(cluster)
+        lead = leader(cluster)
+        *_, gone = [name for name in members(lead) if name != lead.settings.node_name]
+        reached, go_on, after = asyncio.Event(), asyncio.Event(), list[Any]()
+        own_write = lead.node.own_write
+
+        async def late(command: Any, **options: Any) -> Any:
+            if isinstance(command, BindNode) and command.name != gone and not reached.is_set():
+                reached.set()
+                await go_on.wait()
+            elif go_on.is_set() and getattr(command, "name", "") == gone:
+                after.append(command)
+            return await own_write(command, **options)
+
+        monkeypatch.setattr(lead.node, "own_write", late)
+        for member in members(lead).values():
+            lead._roster.note_version(member.id, "9.9.9")  # each row is to be written again
+        await eventually(reached.is_set)
+        await cluster.act("raft.remove-peer", {"name": gone})
+        go_on.set()
+        await looked_at(cluster)
+        row = leader(cluster).node.store.tables.members.get(gone)
+        assert (row.voter, row.status, after) == (False, "left", [])
 
 
 async def test_the_leader_hands_over_before_it_is_removed(tmp_path: Path) -> None:
