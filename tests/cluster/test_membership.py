@@ -496,7 +496,7 @@ async def test_a_server_that_is_removed_while_the_rows_follow_the_list_has_left(
         await cluster.act("raft.remove-peer", {"name": gone})
         go_on.set()
         await looked_at(cluster)
-        row = leader(cluster).node.store.tables.members.get(gone)
+        row = leader(cluster).node.store.tables.members.rows[gone]
         assert (row.voter, row.status, after) == (False, "left", [])
 
 
