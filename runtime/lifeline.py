@@ -99,19 +99,6 @@ def watch_lifeline(fd: int, on_end: Callable[[], None] | None = None, *, grace_s
     return thread
 
 
-def die_with_parent_thread() -> None:
-    """Second net: ask the kernel for SIGKILL when the thread that spawned this process ends.
-
-    It is the thread, not the process: only for children spawned from a thread that lives as long as its process.
-    """
-    import ctypes  # 4 ms, so not for everyone
-
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(0)
-
-
 # -- the parent's side -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from rostra import CONSUL_API_VERSION
@@ -41,18 +40,6 @@ SERF_CHECK = "serfHealth"
 #: A name that was enrolled, and whose node never said what it trusts, is forgotten when it has been gone for this long.
 UNUSED_S = 60.0
 FORGOTTEN_AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class NodeHealth:
-    """What the catalog should say of a node."""
-
-    name: str
-    node_id: str
-    address: str
-    alive: bool
-    server: bool
-    rpc_port: int
 
 
 def plan_silent(

@@ -1,8 +1,9 @@
 """The error taxonomy: everything that can go wrong, in eight codes that know neither HTTP nor DNS.
 
-The domain raises these (or returns a refusal as a value); each edge maps `code` to its own language in one table:
-`agent/http/errors.py` to a status, `dns/answer.py` to an rcode, `cli/main.py` to an exit status. They cross the wire
-as (code, message). `message` is written for the operator: what, where, what to do.
+The domain raises these (or returns a refusal as a value), and they cross the wire as (code, message). HTTP maps
+`code` to a status in one table, `agent/http/errors.py`. DNS never meets them: `agent/dns_source.py` goes on with what
+it last knew. A program that cannot start prints the message, and the CLI prints what HTTP answered. `message` is
+written for the operator: what, where, what to do.
 """
 
 from __future__ import annotations

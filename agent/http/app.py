@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import html
-import importlib.util
 import os
 import posixpath
 import ssl
@@ -27,7 +26,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 
 from rostra.agent.context import Agent
-from rostra.agent.http import acl, catalog, connect, health, kv, operator, session, status
+from rostra.agent.http import acl, agent, catalog, connect, health, kv, operator, session, status
 from rostra.agent.http.compression import BYTES_MIN as COMPRESSED_BYTES_MIN
 from rostra.agent.http.compression import Compression
 from rostra.agent.http.connection import Attention, Connection, Connections, PayloadBroken, insides_fit
@@ -73,11 +72,8 @@ _BLOCKS = ("index", "hash", "wait")
 
 
 def all_routes() -> list[Route]:
-    """The routes of every resource module that exists."""
-    modules: list[Any] = [acl, catalog, connect, health, kv, operator, session, status]
-    for name in ("agent", "ui"):
-        if importlib.util.find_spec(f"rostra.agent.http.{name}") is not None:
-            modules.append(importlib.import_module(f"rostra.agent.http.{name}"))
+    """The routes of every resource module."""
+    modules: list[Any] = [acl, agent, catalog, connect, health, kv, operator, session, status]
     return [route for module in modules for route in module.ROUTES]
 
 

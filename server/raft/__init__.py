@@ -1,7 +1,8 @@
 """Raft: the replicated log of the servers, on pysyncobj's core with our journal, wire and rules.
 
 log.py          RaftLog, the port that the server uses: propose, read_index, lease, roles
-core.py         pysyncobj's core, and the only module that knows its private names
+core.py         pysyncobj's core; the private names of its class stand here only. log.py uses one of its transport's,
+                `_onMessageReceived`, to hand messages over
 guard.py        what the core may see and say; elections.py and replication.py are its two halves
 membership.py   which list of members is in force; members.py what such a list is
 transport.py    the links to the other servers; messages.py what is said on them

@@ -621,9 +621,6 @@ class RaftLog:
         """How far the journal is on the disk."""
         return self._journal.place
 
-    def applied_is_at(self, index: int) -> bool:
-        return self.applied_index >= index
-
     def lease_valid(self) -> bool:
         """Whether no other server can lead now, and all that was acknowledged before this leadership is applied."""
         if not self._is_established():

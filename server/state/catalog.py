@@ -21,7 +21,6 @@ from rostra.wire.codec import decode_fields
 from rostra.wire.errors import BadRequest, Conflict
 
 SERF_HEALTH = "serfHealth"
-SERF_HEALTH_NAME = "Serf Health Status"
 #: The first words of a refusal: another node has the name.
 NAME_RESERVED = "Node name"
 STATUSES = ("passing", "warning", "critical")

@@ -271,23 +271,6 @@ class Members:
         return view.tables.members.get(key)
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterInfo:
-    """{"": ClusterRow}, empty before the cluster exists."""
-
-    kind: ClassVar[str] = "cluster.info"
-
-    def allowed(self, can: Authorizer) -> bool:
-        return True
-
-    def keys(self, view: View) -> list[str]:
-        view.reads("table:cluster")
-        return [""] if "" in view.tables.cluster.rows else []
-
-    def row(self, view: View, key: str) -> ClusterRow | None:
-        return view.tables.cluster.get("") if key == "" else None
-
-
 def _put(tx: Tx, row: MemberRow) -> None:
     old = tx.tables.members.get(row.name)
     if old is None:

@@ -58,7 +58,6 @@ QUERIES: tuple[type[Any], ...] = (
     ca.Roots,
     ca.CaConfig,
     cluster.Members,
-    cluster.ClusterInfo,
     operator.Autopilot,
 )
 

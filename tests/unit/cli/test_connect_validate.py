@@ -16,19 +16,6 @@ def test_the_ca_configuration_is_printed_with_tabs(rostra_cli: Any, agent: Any) 
     )
 
 
-def test_the_ca_configuration_is_sent_as_it_stands(rostra_cli: Any, agent: Any, tmp_path: Path) -> None:
-    agent.on("PUT", "/v1/connect/ca/configuration", b"")
-    (tmp_path / "ca.json").write_text('{"Provider": "consul"}')
-    assert rostra_cli("connect", "ca", "set-config", f"-config-file={tmp_path}/ca.json").out == (
-        "Configuration updated!\n"
-    )
-    assert agent.asked[-1].body == b'{"Provider": "consul"}'
-    (tmp_path / "ca.json").write_text('{"Provider": }')
-    done = rostra_cli("connect", "ca", "set-config", f"-config-file={tmp_path}/ca.json")
-    assert done.err == f"Error parsing CA config file: {tmp_path}/ca.json:1:14: Expecting value\n"
-    assert rostra_cli("connect", "ca", "set-config").err == "The -config-file flag is required\n"
-
-
 @pytest.mark.parametrize(
     ("words", "module", "function"),
     [

@@ -41,7 +41,7 @@ async def test_a_server_alone_leads_at_once_and_applies_what_is_proposed(machine
     assert machine.applied == [b"%d" % number for number in range(2000)]
     assert raft.lease_valid()
     index = await raft.read_index()
-    assert raft.applied_is_at(index)
+    assert raft.applied_index >= index
     assert raft.metrics()["proposals"] == 2000
 
 
