@@ -1,7 +1,8 @@
-"""Who may do what: the questions that commands and queries ask before they run.
+"""Who may do what: the questions that commands, queries, acts and routes ask before they run.
 
-A command or query calls one of these from `allowed(can)`. Implementations are pure: they hold the rules of one token,
-resolved beforehand. `Everything` is the answer while ACLs are off.
+A command or query asks in `allowed(can, tables)`, and for each row in `visible(can, key, row)`. Implementations are
+pure: they hold the rules of one token, resolved beforehand. Two with equal rules are equal, so that those who watch the
+same with them share what is sent. `EVERYTHING` is the answer while ACLs are off.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Authorizer(Protocol):
     def intention_write(self, destination: str) -> bool: ...
     def operator_read(self) -> bool: ...
     def operator_write(self) -> bool: ...
+    def agent_read(self, node: str) -> bool: ...
+    def agent_write(self, node: str) -> bool: ...
 
 
 class Everything:
@@ -72,3 +75,12 @@ class Everything:
 
     def operator_write(self) -> bool:
         return True
+
+    def agent_read(self, node: str) -> bool:
+        return True
+
+    def agent_write(self, node: str) -> bool:
+        return True
+
+
+EVERYTHING = Everything()

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from rostra.runtime import log as _log
 from rostra.runtime.identity import NodeIdentity
 from rostra.runtime.wall import Wall
+from rostra.wire.caller import ANONYMOUS, Caller
 from rostra.wire.errors import BadRequest, NoLeader, RostraError, Timeout
 
 log = _log.get("enrolment")
@@ -32,7 +33,9 @@ class Servers(Protocol):
     @property
     def connected(self) -> bool: ...
 
-    async def act(self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0) -> Any: ...
+    async def act(
+        self, kind: str, args: dict[str, Any], *, caller: Caller = ANONYMOUS, timeout_s: float = 10.0
+    ) -> Any: ...
 
 
 class Certificate:

@@ -21,6 +21,7 @@ from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks, backoff
 from rostra.runtime.wall import Wall
 from rostra.server.state.ca import Roots
+from rostra.wire.caller import Caller
 from rostra.wire.errors import BadRequest, Internal, NoLeader, RostraError, Timeout
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class Leaves:
         uri = self._uri(service, roots)
         key_pem, csr_pem = await asyncio.to_thread(create_csr, uri)
         signed: dict[str, Any] = await self._servers.act(
-            "connect.sign", {"csr_pem": csr_pem, "service": service}, token=token
+            "connect.sign", {"csr_pem": csr_pem, "service": service}, caller=Caller(token)
         )
         return Leaf(
             service=service,

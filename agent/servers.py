@@ -20,11 +20,12 @@ from typing import Any
 from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import explain
+from rostra.wire.caller import ANONYMOUS, Caller
 from rostra.wire.codec import encode_value
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError, Timeout
 from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX
-from rostra.wire.rpc import DONE, END, FULL, Caller, Lost, check_hello, hello
+from rostra.wire.rpc import DONE, END, FULL, Lost, RpcClient, check_hello, hello
 
 log = get("servers")
 
@@ -75,7 +76,7 @@ class ServerSession:
         self._addresses, self._context, self._about, self._key_of = addresses, context, about, key_of
         self._spawn, self._jitter = spawn, jitter
         self._loop = asyncio.get_running_loop()
-        self._caller: Caller | None = None
+        self._client: RpcClient | None = None
         self._connection: FrameConnection | None = None
         self._changed = asyncio.Event()
         self._client_id = str(uuid.uuid4())
@@ -96,12 +97,12 @@ class ServerSession:
 
     @property
     def connected(self) -> bool:
-        return self._caller is not None and self._caller.open
+        return self._client is not None and self._client.open
 
     def on_touched(self, callback: Callable[[int, frozenset[int] | None], None]) -> None:
         self._touched.append(callback)
 
-    async def write(self, command: Any, *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def write(self, command: Any, *, caller: Caller = ANONYMOUS, timeout_s: float = 10.0) -> Any:
         kind, args = encode_value(command)
         self._sequence += 1
         sequence = self._sequence
@@ -111,11 +112,11 @@ class ServerSession:
         try:
             while True:
                 try:
-                    caller = self._caller
-                    if caller is None or not caller.open:
-                        caller = await self._connected_by(deadline)
+                    client = self._client
+                    if client is None or not client.open:
+                        client = await self._connected_by(deadline)
                     first = next(iter(self._outstanding))
-                    call = caller.call("write", (self._client_id, sequence, first), kind, args, token)
+                    call = client.call("write", (self._client_id, sequence, first), kind, args, caller.packed())
                     return await _by(call, deadline)
                 except Lost as e:
                     is_unknown |= e.was_sent
@@ -134,17 +135,17 @@ class ServerSession:
         kind, args = encode_value(query)
         deadline = time.monotonic() + HOLD_S
         while True:
-            caller = await self._connected_by(deadline)
+            client = await self._connected_by(deadline)
             try:
-                return await _by(self._read(caller, kind, args, min_index, token), deadline)
+                return await _by(self._read(client, kind, args, min_index, Caller(token)), deadline)
             except Timeout:
                 raise NoLeader from None
             except Lost:
                 if time.monotonic() >= deadline:
                     raise
 
-    async def _read(self, caller: Caller, kind: str, args: Any, min_index: int, token: str) -> Answer:
-        stream = caller.stream("read", kind, args, min_index, token)
+    async def _read(self, client: RpcClient, kind: str, args: Any, min_index: int, caller: Caller) -> Answer:
+        stream = client.stream("read", kind, args, min_index, caller.packed())
         try:
             rows: list[Any] = []
             while (chunk := await stream.next()) is not None:
@@ -163,10 +164,10 @@ class ServerSession:
         seen = 0  # the next server may be behind the last one: it answers when it has caught up
         while True:
             try:
-                caller = await self._connected_by(time.monotonic() + 60.0)
+                client = await self._connected_by(time.monotonic() + 60.0)
             except NoLeader:
                 continue
-            stream = caller.stream("watch", kind, args, token, *((seen,) if seen else ()))
+            stream = client.stream("watch", kind, args, Caller(token).packed(), *((seen,) if seen else ()))
             full = True
             try:
                 while (chunk := await stream.next()) is not None:
@@ -189,13 +190,19 @@ class ServerSession:
                 stream.close()
 
     async def act(
-        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+        self,
+        kind: str,
+        args: dict[str, Any],
+        *,
+        caller: Caller = ANONYMOUS,
+        timeout_s: float = 10.0,
+        once: bool = False,
     ) -> Any:
         deadline = time.monotonic() + timeout_s
         while True:
-            caller = await self._connected_by(deadline)
+            client = await self._connected_by(deadline)
             try:
-                return await _by(caller.call("act", kind, args, token), deadline)
+                return await _by(client.call("act", kind, args, caller.packed()), deadline)
             except Lost:
                 if once:
                     raise Timeout("the server was lost before it answered; it may or may not have been done") from None
@@ -204,11 +211,11 @@ class ServerSession:
 
     # -- the session ------------------------------------------------------------------------------------------
 
-    async def _connected_by(self, deadline: float) -> Caller:
+    async def _connected_by(self, deadline: float) -> RpcClient:
         while True:
-            caller = self._caller
-            if caller is not None and caller.open:
-                return caller
+            client = self._client
+            if client is not None and client.open:
+                return client
             left = min(deadline, time.monotonic() + HOLD_S) - time.monotonic()
             if left <= 0:
                 raise NoLeader
@@ -258,21 +265,21 @@ class ServerSession:
                 delay = min(delay * 1.6, RECONNECT_MAX_S if tried else DISCOVER_MAX_S)
 
     async def _hold(self, connection: FrameConnection, server: dict[str, Any], address: ServerAddress) -> None:
-        caller = Caller(connection)
+        client = RpcClient(connection, level=server.get("level", 1))
         lost = asyncio.Event()
 
         def on_lost(reason: str) -> None:
             lost.set()
-            if self._caller is caller:  # before anyone resumes who would look for the next session in a loop
+            if self._client is client:  # before anyone resumes who would look for the next session in a loop
                 self._changed.clear()
-                self._caller = None
-            caller.on_lost(reason)
+                self._client = None
+            client.on_lost(reason)
 
-        connection.on_frame, connection.on_lost = caller.on_frame, on_lost
+        connection.on_frame, connection.on_lost = client.on_frame, on_lost
         if not connection.open:
             return
         self.server_hello = server
-        self._caller, self._connection = caller, connection
+        self._client, self._connection = client, connection
         self._since = 0
         self.reconnects += 1
         self._forget()
@@ -289,7 +296,7 @@ class ServerSession:
                 asked = self._loop.time()
                 try:
                     async with asyncio.timeout(PING_TIMEOUT_S):
-                        known_leader, _ = await caller.call("ping")
+                        known_leader, _ = await client.call("ping")
                 except TimeoutError:
                     if self._loop.time() - asked > 2 * PING_TIMEOUT_S:
                         continue  # it was this process that stood still; the answer may lie unread
@@ -317,7 +324,7 @@ class ServerSession:
         finally:
             self._left = address
             self._changed.clear()
-            self._caller = self._connection = None
+            self._client = self._connection = None
             connection.abort("session over")
 
     async def _dial(self, address: ServerAddress) -> tuple[FrameConnection, dict[str, Any]]:
@@ -359,17 +366,17 @@ class ServerSession:
     async def ask_barrier(self, mode: str, deadline: float) -> Barrier:
         """One barrier of its own; `_SharedBarrier` shares it. NoLeader at `deadline` (monotonic seconds)."""
         while True:
-            caller = await self._connected_by(deadline)
+            client = await self._connected_by(deadline)
             since = self._since
             try:
-                index, packed, known, contact_ms = await _by(caller.call("barrier", mode, since), deadline)
+                index, packed, known, contact_ms = await _by(client.call("barrier", mode, since), deadline)
             except Timeout:
                 raise NoLeader from None
             except Lost:
                 if time.monotonic() >= deadline:
                     raise
                 continue
-            if caller is not self._caller:
+            if client is not self._client:
                 continue  # its session is over: what it says was touched is not ours to count from
             if packed is None or index < since:
                 touched = None

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from rostra.wire.caller import ANONYMOUS, Caller
+
 Key = str | tuple[str, ...]
 Row = tuple[Any, ...]
 Mode = Literal["default", "consistent", "stale"]
@@ -45,7 +47,7 @@ class Delta:
 
 
 class Servers(Protocol):
-    async def write(self, command: Any, *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def write(self, command: Any, *, caller: Caller = ANONYMOUS, timeout_s: float = 10.0) -> Any:
         """The result of applying `command` once, whatever leader changes happen meanwhile. Raises RostraError."""
 
     async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
@@ -58,7 +60,13 @@ class Servers(Protocol):
         """A first answer, then changes. Never ends by itself; after a lost session it starts again with full=True."""
 
     async def act(
-        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+        self,
+        kind: str,
+        args: dict[str, Any],
+        *,
+        caller: Caller = ANONYMOUS,
+        timeout_s: float = 10.0,
+        once: bool = False,
     ) -> Any:
         """Something that is not a log entry: sign a leaf, renew a session, ask for the leader.
 

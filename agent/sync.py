@@ -25,6 +25,7 @@ from rostra.runtime.service import Tasks
 from rostra.server.state.catalog import SERF_HEALTH, Deregister, NodeServices, Register
 from rostra.server.state.health import NodeChecks
 from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
+from rostra.wire.caller import Caller
 from rostra.wire.errors import Denied, RostraError
 
 if TYPE_CHECKING:
@@ -429,7 +430,7 @@ class Sync:
     async def _write(self, step: Step) -> str:
         """What the servers refused it with, or "". A lost leader is raised: then nothing else would pass either."""
         try:
-            await self._servers.write(step.command, token=self._token_for(step.token_of))
+            await self._servers.write(step.command, caller=Caller(self._token_for(step.token_of)))
         except RostraError as error:
             if error.code in ("no_leader", "timeout"):
                 raise

@@ -1,9 +1,9 @@
 """The short list of things that agents ask of a server and that are not log entries.
 
-Each takes (peer, arguments) and answers a msgpack value or raises RostraError; KeyError, TypeError and ValueError mean
-that the arguments were malformed. What only the leader can do (session renewal, what followers hear, force-leave) is
-passed on to it. Certificates of nodes are for the key that TLS has proved and for the name that is bound to it, never
-for what is asked.
+Each takes (peer, arguments, caller) and answers a msgpack value or raises RostraError; KeyError, TypeError and
+ValueError mean that the arguments were malformed. What only the leader can do (session renewal, what followers hear,
+force-leave) is passed on to it. Certificates of nodes are for the key that TLS has proved and for the name that is
+bound to it, never for what is asked.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from rostra.acl.authorizer import Authorizer
 from rostra.acl.identity import ServiceIdentity
 from rostra.server.autopilot import Autopilot
-from rostra.server.endpoint import Peer, about_node
+from rostra.server.endpoint import Act, Peer, about_node
 from rostra.server.leader import Leader
-from rostra.server.node import HOLD_S, ServerNode
+from rostra.server.node import HOLD_S, ServerNode, on_behalf_of
 from rostra.server.raft.members import Member
 from rostra.server.roster import Roster, address_of
 from rostra.server.state.cluster import CLUSTER_CA_KEY, NodeReports
 from rostra.server.state.rows import MemberRow
+from rostra.server.state.tables import Tables
+from rostra.wire.caller import Caller
 from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout
 from rostra.wire.rpc import Lost
 
@@ -38,8 +41,35 @@ ANCHORS_MAX = 8
 NAMES_HEARD_MAX = 65_536
 
 
+def _anybody(can: Authorizer, tables: Tables, args: dict[str, Any]) -> bool:
+    """As in Consul: where the leader is needs no token."""
+    return True
+
+
+def _by_its_key(can: Authorizer, tables: Tables, args: dict[str, Any]) -> bool:
+    """The node asks for itself, and TLS has proved its key: `run` looks at who it is, and no token counts."""
+    return True
+
+
+def _operator_read(can: Authorizer, tables: Tables, args: dict[str, Any]) -> bool:
+    return can.operator_read()
+
+
+def _operator_write(can: Authorizer, tables: Tables, args: dict[str, Any]) -> bool:
+    return can.operator_write()
+
+
+def _of_the_session(can: Authorizer, tables: Tables, args: dict[str, Any]) -> bool:
+    session = tables.sessions.get(_text(args, "id", 255))
+    return session is None or can.session_write(session.node)
+
+
+def _of_the_service(can: Authorizer, tables: Tables, args: dict[str, Any]) -> bool:
+    return can.service_write(_text(args, "service", 255))
+
+
 class Acts:
-    """`table` maps the kind of an act to its function."""
+    """`table` maps the kind of an act to its function and to who may ask for it."""
 
     def __init__(
         self,
@@ -60,33 +90,34 @@ class Acts:
         self._signing = 0
         #: what the certificate is for -> (when, the answer)
         self._certificates: OrderedDict[tuple[str, ...], tuple[float, dict[str, Any]]] = OrderedDict()
-        self.table: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[Any]]] = {
-            "ping": self.ping,
-            "heard": self.heard,
-            "session.held": self.session_held,
-            "session.renew": self.renew_session,
-            "member.force-leave": self.force_leave,
-            "connect.sign": self.sign_leaf,
-            "node.certificate": self.node_certificate,
-            "node.report": self.node_report,
-            "status.leader": self.status_leader,
-            "status.peers": self.status_peers,
-            "server.metrics": self.server_metrics,
-            "servers": self.list_servers,
-            "join.found": self.join_found,
-            "raft.configuration": self.raft_configuration,
-            "raft.waiting": self.raft_waiting,
-            "raft.add-peer": self.raft_add_peer,
-            "raft.remove-peer": self.raft_remove_peer,
-            "raft.transfer-leader": self.raft_transfer_leader,
-            "raft.moved": self.raft_moved,
-            "autopilot.health": self.autopilot_health,
+        #: What each may be asked by: the only place where that is said.
+        self.table: dict[str, Act] = {
+            "ping": Act(self.ping, _anybody),
+            "heard": Act(self.heard, _by_its_key),
+            "session.held": Act(self.session_held, _by_its_key),
+            "session.renew": Act(self.renew_session, _of_the_session),
+            "member.force-leave": Act(self.force_leave, _operator_write),
+            "connect.sign": Act(self.sign_leaf, _of_the_service),
+            "node.certificate": Act(self.node_certificate, _by_its_key),
+            "node.report": Act(self.node_report, _by_its_key),
+            "status.leader": Act(self.status_leader, _anybody),
+            "status.peers": Act(self.status_peers, _anybody),
+            "server.metrics": Act(self.server_metrics, _by_its_key),
+            "servers": Act(self.list_servers, _by_its_key),
+            "join.found": Act(self.join_found, _by_its_key),
+            "raft.configuration": Act(self.raft_configuration, _operator_read),
+            "raft.waiting": Act(self.raft_waiting, _operator_read),
+            "raft.add-peer": Act(self.raft_add_peer, _operator_write),
+            "raft.remove-peer": Act(self.raft_remove_peer, _operator_write),
+            "raft.transfer-leader": Act(self.raft_transfer_leader, _operator_write),
+            "raft.moved": Act(self.raft_moved, _by_its_key),
+            "autopilot.health": Act(self.autopilot_health, _operator_read),
         }
 
-    async def ping(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def ping(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         return ()
 
-    async def heard(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def heard(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """A follower hears these agents. {names: [str], keys?: [hash of the key of each]}"""
         if peer.role != "server":
             raise Denied("only servers report whom they hear")
@@ -101,13 +132,13 @@ class Acts:
         self._leader.heard(zip(names, keys, strict=True))
         return ()
 
-    async def session_held(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def session_held(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{name, key_hash} -> whether that node's agent has a connection here."""
         if peer.role != "server":
             raise Denied("only servers ask who is connected")
         return self._holds(_text(args, "name", 128), _text(args, "key_hash", 128))
 
-    async def renew_session(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def renew_session(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{id} -> the session's row, or None where there is none."""
         session_id = _text(args, "id", 255)
 
@@ -115,9 +146,9 @@ class Acts:
             row = self._leader.renew(session_id)
             return None if row is None else tuple(row)
 
-        return await self._at_leader("session.renew", {"id": session_id}, renew, answer_s=2.0)
+        return await self._at_leader("session.renew", {"id": session_id}, caller, renew, answer_s=2.0)
 
-    async def force_leave(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def force_leave(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{name, prune: bool}: an operator says that this node is gone for good."""
         name, prune = _text(args, "name", 128), args["prune"] is True
 
@@ -125,10 +156,16 @@ class Acts:
             await self._leader.force_leave(name, prune=prune)
             return ()
 
-        return await self._at_leader("member.force-leave", {"name": name, "prune": prune}, leave, answer_s=6.0)
+        return await self._at_leader("member.force-leave", {"name": name, "prune": prune}, caller, leave, answer_s=6.0)
 
     async def _at_leader(
-        self, kind: str, args: dict[str, Any], here: Callable[[], Awaitable[Any]], *, answer_s: float
+        self,
+        kind: str,
+        args: dict[str, Any],
+        caller: Caller | None,
+        here: Callable[[], Awaitable[Any]],
+        *,
+        answer_s: float,
     ) -> Any:
         """What the leader answers, be it this server or another; it may be asked again, so `here` bears repetition.
 
@@ -145,7 +182,7 @@ class Acts:
                 other = self._peer(leader_id) if leader_id else None
                 if other is not None:
                     async with asyncio.timeout(answer_s):
-                        return await other.call("act", kind, args)
+                        return await other.call("act", kind, args, *on_behalf_of(caller, other))
             except (Lost, TimeoutError):
                 is_silent = True
             except NoLeader:
@@ -166,7 +203,7 @@ class Acts:
             return "No cluster leader: this server was removed from the cluster; ask the agent of one that is in it"
         return "No cluster leader"
 
-    async def sign_leaf(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def sign_leaf(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{csr_pem, service} -> {cert_pem, serial, valid_after_ms, valid_before_ms, root_id, uri, service}"""
         from rostra.server.ca.issue import sign_leaf
 
@@ -197,7 +234,7 @@ class Acts:
             "service": service,
         }
 
-    async def node_certificate(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def node_certificate(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """-> {cert_pem, anchors_pem}: the cluster CA's certificate for the peer's own key, name and role."""
         await self._node.barrier("default")
         return await self.certificate_for(self._bound(peer), peer.public_key)
@@ -232,7 +269,7 @@ class Acts:
             self._certificates.popitem(last=False)
         return answer
 
-    async def node_report(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def node_report(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{anchors: [hex SHA-256]}: the trust anchors that the peer holds. Logged when that is news."""
         anchors = args["anchors"]
         if type(anchors) is not tuple or len(anchors) > ANCHORS_MAX:
@@ -269,7 +306,7 @@ class Acts:
         finally:
             self._signing -= 1
 
-    async def status_leader(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def status_leader(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """The leader's "address:port", "" where none is known."""
         leader_id = self._node.leader_id
         for server in self._servers():
@@ -277,19 +314,19 @@ class Acts:
                 return f"{server['host']}:{server['port']}"
         return ""
 
-    async def status_peers(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def status_peers(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         return [f"{s['host']}:{s['port']}" for s in self._servers()]
 
-    async def list_servers(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def list_servers(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """Every server of the member list: {id, name, host, port, key_hash, serf_port}."""
         return self._servers()
 
-    async def server_metrics(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def server_metrics(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         return self._metrics()
 
     # -- the servers themselves ---------------------------------------------------------------------------------
 
-    async def raft_configuration(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def raft_configuration(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{stale?: bool} -> {members, index, settled, change}: see `Roster.configuration`. `stale`: as known here."""
         if args.get("stale") is True:
             return self._roster.configuration()
@@ -297,17 +334,17 @@ class Acts:
         async def answer() -> Any:
             return self._roster.configuration()
 
-        return await self._at_leader("raft.configuration", {}, answer, answer_s=2.0)
+        return await self._at_leader("raft.configuration", {}, caller, answer, answer_s=2.0)
 
-    async def raft_waiting(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def raft_waiting(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """-> [{id, name, address, suffrage, key_hash, version, waiting_s, problem}]: who asks to be let in."""
 
         async def answer() -> Any:
             return self._roster.describe_waiting()
 
-        return await self._at_leader("raft.waiting", {}, answer, answer_s=2.0)
+        return await self._at_leader("raft.waiting", {}, caller, answer, answer_s=2.0)
 
-    async def raft_add_peer(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def raft_add_peer(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{name | id} -> {id, name, address, suffrage}: let a waiting server in."""
         if not (peer.local or peer.role == "server"):
             # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of itself.
@@ -320,9 +357,9 @@ class Acts:
         async def admit() -> Any:
             return _described(await self._roster.admit(name=wanted.get("name", ""), node_id=wanted.get("id", "")))
 
-        return await self._at_leader("raft.add-peer", wanted, admit, answer_s=12.0)
+        return await self._at_leader("raft.add-peer", wanted, caller, admit, answer_s=12.0)
 
-    async def raft_remove_peer(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def raft_remove_peer(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{id | address | name} -> {id, name, address, suffrage}: take a server out of the list, for good."""
         wanted = _server_named(args)
 
@@ -333,18 +370,18 @@ class Acts:
                 )
             )
 
-        return await self._at_leader("raft.remove-peer", wanted, remove, answer_s=14.0)
+        return await self._at_leader("raft.remove-peer", wanted, caller, remove, answer_s=14.0)
 
-    async def raft_transfer_leader(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def raft_transfer_leader(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{id? | name?} -> {id, name, address, suffrage} of the server that leads now."""
         wanted = _server_named(args)
 
         async def transfer() -> Any:
             return _described(await self._roster.transfer(node_id=wanted.get("id", ""), name=wanted.get("name", "")))
 
-        return await self._at_leader("raft.transfer-leader", wanted, transfer, answer_s=4.0)
+        return await self._at_leader("raft.transfer-leader", wanted, caller, transfer, answer_s=4.0)
 
-    async def raft_moved(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def raft_moved(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{host, port}: the server at the other end has this address now. On the leader only."""
         if peer.role != "server":
             raise Denied("only servers say that they have moved")
@@ -355,15 +392,15 @@ class Acts:
         await self._roster.moved(peer.node_id, host, port)
         return ()
 
-    async def autopilot_health(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def autopilot_health(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """-> {healthy, failure_tolerance, leader, term, servers: […]}, see `Autopilot.health`."""
 
         async def answer() -> Any:
             return self._autopilot.health()
 
-        return await self._at_leader("autopilot.health", {}, answer, answer_s=2.0)
+        return await self._at_leader("autopilot.health", {}, caller, answer, answer_s=2.0)
 
-    async def join_found(self, peer: Peer, args: dict[str, Any]) -> Any:
+    async def join_found(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{addresses: ["host:port" of servers' RPC]}: what this host's agent found by asking its join addresses.
         -> whether this server looks for others still, so that it is worth to ask them again."""
         if not peer.local:

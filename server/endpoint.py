@@ -21,15 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rostra.acl.authorizer import EVERYTHING, Authorizer
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
 from rostra.server.agents import Agents
-from rostra.server.node import UNKNOWN, ServerNode
+from rostra.server.node import DENIED, UNKNOWN, ServerNode
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.operator import SetAutopilot
+from rostra.server.state.tables import Tables
 from rostra.server.watches import bytes_of
 from rostra.wire.bounds import NAME_CHARS_MAX, NODE_NAME_RULE, check_arguments, is_node_name
+from rostra.wire.caller import Caller, read_caller
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, Timeout, TooLarge
 from rostra.wire.frames import PEER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX
@@ -79,6 +82,14 @@ class About:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Act:
+    """`run(peer, arguments, caller)` answers; `may(can, tables, arguments)`: may that caller ask for it?"""
+
+    run: Callable[[Peer, dict[str, Any], Caller | None], Awaitable[Any]]
+    may: Callable[[Authorizer, Tables, dict[str, Any]], bool]
+
+
 class Endpoint:
     """The listeners of one server."""
 
@@ -92,7 +103,7 @@ class Endpoint:
         enrol: Callable[[Peer], Awaitable[None]],
         accept_raft: Callable[[str, FrameConnection], None],
         bootstrap: Callable[[str, dict[str, Any], Peer], dict[str, Any]],
-        acts: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[Any]]],
+        acts: dict[str, Act],
         about: Callable[[], dict[str, Any]],
         met: Callable[[str, dict[str, Any]], None] = lambda server_id, hello: None,
     ) -> None:
@@ -369,24 +380,26 @@ class Endpoint:
         elif verb in ("read", "watch") and self._node.raft is None:
             raise NoLeader("No cluster leader: this server has not read its log yet")
         elif verb == "read":
-            kind, args, min_index, _token = arguments
-            self._read(served, request_id, _query(served, kind, args), _index(min_index))
+            kind, args, min_index, caller = arguments
+            query = _query(served, kind, args)
+            self._read(served, request_id, query, self._node.check_query(query, read_caller(caller)), _index(min_index))
         elif verb == "barrier":
             mode, since = arguments
             served.count_question()
             self._barrier(served, request_id, mode, _index(since))
         elif verb == "watch":
-            kind, args, _token, *seen = arguments
+            kind, args, caller, *seen = arguments
             query, min_index = _query(served, kind, args), _index(seen[0]) if seen else 0
+            can = self._node.check_query(query, read_caller(caller))
             self._node.counts["watches_opened"] += 1
             stream = served.open_stream(request_id)
             if self._node.store.index < min_index:
-                self._spawn(self._later(stream, min_index, self._node.watches.subscribe, query, stream))
+                self._spawn(self._later(stream, min_index, self._node.watches.subscribe, query, stream, can))
             else:
-                self._node.watches.subscribe(query, stream)
+                self._node.watches.subscribe(query, stream, can)
         elif verb == "act":
-            kind, args, _token = arguments
-            self._act(served, request_id, kind, args)
+            kind, args, caller = arguments
+            self._act(served, request_id, kind, args, read_caller(caller))
         elif verb == "ping":
             served.count_question()
             known, contact_ms = self._node.contact()
@@ -401,15 +414,15 @@ class Endpoint:
                 raise NoLeader(f"No cluster leader: {self._no_server(served.peer)}")
             raise Denied(self._no_server(served.peer))
         if verb == "propose":
-            origin, kind, args, actor, source = arguments
+            origin, kind, args, actor, source, *caller = arguments
             proposed = _Proposed(served, request_id)
-            self._node.propose_for(proposed, _origin(origin), kind, args, actor, source)
+            self._node.propose_for(proposed, _origin(origin), kind, args, actor, source, _of_peer(caller))
         elif verb == "index":
             (mode,) = arguments
             self._spawn(self._settle(served, request_id, partial(self._node.leader_index, mode)))
         elif verb == "act":
-            kind, args = arguments
-            self._act(served, request_id, kind, args)
+            kind, args, *caller = arguments
+            self._act(served, request_id, kind, args, _of_peer(caller))
         else:
             served.fail(request_id, BadRequest(f"unknown verb {verb!r} between servers"))
 
@@ -420,8 +433,8 @@ class Endpoint:
         served.reply(request_id, self._bootstrap(verb, args, served.peer))
 
     def _write(self, served: Served, request_id: int, arguments: Sequence[Any]) -> None:
-        origin, kind, args, _token = arguments
-        peer, origin = served.peer, _origin(origin)
+        origin, kind, args, caller = arguments
+        peer, origin, caller = served.peer, _origin(origin), read_caller(caller)
         if kind not in _EDGE_KINDS:
             raise Denied(f"{str(kind)[:64]} is not a command for agents")
         if served.request_bytes > NAME_CHARS_MAX or kind not in _FLAT_KINDS:
@@ -436,10 +449,10 @@ class Endpoint:
                 raise Denied(f"more than {CLIENTS_OF_A_CONNECTION_MAX} clients write on one connection")
             clients.add(origin[0])
         # The common case without a task: validate, append, answer when it is applied.
-        write = _Write(self, served, request_id, origin, kind, args)
+        write = _Write(self, served, request_id, origin, kind, args, caller)
         node = self._node
         try:
-            node.propose_for(write, origin, kind, args, peer.name, peer.address)
+            node.propose_for(write, origin, kind, args, peer.name, peer.address, caller)
         except NoLeader:
             write.go_on()
         else:
@@ -452,26 +465,34 @@ class Endpoint:
         origin: Any,
         kind: str,
         args: Any,
+        caller: Caller,
         *,
         is_unknown: bool,
     ) -> None:
         """Through the next leader, or the one that this server follows."""
         peer = served.peer
         write = partial(
-            self._node.write, origin, kind, args, actor=peer.name, source=peer.address, is_unknown=is_unknown
+            self._node.write,
+            origin,
+            kind,
+            args,
+            actor=peer.name,
+            source=peer.address,
+            caller=caller,
+            is_unknown=is_unknown,
         )
         try:
             self._spawn(self._settle(served, request_id, write))
         except RostraError as e:  # this server is stopping
             served.fail(request_id, Timeout(UNKNOWN) if is_unknown else e)
 
-    def _read(self, served: Served, request_id: int, query: Any, min_index: int) -> None:
+    def _read(self, served: Served, request_id: int, query: Any, can: Authorizer, min_index: int) -> None:
         self._node.counts["reads"] += 1
         stream = served.open_stream(request_id)
         if self._node.store.index < min_index:
-            self._spawn(self._later(stream, min_index, self._read_now, stream, query))
+            self._spawn(self._later(stream, min_index, self._read_now, stream, query, can))
         else:
-            self._read_now(stream, query)
+            self._read_now(stream, query, can)
 
     async def _later(self, stream: Any, min_index: int, answer: Callable[..., None], *args: Any) -> None:
         """`answer` when this server has caught up with what its asker has seen elsewhere."""
@@ -487,15 +508,15 @@ class Endpoint:
         except Exception as e:
             stream.fail(self._unforeseen("read", e))
 
-    def _read_now(self, stream: Any, query: Any) -> None:
+    def _read_now(self, stream: Any, query: Any, can: Authorizer) -> None:
         try:
-            evaluation = self._node.store.evaluate(query)
+            evaluation = self._node.store.evaluate(query, can)
             if len(evaluation.keys) > SMALL_ANSWER_ROWS:
-                self._node.watches.subscribe(query, stream, once=True)
+                self._node.watches.subscribe(query, stream, can, once=True)
                 return
             rows = evaluation.step(SMALL_ANSWER_ROWS)
             if sum(bytes_of(row) for _, row in rows) > CHUNK_BYTES:
-                self._node.watches.subscribe(query, stream, once=True)
+                self._node.watches.subscribe(query, stream, can, once=True)
                 return
         except RostraError as e:
             stream.fail(e)
@@ -530,13 +551,19 @@ class Endpoint:
         packed = None if touched is None else b"".join(h.to_bytes(8, "big") for h in touched)
         served.reply(request_id, (store.index, packed, known, contact_ms))
 
-    def _act(self, served: Served, request_id: int, kind: str, args: dict[str, Any]) -> None:
+    def _act(self, served: Served, request_id: int, kind: str, args: dict[str, Any], caller: Caller | None) -> None:
         act = self._acts.get(kind)
         if act is None:
             raise BadRequest(f"unknown act {str(kind)[:64]!r}")
         if not isinstance(args, dict):
             raise BadRequest(f"{kind}: the arguments are a map")
-        self._spawn(self._settle(served, request_id, partial(act, served.peer, args)))
+        self._spawn(self._settle(served, request_id, partial(self._run, act, kind, served.peer, args, caller)))
+
+    async def _run(self, act: Act, kind: str, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
+        can = self._node.can(caller)
+        if can is not EVERYTHING and not act.may(can, self._node.store.tables, args):
+            raise Denied(f"{DENIED}: {kind}")
+        return await act.run(peer, args, caller)
 
     async def _settle(self, served: Served, request_id: int, work: Callable[[], Awaitable[Any]]) -> None:
         """Reply with what becomes of `work`, which is begun only here: at a stop this may never run."""
@@ -579,15 +606,18 @@ class _Proposed:
 class _Write:
     """An agent. Where this server ceases to lead, the write goes on under the same origin to the next leader."""
 
-    __slots__ = ("_args", "_endpoint", "_kind", "_origin", "_request_id", "_served")
+    __slots__ = ("_args", "_caller", "_endpoint", "_kind", "_origin", "_request_id", "_served")
 
-    def __init__(self, endpoint: Endpoint, served: Served, request_id: int, origin: Any, kind: str, args: Any) -> None:
+    def __init__(
+        self, endpoint: Endpoint, served: Served, request_id: int, origin: Any, kind: str, args: Any, caller: Caller
+    ) -> None:
         self._endpoint = endpoint
         self._served = served
         self._request_id = request_id
         self._origin = origin
         self._kind = kind
         self._args = args
+        self._caller = caller
 
     def done(self) -> bool:
         return False
@@ -607,7 +637,13 @@ class _Write:
     def go_on(self, *, is_unknown: bool = False) -> None:
         """Ask whoever leads next. `is_unknown`: it may have been done already."""
         self._endpoint.write_elsewhere(
-            self._served, self._request_id, self._origin, self._kind, self._args, is_unknown=is_unknown
+            self._served,
+            self._request_id,
+            self._origin,
+            self._kind,
+            self._args,
+            self._caller,
+            is_unknown=is_unknown,
         )
 
 
@@ -641,6 +677,11 @@ def _query(served: Served, kind: Any, args: Any) -> Any:
     query = QUERY_VOCABULARY.decode(kind, args)
     check_arguments(args)
     return query
+
+
+def _of_peer(caller: Sequence[Any]) -> Caller | None:
+    """For whom another server asks: for itself where it names nobody, as servers up to 0.1.0 never do."""
+    return None if not caller or caller[0] is None else read_caller(caller[0])
 
 
 def _index(value: Any) -> int:

@@ -60,7 +60,7 @@ class Pace:
 
 class Enrolment:
     """Binds names to keys. `server_id`: key hash → id in the list of servers, or None; `holds(name, key)`: whether a
-    node is connected here; `others()`: (name, caller) of the servers that can be asked; `probe`: does a node answer?"""
+    node is connected here; `others()`: (name, client) of the servers that can be asked; `probe`: does a node answer?"""
 
     def __init__(
         self,
@@ -174,11 +174,11 @@ class Enrolment:
         if self._holds(member.name, member.key_hash):
             return f"has a connection to server {self._node.name}"
 
-        async def ask(name: str, caller: Any) -> str:
+        async def ask(name: str, client: Any) -> str:
             try:
                 async with asyncio.timeout(ASK_S):
                     args = {"name": member.name, "key_hash": member.key_hash}
-                    held = await caller.call("act", "session.held", args)
+                    held = await client.call("act", "session.held", args)
             except (TimeoutError, RostraError):  # it is lost with its sessions, or of a version that cannot say
                 return ""
             return f"has a connection to server {name}" if held is True else ""
@@ -186,7 +186,7 @@ class Enrolment:
         async def probe() -> str:
             return f"answers at {member.address}" if await self._probe(member) else ""
 
-        answers = await asyncio.gather(probe(), *(ask(name, caller) for name, caller in self._others()))
+        answers = await asyncio.gather(probe(), *(ask(name, client) for name, client in self._others()))
         return next(filter(None, answers), "")
 
     # -- the one that has lost its name ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
-from rostra.acl.authorizer import Everything
+from rostra.acl.authorizer import EVERYTHING, Authorizer
 from rostra.runtime.log import get
 from rostra.server.raft.log import Outcome, RaftLog
 from rostra.server.state.capture import Loader
@@ -24,6 +24,7 @@ from rostra.server.state.entry import pack_entry
 from rostra.server.state.kv import SetKey
 from rostra.server.state.store import Store
 from rostra.server.watches import Watches
+from rostra.wire.caller import Caller
 from rostra.wire.codec import encode_value
 from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout, from_wire
 from rostra.wire.rpc import Lost
@@ -34,6 +35,8 @@ log = get("server")
 HOLD_S = 7.0
 #: What is said of a write of which nobody here will learn what became of it.
 UNKNOWN = "the leader was lost before it answered: the write may or may not have been done"
+#: The first words of each refusal for want of a right, as clients know them.
+DENIED = "Permission denied"
 #: No row has this modify_index, so a compare-and-set with it writes nothing.
 NEVER = (1 << 63) - 1
 #: So many lock-delays are noted before those that are over are looked for.
@@ -53,8 +56,13 @@ class ServerNode:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         client_id: str = "",
+        authorize: Callable[[Caller], Authorizer] = lambda caller: EVERYTHING,
     ) -> None:
-        """`clock` gives monotonic seconds, `wall` what an entry shows as its time; `client_id` names this process."""
+        """`clock` gives monotonic seconds, `wall` what an entry shows as its time; `client_id` names this process.
+
+        `authorize(caller)` is what that caller may do.
+        """
+        self._authorize = authorize
         self.node_id, self.name, self.datacenter = node_id, name, datacenter
         self.clock, self._wall = clock, wall
         self.store = Store()
@@ -88,7 +96,6 @@ class ServerNode:
             "barrier_rounds": 0,
             "watches_opened": 0,
         }
-        self._can = Everything()
 
     # -- the log calls ----------------------------------------------------------------------------------------
 
@@ -181,6 +188,19 @@ class ServerNode:
         except TimeoutError:
             pass
 
+    # -- who may do what --------------------------------------------------------------------------------------
+
+    def can(self, caller: Caller | None) -> Authorizer:
+        """What the caller may do; None is a server of this cluster, on its own behalf."""
+        return EVERYTHING if caller is None else self._authorize(caller)
+
+    def check_query(self, query: Any, caller: Caller | None) -> Authorizer:
+        """What the caller may see of the rows. Raises Denied where it may not ask at all."""
+        can = self.can(caller)
+        if can is not EVERYTHING and not query.allowed(can, self.store.tables):
+            raise Denied(f"{DENIED}: {query.kind}")
+        return can
+
     # -- writes -----------------------------------------------------------------------------------------------
 
     async def write(
@@ -191,6 +211,7 @@ class ServerNode:
         *,
         actor: str = "",
         source: str = "",
+        caller: Caller | None = None,
         hold_s: float = HOLD_S,
         is_unknown: bool = False,
     ) -> Any:
@@ -205,7 +226,7 @@ class ServerNode:
         while True:
             result = None
             try:
-                result = await self._attempt(origin, kind, args, actor, source, deadline)
+                result = await self._attempt(origin, kind, args, actor, source, caller, deadline)
             except Timeout:
                 is_unknown = True
             except NoLeader as e:
@@ -225,17 +246,24 @@ class ServerNode:
                 raise
 
     async def _attempt(
-        self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str, deadline: float
+        self,
+        origin: tuple[str, int, int],
+        kind: str,
+        args: dict[str, Any],
+        actor: str,
+        source: str,
+        caller: Caller | None,
+        deadline: float,
     ) -> Any:
         """The result tuple, or None where there is no leader to ask. Raises NoLeader (not done), Timeout (unknown)."""
         if self.is_leader:
-            return await self.propose(origin, kind, args, actor, source)
+            return await self.propose(origin, kind, args, actor, source, caller)
         leader_id = self.leader_id
         peer = self.peer(leader_id) if leader_id else None
         if peer is None or not peer.open:
             return None
         self.counts["writes_forwarded"] += 1
-        call = peer.call("propose", origin, kind, args, actor, source)
+        call = peer.call("propose", origin, kind, args, actor, source, *on_behalf_of(caller, peer))
         try:
             return await self._while_leader(call, leader_id, deadline)
         except Lost as e:
@@ -248,14 +276,20 @@ class ServerNode:
             raise
 
     def propose(
-        self, origin: tuple[str, int, int], kind: str, args: dict[str, Any], actor: str, source: str
+        self,
+        origin: tuple[str, int, int],
+        kind: str,
+        args: dict[str, Any],
+        actor: str,
+        source: str,
+        caller: Caller | None = None,
     ) -> asyncio.Future[Any]:
         """On the leader: validate, decide what must be decided before the log, append. Resolves to a result tuple.
 
         Raises NoLeader, or the refusal of what must not get into the log.
         """
         future: asyncio.Future[Any] = self._loop.create_future()
-        self.propose_for(future, origin, kind, args, actor, source)
+        self.propose_for(future, origin, kind, args, actor, source, caller)
         return future
 
     def propose_for(
@@ -266,14 +300,16 @@ class ServerNode:
         args: dict[str, Any],
         actor: str,
         source: str,
+        caller: Caller | None = None,
     ) -> None:
         """As `propose`; the result goes to `outcome`. `origin` is one that `_origin` in endpoint.py lets pass."""
         raft, store = self.raft, self.store
         if raft is None or not raft.is_leader or not (store.cluster_id or kind == "cluster.bootstrap"):
             raise NoLeader
         command = COMMAND_VOCABULARY.decode(kind, args)
-        if not command.allowed(self._can):
-            raise Denied(f"Permission denied: {kind}")
+        can = self.can(caller)
+        if can is not EVERYTHING and not command.allowed(can, store.tables):
+            raise Denied(f"{DENIED}: {kind}")
         if self.lock_delays and kind == "kv.set" and command.acquire and self._lock_delayed(command):
             # Refused through the log: an earlier attempt of the same origin may be under way, and one answer holds.
             command = SetKey(command.key, b"", cas=NEVER)
@@ -457,6 +493,11 @@ class _Rounds:
                 raise
             else:
                 future.set_result(None)
+
+
+def on_behalf_of(caller: Caller | None, peer: Any) -> tuple[Any, ...]:
+    """The last argument of what is asked of another server: nothing where that one does not know it."""
+    return () if peer.level < 2 else (None if caller is None else caller.packed(),)
 
 
 def unwrap(result: Any) -> Any:

@@ -20,7 +20,7 @@ from rostra.server.raft.members import Member
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Denied, NoLeader, RostraError
 from rostra.wire.frames import PEER_FRAME_BYTES_MAX
-from rostra.wire.rpc import Caller, check_hello, hello
+from rostra.wire.rpc import RpcClient, check_hello, hello
 
 log = get("peers")
 
@@ -78,7 +78,7 @@ async def ask(
 
 
 class Peers:
-    """The callers to all other servers."""
+    """The clients to all other servers."""
 
     def __init__(
         self,
@@ -91,12 +91,12 @@ class Peers:
         self._me, self._context, self._about, self._spawn = me, context, about, spawn
         self._members: dict[str, Member] = {}
         self._tasks: dict[str, asyncio.Task[Any]] = {}
-        self._callers: dict[str, Caller] = {}
+        self._clients: dict[str, RpcClient] = {}
         self._hints: dict[str, tuple[str, int]] = {}  # where a server itself was reached or heard from
         self._hearsay: dict[str, tuple[str, int]] = {}  # where another one says that it is
 
     def follow(self, members: Iterable[Member]) -> None:
-        """Keep a caller to each of `members` but ourselves, and to nobody else. The newest list counts."""
+        """Keep a client to each of `members` but ourselves, and to nobody else. The newest list counts."""
         self._members = {m.id: m for m in members if m.id != self._me}
         for server_id in [i for i in self._tasks if i not in self._members]:
             self._tasks.pop(server_id).cancel()
@@ -109,12 +109,12 @@ class Peers:
             if server_id not in self._tasks:
                 self._tasks[server_id] = self._spawn(self._keep(server_id))
 
-    def caller(self, server_id: str) -> Caller | None:
-        return self._callers.get(server_id)
+    def client(self, server_id: str) -> RpcClient | None:
+        return self._clients.get(server_id)
 
-    def callers(self) -> list[tuple[str, Caller]]:
-        """(name, caller) of those that can be asked now."""
-        return [(self._members[i].name, c) for i, c in self._callers.items() if i in self._members and c.open]
+    def clients(self) -> list[tuple[str, RpcClient]]:
+        """(name, client) of those that can be asked now."""
+        return [(self._members[i].name, c) for i, c in self._clients.items() if i in self._members and c.open]
 
     def hint(self, server_id: str, host: str, port: int) -> None:
         """That server, known by its key, was reached or heard from there."""
@@ -136,28 +136,31 @@ class Peers:
 
     async def dial_raft(self, member: Member) -> FrameConnection:
         """For the Raft layer: a connection that has exchanged hellos. Raises RostraError."""
-        return await self._dial(member, "raft")
-
-    async def _dial(self, member: Member, protocol: str) -> FrameConnection:
-        connection = await self._dial_where_it_may_be(member, hello(protocol, **self._about()))
-        connection.is_of_the_cluster()
+        connection, _ = await self._dial(member, "raft")
         return connection
 
-    async def _dial_where_it_may_be(self, member: Member, greeting: bytes) -> FrameConnection:
+    async def _dial(self, member: Member, protocol: str) -> tuple[FrameConnection, dict[str, Any]]:
+        connection, answer = await self._dial_where_it_may_be(member, hello(protocol, **self._about()))
+        connection.is_of_the_cluster()
+        return connection, answer
+
+    async def _dial_where_it_may_be(self, member: Member, greeting: bytes) -> tuple[FrameConnection, dict[str, Any]]:
         for known in (self._hints, self._hearsay):
             place = known.get(member.id)
             if place is None:
                 continue
             try:
-                connection, _, _ = await dial(
+                connection, answer, _ = await dial(
                     *place, self._context(), greeting, key_hash=member.key_hash, timeout_s=1.0
                 )
-                return connection
+                return connection, answer
             except RostraError:
                 if known.get(member.id) == place:
                     del known[member.id]
-        connection, _, _ = await dial(member.host, member.port, self._context(), greeting, key_hash=member.key_hash)
-        return connection
+        connection, answer, _ = await dial(
+            member.host, member.port, self._context(), greeting, key_hash=member.key_hash
+        )
+        return connection, answer
 
     async def _keep(self, server_id: str) -> None:
         told = ""
@@ -172,18 +175,18 @@ class Peers:
             await asyncio.sleep(RETRY_S)
 
     async def _session(self, member: Member) -> None:
-        connection = await self._dial(member, "peer")
-        caller = Caller(connection, request_bytes_max=PEER_FRAME_BYTES_MAX)
-        connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
-        self._callers[member.id] = caller
+        connection, answer = await self._dial(member, "peer")
+        client = RpcClient(connection, level=answer.get("level", 1), request_bytes_max=PEER_FRAME_BYTES_MAX)
+        connection.on_frame, connection.on_lost = client.on_frame, client.on_lost
+        self._clients[member.id] = client
         try:
-            while caller.open:
+            while client.open:
                 async with asyncio.timeout(PING_TIMEOUT_S):
-                    await caller.call("act", "ping", {})
+                    await client.call("act", "ping", {})
                 await asyncio.sleep(PING_EVERY_S)
         except TimeoutError:
             log.warn("server does not answer, dropping the connection", server=member.name)
         finally:
-            if self._callers.get(member.id) is caller:
-                del self._callers[member.id]
+            if self._clients.get(member.id) is client:
+                del self._clients[member.id]
             connection.abort("done")

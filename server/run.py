@@ -51,7 +51,7 @@ from rostra.server.state import cluster as cluster_commands
 from rostra.server.state.rows import MemberRow
 from rostra.wire.errors import Conflict, NoLeader, RostraError
 from rostra.wire.frames import pack, unpack
-from rostra.wire.rpc import Caller, hello
+from rostra.wire.rpc import RpcClient, hello
 
 log = logging.get("server")
 
@@ -122,7 +122,7 @@ class Core:
             about=self._about,
             spawn=self._spawn,
         )
-        node.peer = self._peers.caller
+        node.peer = self._peers.client
         self._roster = Roster(
             node,
             serf_port=s.serf_port,
@@ -136,7 +136,7 @@ class Core:
         self._leader = Leader(
             node,
             sessions=lambda: self._endpoint.agents.heard(),
-            peer=self._peers.caller,
+            peer=self._peers.client,
             probe=self._probe,
             ensure_roots=self._ensure_roots,
             remove_server=lambda node_id: self._roster.remove(node_id=node_id),
@@ -148,14 +148,14 @@ class Core:
             s,
             server_id=self._server_ids.get,
             holds=lambda name, key_hash: self._endpoint.agents.holds(name, key_hash),
-            others=self._peers.callers,
+            others=self._peers.clients,
             probe=self._probe,
             on_enrolled=self._leader.kick,
         )
         acts = self._acts = Acts(
             node,
             self._leader,
-            self._peers.caller,
+            self._peers.client,
             self._roster,
             self._autopilot,
             learn_candidates=self.learn,
@@ -496,10 +496,10 @@ class Core:
             key_hash=None,
         )
         try:
-            caller = Caller(connection)
-            connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
+            client = RpcClient(connection)
+            connection.on_frame, connection.on_lost = client.on_frame, client.on_lost
             async with asyncio.timeout(2.0):
-                return await caller.call(kind, args), key_hash
+                return await client.call(kind, args), key_hash
         except TimeoutError:
             raise NoLeader(f"{address} does not answer") from None
         finally:

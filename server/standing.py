@@ -106,7 +106,7 @@ class Standing:
     def _misses_one(self) -> bool:
         """Whether it is time to look for a member that cannot be reached."""
         now = self._now()
-        me, caller = self._node.node_id, self._peers.caller
+        me, caller = self._node.node_id, self._peers.client
         if self._raft.leader_id is not None and all(m.id == me or caller(m.id) for m in self._raft.members):
             self._whole_at = now
         return self.misses_others() and now - self._looked_at > LOOK_FOR_S
@@ -121,7 +121,7 @@ class Standing:
             if self._raft.is_leader:
                 await self._moved(me.id, self._host, self._port)
                 return
-            leader = self._peers.caller(leader_id)
+            leader = self._peers.client(leader_id)
             if leader is not None:
                 async with asyncio.timeout(6.0):
                     await leader.call("act", "raft.moved", {"host": self._host, "port": self._port})

@@ -1,18 +1,20 @@
 """Shared watches: each distinct query is evaluated once per change, whoever and however many watch it.
 
 A watch keeps the rows of its last answer. What apply touched says which row keys to look at again; the changed rows go
-to every subscriber as one packed chunk. A first answer is filled in slices between which the loop runs, and what was
-touched meanwhile is looked at again before it counts as complete, so an answer is always that of one index. For a
-subscriber that cannot take changes as they come, only the keys that it missed are kept.
-Large one-shot reads are watches that end after the first answer. Called on the loop only.
+to every subscriber as one packed chunk, one for each group of those that may see the same. A first answer is filled in
+slices between which the loop runs, and what was touched meanwhile is looked at again before it counts as complete, so
+an answer is always that of one index. For a subscriber that cannot take changes as they come, only the keys that it
+missed are kept. Large one-shot reads are watches that end after the first answer. Called on the loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
+from rostra.acl.authorizer import EVERYTHING, Authorizer
 from rostra.server.state.granules import granule_hash, parent_directories
 from rostra.server.state.store import Store, Touches
 from rostra.wire.errors import RostraError, Timeout
@@ -29,11 +31,16 @@ LAG_CHUNKS = 64
 MISSED_MAX = 65_536
 
 
-class _Subscriber:
-    __slots__ = ("called", "missed", "once", "started", "stream")
+#: (key, the row, the one before or None) of what changed; (key, the row that was there) of what went.
+Changes = list[tuple[Any, Any, Any]]
+Removals = list[tuple[Any, Any]]
 
-    def __init__(self, stream: ServedStream, once: bool) -> None:
-        self.stream, self.once = stream, once
+
+class _Subscriber:
+    __slots__ = ("called", "can", "missed", "once", "started", "stream")
+
+    def __init__(self, stream: ServedStream, can: Authorizer, once: bool) -> None:
+        self.stream, self.can, self.once = stream, can, once
         self.called = self.started = False  # its first answer has been ordered; has begun
         #: keys that changed while the first answer went out, or while it took nothing; None: it gets every change
         self.missed: set[Any] | None = set()
@@ -57,7 +64,7 @@ class SharedWatch:
         self._filled = False
         self._busy = False
         #: (who gets a change, its chunks, how many have it): the next change waits, so that nobody gets it before
-        self._sending: tuple[list[_Subscriber], list[bytes], int] | None = None
+        self._sending: tuple[list[tuple[_Subscriber, list[bytes]]], int] | None = None
         self._is_due = False  # a refresh waits for that
 
     # -- being told -------------------------------------------------------------------------------------------
@@ -77,8 +84,8 @@ class SharedWatch:
         """Everything may differ, and nothing is known of when it changed: the next evaluation says."""
         self.touched(None, self._touched_index)
 
-    def subscribe(self, stream: ServedStream, *, once: bool) -> None:
-        subscriber = _Subscriber(stream, once)
+    def subscribe(self, stream: ServedStream, can: Authorizer, *, once: bool) -> None:
+        subscriber = _Subscriber(stream, can, once)
         self.subscribers[subscriber] = None
         stream.on_cancel = lambda: self._unsubscribe(subscriber)
         if self._busy:
@@ -112,8 +119,7 @@ class SharedWatch:
 
     async def _refresh_sliced(self) -> None:
         """Evaluate in slices, then look again at what was touched meanwhile, until nothing was."""
-        changed: dict[Any, tuple[Any, ...]] = {}
-        removed: set[Any] = set()
+        before: dict[Any, Any] = {}  # of each key that differs, the row that was published; None: there was none
         first = not self._filled
         try:
             while self.subscribers and (self._dirty_all or self._dirty):
@@ -122,25 +128,21 @@ class SharedWatch:
                     self._dirty.clear()
                     fresh = await self._evaluate()
                     for key, row in fresh.items():
-                        if self.rows.get(key) != row:
-                            changed[key] = row
-                            removed.discard(key)
-                    for key in self.rows:
+                        if (old := self.rows.get(key)) != row:
+                            before.setdefault(key, old)
+                    for key, row in self.rows.items():
                         if key not in fresh:
-                            removed.add(key)
-                            changed.pop(key, None)
+                            before.setdefault(key, row)
                     self.rows = fresh
                 dirty, self._dirty = list(self._dirty), set()
                 for at in range(0, len(dirty), SLICE_ROWS):
                     if at:  # and not after the last: where something is touched in every turn, this has to end
                         await self._hub.turns.turn()
                     some, gone = self._look_again(dirty[at : at + SLICE_ROWS])
-                    for key, row in some:
-                        changed[key] = row
-                        removed.discard(key)
-                    for key in gone:
-                        removed.add(key)
-                        changed.pop(key, None)
+                    for key, _, old in some:
+                        before.setdefault(key, old)
+                    for key, old in gone:
+                        before.setdefault(key, old)
         except RostraError as e:
             for subscriber in list(self.subscribers):
                 subscriber.stream.fail(e)
@@ -152,7 +154,10 @@ class SharedWatch:
         self._filled = True
         self._busy = False
         if not first:
-            self._publish(list(changed.items()), list(removed))
+            rows = self.rows
+            changed = [(key, rows[key], old) for key, old in before.items() if key in rows and rows[key] != old]
+            removed = [(key, old) for key, old in before.items() if key not in rows and old is not None]
+            self._publish(changed, removed)
         self._answer_waiting()
 
     async def _evaluate(self) -> dict[Any, tuple[Any, ...]]:
@@ -177,50 +182,79 @@ class SharedWatch:
             self._hub.move(self, self.granules, new)
             self.granules = new
 
-    def _look_again(self, keys: Iterable[Any]) -> tuple[list[tuple[Any, Any]], list[Any]]:
-        """Bring `rows` up to date for `keys`; (changed rows, removed keys)."""
+    def _look_again(self, keys: Iterable[Any]) -> tuple[Changes, Removals]:
+        """Bring `rows` up to date for `keys`; what changed and what went."""
         view, rows, query = self._hub.store.view(), self.rows, self.query
-        changed: list[tuple[Any, Any]] = []
-        removed: list[Any] = []
+        changed: Changes = []
+        removed: Removals = []
         for key in keys:
             row = query.row(view, key)
             if row is None:
-                if rows.pop(key, None) is not None:
-                    removed.append(key)
-            elif rows.get(key) != row:
+                if (old := rows.pop(key, None)) is not None:
+                    removed.append((key, old))
+            elif (old := rows.get(key)) != row:
                 rows[key] = row
-                changed.append((key, row))
+                changed.append((key, row, old))
         return changed, removed
 
     # -- telling ----------------------------------------------------------------------------------------------
 
-    def _publish(self, changed: list[tuple[Any, Any]], removed: list[Any]) -> None:
-        """One packed chunk for everyone. The index moves with the rows; a directory's neighbours do not move it."""
+    def _publish(self, changed: Changes, removed: Removals) -> None:
+        """One packed delta for each group of those that may see the same; nothing for those that see none of it.
+
+        The index moves with the rows; a directory's neighbours do not move it.
+        """
         if not changed and not removed:
             return
         self.index = max(self.index, self._touched_index)
-        chunks = list(self._delta(changed, removed))
         self._hub.deltas += 1
-        ready: list[_Subscriber] = []
+        groups: dict[Authorizer, tuple[list[tuple[Any, Any]], list[Any], list[bytes]]] = {}
+        ready: list[tuple[_Subscriber, list[bytes]]] = []
         lost: list[_Subscriber] = []
         for subscriber in self.subscribers:
+            group = groups.get(subscriber.can)
+            if group is None:
+                shown, gone = self._seen(subscriber.can, changed, removed)
+                group = groups[subscriber.can] = shown, gone, list(self._delta(shown, gone))
+            shown, gone, chunks = group
+            if not chunks:
+                continue
             if subscriber.missed is None:
                 if subscriber.stream.credit > -LAG_CHUNKS:
-                    ready.append(subscriber)
+                    ready.append((subscriber, chunks))
                     continue
                 subscriber.missed = set()
                 self._hub.spawn(self._catch_up(subscriber))
             if subscriber.started and not subscriber.once:
-                subscriber.missed.update(key for key, _ in changed)
-                subscriber.missed.update(removed)
+                subscriber.missed.update(key for key, _ in shown)
+                subscriber.missed.update(gone)
                 if len(subscriber.missed) > MISSED_MAX:
                     lost.append(subscriber)
         for subscriber in lost:
             subscriber.stream.fail(Timeout("the watch fell too far behind its changes"))
             self._unsubscribe(subscriber)
         if ready:
-            self._sending = ready, chunks, 0
+            self._sending = ready, 0
             self._send_some()
+
+    def _seen(self, can: Authorizer, changed: Changes, removed: Removals) -> tuple[list[tuple[Any, Any]], list[Any]]:
+        """The part of a change that `can` sees: a row that it may not see any more has gone."""
+        if can is EVERYTHING:
+            return [(key, row) for key, row, _ in changed], [key for key, _ in removed]
+        visible = self.query.visible
+        shown: list[tuple[Any, Any]] = []
+        gone = [key for key, row in removed if visible(can, key, row)]
+        for key, row, old in changed:
+            if visible(can, key, row):
+                shown.append((key, row))
+            elif old is not None and visible(can, key, old):
+                gone.append(key)
+        return shown, gone
+
+    def _shows(self, can: Authorizer, key: Any) -> bool:
+        """Whether there is such a row, for `can`."""
+        row = self.rows.get(key)
+        return row is not None and (can is EVERYTHING or self.query.visible(can, key, row))
 
     def _delta(self, changed: list[tuple[Any, Any]], removed: list[Any], *, done: bool = True) -> Iterator[bytes]:
         hashes = tuple(map(granule_hash, self.granules))
@@ -231,19 +265,22 @@ class SharedWatch:
 
     def _send_some(self) -> None:
         assert self._sending is not None
-        subscribers, chunks, at = self._sending
-        for subscriber in subscribers[at : at + SLICE_SUBSCRIBERS]:
+        ready, at = self._sending
+        for subscriber, chunks in ready[at : at + SLICE_SUBSCRIBERS]:
             for chunk in chunks:
                 subscriber.stream.send(chunk)
         at += SLICE_SUBSCRIBERS
-        if at < len(subscribers):
-            self._sending = subscribers, chunks, at
+        if at < len(ready):
+            self._sending = ready, at
             self._hub.turns.queue(self._send_some)
             return
         self._sending = None
         if self._is_due:
             self._is_due = False
             self._hub.turns.queue(self._refresh)
+
+    def _filter(self, can: Authorizer) -> Callable[[Any, Any], bool] | None:
+        return None if can is EVERYTHING else partial(self.query.visible, can)
 
     def _call(self, subscriber: _Subscriber) -> None:
         if not subscriber.called:
@@ -257,15 +294,16 @@ class SharedWatch:
         subscriber.started = True
         stream, index = subscriber.stream, self.index
         hashes = tuple(map(granule_hash, self.granules))
-        slices = iter(_slices(list(self.rows.items())))
+        slices = iter(_slices(list(self.rows.items()), self._filter(subscriber.can)))
         part, flags = next(slices, []), FULL
         while True:
             following = next(slices, None)
             if following is None:
                 flags |= DONE | (END if subscriber.once else 0)
-            if not await stream.more():
-                return
-            stream.send(pack_rows(flags, index, hashes, part, ()), end=bool(flags & END))
+            if part or flags:
+                if not await stream.more():
+                    return
+                stream.send(pack_rows(flags, index, hashes, part, ()), end=bool(flags & END))
             if following is None:
                 break
             part, flags = following, 0
@@ -285,22 +323,25 @@ class SharedWatch:
                 if not await stream.more():
                     return
                 part = keys[at : at + SLICE_ROWS]
-                changed = [(key, self.rows[key]) for key in part if key in self.rows]
-                removed = [key for key in part if key not in self.rows]
+                changed = [(key, self.rows[key]) for key in part if self._shows(subscriber.can, key)]
+                removed = [key for key in part if not self._shows(subscriber.can, key)]
                 for chunk in self._delta(changed, removed, done=at + SLICE_ROWS >= len(keys)):
                     stream.send(chunk)
                 await self._hub.turns.turn()
         subscriber.missed = None
 
 
-def _slices(rows: list[tuple[Any, Any]]) -> Iterable[list[tuple[Any, Any]]]:
-    """`rows` cut so that a chunk stays near CHUNK_BYTES."""
+def _slices(
+    rows: list[tuple[Any, Any]], keep: Callable[[Any, Any], bool] | None = None
+) -> Iterable[list[tuple[Any, Any]]]:
+    """`rows`, as far as `keep(key, row)`, cut so that a chunk stays near CHUNK_BYTES and takes not long to be made."""
     part: list[tuple[Any, Any]] = []
     size = 0
-    for key, row in rows:
-        part.append((key, row))
-        size += 100 + len(key) + bytes_of(row)
-        if size >= CHUNK_BYTES or len(part) >= SLICE_ROWS:
+    for n, (key, row) in enumerate(rows, 1):
+        if keep is None or keep(key, row):
+            part.append((key, row))
+            size += 100 + len(key) + bytes_of(row)
+        if size >= CHUNK_BYTES or n % SLICE_ROWS == 0:
             yield part
             part, size = [], 0
     if part:
@@ -335,11 +376,12 @@ class Watches:
     def __len__(self) -> int:
         return len(self._by_query)
 
-    def subscribe(self, query: Any, stream: ServedStream, *, once: bool = False) -> None:
+    def subscribe(self, query: Any, stream: ServedStream, can: Authorizer = EVERYTHING, *, once: bool = False) -> None:
+        """Send to `stream` what `can` may see of the answer, and of its changes."""
         watch = self._by_query.get(query)
         if watch is None:
             watch = self._by_query[query] = SharedWatch(self, query)
-        watch.subscribe(stream, once=once)
+        watch.subscribe(stream, can, once=once)
 
     def forget(self, watch: SharedWatch) -> None:
         if self._by_query.get(watch.query) is watch:

@@ -27,6 +27,9 @@ from rostra.wire.errors import BadRequest, NoLeader, RostraError, TooLarge, from
 from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX, pack, unpack, unpack_first, unpack_request
 
 PROTOCOL_VERSION = 1
+#: What the arguments of verbs may be, as far as this program knows; a hello that says nothing is of level 1.
+#: 2: `propose` and `act` between servers end with their caller.
+LEVEL = 2
 CHUNK_BYTES = 64 << 10
 CREDIT_CHUNKS = 8
 FULL, DONE, END = 1, 2, 4
@@ -40,7 +43,7 @@ QUESTIONS_AT_ONCE_MAX = 64
 
 def hello(protocol: str, **about: Any) -> bytes:
     """The first frame of a connection. `protocol`: "rpc", "raft" or "bootstrap"."""
-    return pack({"rostra": PROTOCOL_VERSION, "protocol": protocol, **about})
+    return pack({"rostra": PROTOCOL_VERSION, "level": LEVEL, "protocol": protocol, **about})
 
 
 def check_hello(payload: bytes) -> dict[str, Any]:
@@ -78,10 +81,10 @@ class Chunk:
 class Stream:
     """The caller's end of a stream: chunks in order until END, an error or a lost connection."""
 
-    __slots__ = ("_caller", "_chunks", "_waiter", "error", "id")
+    __slots__ = ("_chunks", "_client", "_waiter", "error", "id")
 
-    def __init__(self, caller: Caller, request_id: int) -> None:
-        self._caller, self.id = caller, request_id
+    def __init__(self, client: RpcClient, request_id: int) -> None:
+        self._client, self.id = client, request_id
         self._chunks: list[Chunk] = []
         self._waiter: asyncio.Future[None] | None = None
         self.error: RostraError | None = None
@@ -91,19 +94,19 @@ class Stream:
         while not self._chunks:
             if self.error is not None:
                 raise self.error
-            if self.id not in self._caller.streams:
+            if self.id not in self._client.streams:
                 return None
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         chunk = self._chunks.pop(0)
-        if self.id in self._caller.streams:
-            self._caller.notify(self.id, "credit", 1)
+        if self.id in self._client.streams:
+            self._client.notify(self.id, "credit", 1)
         return chunk
 
     def close(self) -> None:
         """Tell the server that the rest is not wanted."""
-        if self._caller.streams.pop(self.id, None) is not None:
-            self._caller.notify(self.id, "cancel")
+        if self._client.streams.pop(self.id, None) is not None:
+            self._client.notify(self.id, "cancel")
         self._wake()
 
     def _feed(self, chunk: Chunk) -> None:
@@ -115,11 +118,15 @@ class Stream:
             self._waiter.set_result(None)
 
 
-class Caller:
+class RpcClient:
     """The asking side of a connection. The owner has exchanged hellos already and passes frames to `on_frame`."""
 
-    def __init__(self, connection: FrameConnection, *, request_bytes_max: int = RPC_FRAME_BYTES_MAX) -> None:
+    def __init__(
+        self, connection: FrameConnection, *, level: Any = LEVEL, request_bytes_max: int = RPC_FRAME_BYTES_MAX
+    ) -> None:
+        """`level`: what the peer's hello says of itself."""
         self._connection = connection
+        self.level = level if type(level) is int else 1
         self._request_bytes_max = request_bytes_max
         self._loop = asyncio.get_running_loop()
         self._next_id = 0

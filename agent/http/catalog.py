@@ -196,7 +196,7 @@ async def register(request: Request, agent: Agent) -> Response:
         checks=tuple(check_map(check) for check in given),
     )
     try:
-        await write(agent.servers, command, request.token)
+        await write(agent.servers, command, request.caller)
     except Conflict as e:
         if not e.message.startswith(NAME_RESERVED):
             raise
@@ -213,7 +213,7 @@ async def deregister(request: Request, agent: Agent) -> Response:
     if not node_name:
         raise HttpError(500, "Must provide node")
     command = Deregister(node_name, body.text("ServiceID") or None, body.text("CheckID") or None)
-    await write(agent.servers, command, request.token)
+    await write(agent.servers, command, request.caller)
     return Response(200, b"true", {"Content-Type": JSON_TYPE})
 
 

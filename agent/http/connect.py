@@ -204,14 +204,14 @@ async def _drop_former(
     for old in await _those(request, agent, is_it):
         if (old.source, old.destination) != pair:
             try:
-                await write(agent.servers, DeleteIntention(old.source, old.destination), request.token)
+                await write(agent.servers, DeleteIntention(old.source, old.destination), request.caller)
             except NoLeader:
                 raise Timeout("the new intention was written, the one it replaces is still there: try again") from None
 
 
 async def _delete(request: Request, agent: Agent, pairs: list[tuple[str, str]]) -> Response:
     for pair in pairs:
-        await write(agent.servers, DeleteIntention(*pair), request.token)
+        await write(agent.servers, DeleteIntention(*pair), request.caller)
     return json_response(True)
 
 
@@ -346,7 +346,7 @@ async def _set(request: Request, agent: Agent, command: SetIntention) -> str:
         for other in await _those(request, agent, lambda row: _folded(row) == pair and row.id != command.id):
             raise HttpError(500, duplicate(other))
     try:
-        return str(await agent.servers.write(command, token=request.token))
+        return str(await agent.servers.write(command, caller=request.caller))
     except BadRequest as e:
         raise _refused(e.message) from None
     except Conflict as e:

@@ -11,6 +11,7 @@ import logging
 from typing import Any
 
 from rostra.agent.http.routing import Response, text_response
+from rostra.wire.caller import Caller
 from rostra.wire.errors import BadRequest, NoLeader, RostraError
 from rostra.wire.rpc import Lost
 
@@ -68,9 +69,9 @@ def outcome(error: BaseException) -> str:
     return "unknown"
 
 
-async def write(servers: Any, command: Any, token: str) -> Any:
+async def write(servers: Any, command: Any, caller: Caller) -> Any:
     """`servers.write`, where a refusal by the state is 500 with its text, as Consul answers refusals of its servers."""
     try:
-        return await servers.write(command, token=token)
+        return await servers.write(command, caller=caller)
     except BadRequest as e:
         raise HttpError(500, e.message) from None

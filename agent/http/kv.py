@@ -54,7 +54,7 @@ async def put(request: Request, agent: Agent) -> Response:
         acquire=_session(query.get("acquire")) if query.has("acquire") else None,
         release=_given(query.get("release")) if query.has("release") else None,
     )
-    return _truth(await write(agent.servers, command, request.token))
+    return _truth(await write(agent.servers, command, request.caller))
 
 
 async def delete(request: Request, agent: Agent) -> Response:
@@ -62,10 +62,10 @@ async def delete(request: Request, agent: Agent) -> Response:
     query = request.query
     if query.has("recurse"):
         _refuse_together(request, "cas", "recurse")
-        return _truth(await write(agent.servers, DeleteTree(request.params["key"]), request.token))
+        return _truth(await write(agent.servers, DeleteTree(request.params["key"]), request.caller))
     key = request.require("key", "Missing key name")
     cas = _uint(query.get("cas")) if query.has("cas") else None
-    return _truth(await write(agent.servers, DeleteKey(key, cas), request.token))
+    return _truth(await write(agent.servers, DeleteKey(key, cas), request.caller))
 
 
 def _names(prefix_length: int, separator: str) -> View:

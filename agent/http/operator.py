@@ -45,8 +45,8 @@ async def raft_configuration(request: Request, agent: Agent) -> Response:
         known = await agent.servers.barrier("stale")
         if not known.known_leader and known.last_contact_ms > LEADERLESS_MS:
             raise NoLeader("No cluster leader: ask with ?stale for what is known here")  # not after seconds of waiting
-    answer = await agent.servers.act("raft.configuration", {"stale": stale}, token=request.token)
-    waiting = () if stale else await agent.servers.act("raft.waiting", {}, token=request.token)
+    answer = await agent.servers.act("raft.configuration", {"stale": stale}, caller=request.caller)
+    waiting = () if stale else await agent.servers.act("raft.waiting", {}, caller=request.caller)
     servers = [
         {
             **_server(row),
@@ -128,7 +128,7 @@ async def _change(
     """The act's answer, or what `done` makes of the list of servers where that shows that it was done."""
     check_datacenter(request, agent)
     try:
-        return await agent.servers.act(kind, args, token=request.token, timeout_s=CHANGE_S, once=True)
+        return await agent.servers.act(kind, args, caller=request.caller, timeout_s=CHANGE_S, once=True)
     except (NotFound, Timeout) as e:
         # The change itself may have cost the answer: the leader went, or the server that this agent speaks to.
         try:
@@ -142,7 +142,7 @@ async def _change(
 
 async def _configuration(request: Request, agent: Agent) -> dict[str, Any]:
     try:
-        answer = await agent.servers.act("raft.configuration", {}, token=request.token, timeout_s=LOOK_S)
+        answer = await agent.servers.act("raft.configuration", {}, caller=request.caller, timeout_s=LOOK_S)
     except Timeout:
         raise NoLeader from None  # only a question: nothing was done
     return dict(answer)
@@ -222,7 +222,7 @@ async def state(request: Request, agent: Agent) -> Response:
 
 async def _health(request: Request, agent: Agent) -> Any:
     read_options(request, agent)
-    return await agent.servers.act("autopilot.health", {}, token=request.token)
+    return await agent.servers.act("autopilot.health", {}, caller=request.caller)
 
 
 def _condition(row: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +269,7 @@ async def set_configuration(request: Request, agent: Agent) -> Response:
     """true, or false where `?cas=` is not the present ModifyIndex. What is not given gets its default."""
     check_datacenter(request, agent)
     command = _configuration_of(request, _cas(request))
-    return json_response(bool(await write(agent.servers, command, request.token)))
+    return json_response(bool(await write(agent.servers, command, request.caller)))
 
 
 #: Settings of Consul's Enterprise edition that its API always shows.

@@ -15,6 +15,7 @@ from urllib.parse import unquote, unquote_plus
 
 import orjson
 
+from rostra.wire.caller import TRACE_CHARS_MAX, Caller
 from rostra.wire.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -251,6 +252,11 @@ class Request:
                 token = rest.strip() if scheme.lower() == "bearer" else ""
             self._token = token
         return self._token
+
+    @property
+    def caller(self) -> Caller:
+        """Who asks, as the servers are told."""
+        return Caller(self.token, self.headers.get("traceparent", "")[:TRACE_CHARS_MAX])
 
     def require(self, name: str, missing: str) -> str:
         """The path's placeholder `name`; BadRequest with the text `missing` where it is empty."""

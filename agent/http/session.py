@@ -62,7 +62,7 @@ async def create(request: Request, agent: Agent) -> Response:
         ttl="" if ttl == ttl_text(ttl_ms) else ttl,
         lock_delay_ns=-1 if delay_ns == min(delay_ms, LOCK_DELAY_MS_MAX) * MILLISECOND else max(0, delay_ns),
     )
-    return json_response({"ID": await write(agent.servers, command, request.token)})
+    return json_response({"ID": await write(agent.servers, command, request.caller)})
 
 
 def _checks(body: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -76,13 +76,13 @@ def _checks(body: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
 async def destroy(request: Request, agent: Agent) -> Response:
     check_datacenter(request, agent)
     command = DestroySession(_session_id(request))
-    return json_response(bool(await write(agent.servers, command, request.token)))
+    return json_response(bool(await write(agent.servers, command, request.caller)))
 
 
 async def renew(request: Request, agent: Agent) -> Response:
     check_datacenter(request, agent)
     session_id = _session_id(request)
-    row = await agent.servers.act("session.renew", {"id": session_id}, token=request.token)
+    row = await agent.servers.act("session.renew", {"id": session_id}, caller=request.caller)
     if row is None:
         raise HttpError(404, f"Session id '{session_id}' not found")
     return Response(200, b"[" + dump_json(session_json(row)) + b"]", {"Content-Type": JSON_TYPE})

@@ -10,12 +10,12 @@ from rostra.agent.http.routing import Request, Response, Route, json_response
 
 async def leader(request: Request, agent: Agent) -> Response:
     read_options(request, agent)
-    return json_response(await agent.servers.act("status.leader", {}, token=request.token) or "")
+    return json_response(await agent.servers.act("status.leader", {}, caller=request.caller) or "")
 
 
 async def peers(request: Request, agent: Agent) -> Response:
     read_options(request, agent)
-    return json_response(list(await agent.servers.act("status.peers", {}, token=request.token) or ()))
+    return json_response(list(await agent.servers.act("status.peers", {}, caller=request.caller) or ()))
 
 
 ROUTES = (

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from rostra.acl.authorizer import Authorizer
 from rostra.server.state.catalog import canonical
 from rostra.server.state.rows import CaRow, RootRow
+from rostra.server.state.tables import Tables
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.codec import decode_row
 from rostra.wire.errors import BadRequest, Conflict
@@ -34,7 +35,7 @@ class SetRoot:
     private_key_pem: str = ""
     expected_active: str | None = None
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -80,7 +81,7 @@ class DropRoot:
     servers_only: ClassVar[bool] = True
     id: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -102,7 +103,7 @@ class SetCaConfig:
     config: dict[str, Any]
     cas: int | None = None
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -125,7 +126,7 @@ class NextSerial:
     servers_only: ClassVar[bool] = True
     count: int = 1
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> int:
@@ -142,7 +143,7 @@ class Roots:
 
     kind: ClassVar[str] = "ca.roots"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[str]:
@@ -156,6 +157,9 @@ class Roots:
         ca = view.tables.ca.get("")
         return (ca.trust_domain, ca.active_root_id) if ca is not None and ca.trust_domain else None
 
+    def visible(self, can: Authorizer, key: str, row: RootRow | tuple[str, str]) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class CaConfig:
@@ -163,7 +167,7 @@ class CaConfig:
 
     kind: ClassVar[str] = "ca.config"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_read()
 
     def keys(self, view: View) -> list[str]:
@@ -174,6 +178,9 @@ class CaConfig:
     def row(self, view: View, key: str) -> tuple[dict[str, Any], int] | None:
         ca = view.tables.ca.get("")
         return (ca.config, ca.config_index) if key == "config" and ca is not None and ca.config_index else None
+
+    def visible(self, can: Authorizer, key: str, row: tuple[dict[str, Any], int]) -> bool:
+        return True
 
 
 def _secret(root_id: str) -> str:

@@ -49,9 +49,32 @@ class Register:
     service: dict[str, Any] | None = None
     checks: tuple[dict[str, Any], ...] = ()
 
-    def allowed(self, can: Authorizer) -> bool:
-        service = (self.service or {}).get("name")
-        return (service is not None and can.service_write(str(service))) or can.node_write(self.node)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        """Whoever changes a node may write that; a service, and its checks, whoever may write all it is or was."""
+        node = tables.node_name(self.node)
+        if (self._changes_node(tables.nodes.get(node)) or self._names_node_checks()) and not can.node_write(node):
+            return False
+        names = {check["service_name"] for check in self.checks if isinstance(check.get("service_name"), str)}
+        ids = {str(check.get("service_id")) for check in self.checks if check.get("service_id")}
+        if self.service is not None:
+            names.add(str(self.service.get("name") or ""))
+            ids.add(str(self.service.get("id") or self.service.get("name") or ""))
+        names |= {tables.services.rows[key].name for each in ids for key in tables.services_like(node, each)}
+        return all(can.service_write(name) for name in names if name)
+
+    def _changes_node(self, old: NodeRow | None) -> bool:
+        return old is None or not (
+            self.skip_node_update
+            or (
+                old.address == self.address
+                and self.node_id.lower() in ("", old.id)
+                and old.tagged_addresses == self.tagged_addresses
+                and old.meta == self.node_meta
+            )
+        )
+
+    def _names_node_checks(self) -> bool:
+        return any(not check.get("service_id") for check in self.checks)
 
     def apply(self, tx: Tx) -> bool:
         if not self.node:
@@ -113,8 +136,18 @@ class Deregister:
     service_id: str | None = None
     check_id: str | None = None
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.node_write(self.node)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        """Whoever may write the node, or the service that goes or whose check goes."""
+        node = tables.node_name(self.node)
+        if can.node_write(node):
+            return True
+        if self.service_id:
+            names = [tables.services.rows[key].name for key in tables.services_like(node, self.service_id)]
+        elif self.check_id:
+            names = [tables.checks.rows[key].service_name for key in tables.checks_like(node, self.check_id)]
+        else:
+            return False
+        return bool(names) and all(name and can.service_write(name) for name in names)
 
     def apply(self, tx: Tx) -> bool:
         if not self.node:
@@ -138,7 +171,7 @@ class Nodes:
 
     kind: ClassVar[str] = "catalog.nodes"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[str]:
@@ -148,6 +181,9 @@ class Nodes:
     def row(self, view: View, key: str) -> NodeRow | None:
         return view.tables.nodes.get(key)
 
+    def visible(self, can: Authorizer, key: str, row: NodeRow) -> bool:
+        return can.node_read(key)
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceNames:
@@ -155,7 +191,7 @@ class ServiceNames:
 
     kind: ClassVar[str] = "catalog.services"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[str]:
@@ -166,6 +202,9 @@ class ServiceNames:
         name = view.tables.service_names.get(key)
         return name.row if name is not None else None
 
+    def visible(self, can: Authorizer, key: str, row: tuple[tuple[str, ...]]) -> bool:
+        return can.service_read(key)
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceAddresses:
@@ -173,7 +212,7 @@ class ServiceAddresses:
 
     kind: ClassVar[str] = "catalog.addresses"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[tuple[str, str]]:
@@ -184,6 +223,9 @@ class ServiceAddresses:
         service = view.tables.services.get(key)
         return (service.address, service.name) if service is not None and service.address else None
 
+    def visible(self, can: Authorizer, key: tuple[str, str], row: tuple[str, str]) -> bool:
+        return can.service_read(row[1]) and can.node_read(key[0])
+
 
 @dataclass(frozen=True, slots=True)
 class NodeServices:
@@ -192,8 +234,8 @@ class NodeServices:
     kind: ClassVar[str] = "catalog.node"
     name: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.node_read(self.name)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[tuple[str, ...]]:
         tables = view.tables
@@ -211,8 +253,12 @@ class NodeServices:
             return view.tables.services.get((node, key[1]))
         return None  # the key of a check: the granule of a node is shared with NodeChecks
 
+    # -- rows from what was asked for ---------------------------------------------------------------------------------
 
-# -- rows from what was asked for ---------------------------------------------------------------------------------
+    def visible(self, can: Authorizer, key: tuple[str, ...], row: NodeRow | ServiceRow) -> bool:
+        return can.node_read(row.name if isinstance(row, NodeRow) else row.node) and (
+            isinstance(row, NodeRow) or can.service_read(row.name)
+        )
 
 
 def service_fields(node: str, given: dict[str, Any]) -> dict[str, Any]:

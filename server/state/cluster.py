@@ -12,6 +12,7 @@ from typing import ClassVar
 from rostra.acl.authorizer import Authorizer
 from rostra.server.state.granules import FLOOR_OF, FLOORS
 from rostra.server.state.rows import ClusterRow, MemberRow
+from rostra.server.state.tables import Tables
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest, Conflict, NotFound
 
@@ -33,7 +34,7 @@ class Bootstrap:
     cluster_ca_key_pem: str
     at_ms: int = 0
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -71,7 +72,7 @@ class BindNode:
     serf_port: int = 8301
     rpc_port: int = 8300
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -122,7 +123,7 @@ class SetMemberStatus:
     status: str
     key_hash: str = ""
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -147,7 +148,7 @@ class SetVoter:
     name: str
     voter: bool
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -168,7 +169,7 @@ class ForgetNode:
     servers_only: ClassVar[bool] = True
     name: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -189,7 +190,7 @@ class NodeReports:
     servers_only: ClassVar[bool] = True
     reports: tuple[tuple[str, str, tuple[str, ...]], ...]
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> None:
@@ -208,7 +209,7 @@ class StateHash:
     index: int
     hash: int
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -225,7 +226,7 @@ class ReapTombstones:
     table: str
     below: int
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> int:
@@ -260,7 +261,7 @@ class Members:
 
     kind: ClassVar[str] = "cluster.members"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[str]:
@@ -269,6 +270,9 @@ class Members:
 
     def row(self, view: View, key: str) -> MemberRow | None:
         return view.tables.members.get(key)
+
+    def visible(self, can: Authorizer, key: str, row: MemberRow) -> bool:
+        return can.node_read(key)
 
 
 def _put(tx: Tx, row: MemberRow) -> None:

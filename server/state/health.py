@@ -25,8 +25,8 @@ class ServiceInstances:
     kind: ClassVar[str] = "health.service"
     name: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.service_read(self.name)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[Pair]:
         name = self.name.lower()
@@ -40,6 +40,9 @@ class ServiceInstances:
             return None
         return _instance(tables, key, service)
 
+    def visible(self, can: Authorizer, key: Pair, row: Instance) -> bool:
+        return sees_instance(can, row)
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectInstances:
@@ -48,8 +51,8 @@ class ConnectInstances:
     kind: ClassVar[str] = "health.connect"
     name: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.service_read(self.name)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[Pair]:
         name = self.name.lower()
@@ -63,6 +66,9 @@ class ConnectInstances:
             return None
         return _instance(tables, key, service)
 
+    def visible(self, can: Authorizer, key: Pair, row: Instance) -> bool:
+        return sees_instance(can, row)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeChecks:
@@ -71,8 +77,8 @@ class NodeChecks:
     kind: ClassVar[str] = "health.node"
     node: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.node_read(self.node)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[str]:
         node = view.tables.node_name(self.node)
@@ -83,6 +89,9 @@ class NodeChecks:
         # A tuple is a key of NodeServices, with which the granule is shared.
         return view.tables.checks.get((view.tables.node_name(self.node), key)) if type(key) is str else None
 
+    def visible(self, can: Authorizer, key: str, row: CheckRow) -> bool:
+        return sees_check(can, row)
+
 
 @dataclass(frozen=True, slots=True)
 class Checks:
@@ -90,7 +99,7 @@ class Checks:
 
     kind: ClassVar[str] = "health.state"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[Pair]:
@@ -99,6 +108,17 @@ class Checks:
 
     def row(self, view: View, key: Pair) -> CheckRow | None:
         return view.tables.checks.get(key)
+
+    def visible(self, can: Authorizer, key: Pair, row: CheckRow) -> bool:
+        return sees_check(can, row)
+
+
+def sees_instance(can: Authorizer, row: Instance) -> bool:
+    return can.node_read(row[0].name) and can.service_read(row[1].name)
+
+
+def sees_check(can: Authorizer, row: CheckRow) -> bool:
+    return can.node_read(row.node) and (not row.service_name or can.service_read(row.service_name))
 
 
 def _instance(tables: Tables, key: Pair, service: ServiceRow) -> Instance:

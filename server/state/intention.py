@@ -15,7 +15,7 @@ from rostra.acl.authorizer import Authorizer
 from rostra.acl.intention import ANY, precedence
 from rostra.server.state.catalog import canonical
 from rostra.server.state.rows import IntentionRow
-from rostra.server.state.tables import Pair
+from rostra.server.state.tables import Pair, Tables
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest, Conflict
 
@@ -39,7 +39,7 @@ class SetIntention:
     meta: dict[str, str] = field(default_factory=dict)
     id: str = ""
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.intention_write(self.destination)
 
     def problems(self) -> list[str]:
@@ -102,7 +102,7 @@ class DeleteIntention:
     source: str
     destination: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.intention_write(self.destination)
 
     def apply(self, tx: Tx) -> bool:
@@ -118,7 +118,7 @@ class Intentions:
 
     kind: ClassVar[str] = "intention.list"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return True
 
     def keys(self, view: View) -> list[Pair]:
@@ -128,6 +128,9 @@ class Intentions:
     def row(self, view: View, key: Pair) -> IntentionRow | None:
         return view.tables.intentions.get(key)
 
+    def visible(self, can: Authorizer, key: Pair, row: IntentionRow) -> bool:
+        return can.intention_read(row.destination)
+
 
 @dataclass(frozen=True, slots=True)
 class IntentionsFor:
@@ -136,7 +139,7 @@ class IntentionsFor:
     kind: ClassVar[str] = "intention.match"
     destination: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.intention_read(self.destination)
 
     def keys(self, view: View) -> list[Pair]:
@@ -148,6 +151,9 @@ class IntentionsFor:
 
     def row(self, view: View, key: Pair) -> IntentionRow | None:
         return view.tables.intentions.get(key) if key[1].lower() in (self.destination.lower(), ANY) else None
+
+    def visible(self, can: Authorizer, key: Pair, row: IntentionRow) -> bool:
+        return True
 
 
 def duplicate(row: IntentionRow) -> str:

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from rostra.acl.authorizer import Authorizer
 from rostra.server.state.rows import KVRow
+from rostra.server.state.tables import Tables
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest
 
@@ -29,7 +30,7 @@ class SetKey:
     acquire: str | None = None
     release: str | None = None
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_write(self.key)
 
     def apply(self, tx: Tx) -> bool:
@@ -80,7 +81,7 @@ class DeleteKey:
     key: str
     cas: int | None = None
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_write(self.key)
 
     def apply(self, tx: Tx) -> bool:
@@ -100,7 +101,7 @@ class DeleteTree:
     kind: ClassVar[str] = "kv.delete-tree"
     prefix: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_write_all(self.prefix)
 
     def apply(self, tx: Tx) -> bool:
@@ -116,7 +117,7 @@ class GetKey:
     kind: ClassVar[str] = "kv.get"
     key: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_read(self.key)
 
     def keys(self, view: View) -> list[str]:
@@ -126,6 +127,9 @@ class GetKey:
     def row(self, view: View, key: str) -> KVRow | None:
         return view.tables.kv.get(key) if key == self.key else None
 
+    def visible(self, can: Authorizer, key: str, row: KVRow) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class ListKeys:
@@ -134,7 +138,7 @@ class ListKeys:
     kind: ClassVar[str] = "kv.list"
     prefix: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_list(self.prefix)
 
     def keys(self, view: View) -> list[str]:
@@ -142,6 +146,9 @@ class ListKeys:
 
     def row(self, view: View, key: str) -> KVRow | None:
         return view.tables.kv.get(key) if key.startswith(self.prefix) else None
+
+    def visible(self, can: Authorizer, key: str, row: KVRow) -> bool:
+        return can.key_read(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,7 @@ class KeyNames:
     kind: ClassVar[str] = "kv.names"
     prefix: str
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_list(self.prefix)
 
     def keys(self, view: View) -> list[str]:
@@ -159,6 +166,9 @@ class KeyNames:
 
     def row(self, view: View, key: str) -> tuple[str] | None:
         return (key,) if key.startswith(self.prefix) and key in view.tables.kv.rows else None
+
+    def visible(self, can: Authorizer, key: str, row: tuple[str]) -> bool:
+        return can.key_read(key)
 
 
 def write_row(tx: Tx, row: KVRow, old: KVRow | None) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from rostra.acl.authorizer import Authorizer
 from rostra.server.state.rows import AutopilotRow
+from rostra.server.state.tables import Tables
 from rostra.server.state.transaction import Tx, View
 from rostra.wire.errors import BadRequest
 
@@ -33,7 +34,7 @@ class SetAutopilot:
     auto_admit_servers: bool | None = None
     cas: int | None = None
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -75,7 +76,7 @@ class Autopilot:
 
     kind: ClassVar[str] = "operator.autopilot"
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_read()
 
     def keys(self, view: View) -> list[str]:
@@ -84,3 +85,6 @@ class Autopilot:
 
     def row(self, view: View, key: str) -> AutopilotRow | None:
         return (view.tables.autopilot.get("") or AutopilotRow()) if key == "" else None
+
+    def visible(self, can: Authorizer, key: str, row: AutopilotRow) -> bool:
+        return True

@@ -39,7 +39,7 @@ class CreateSession:
     ttl: str = ""
     lock_delay_ns: int = -1
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.session_write(self.node)
 
     def apply(self, tx: Tx) -> str:
@@ -88,8 +88,9 @@ class DestroySession:
     kind: ClassVar[str] = "session.destroy"
     id: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.session_write("")
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        session = tables.sessions.get(self.id)
+        return session is None or can.session_write(session.node)
 
     def apply(self, tx: Tx) -> bool:
         if self.id in tx.tables.sessions.rows:
@@ -106,7 +107,7 @@ class ExpireSession:
     id: str
     seen_index: int
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> bool:
@@ -125,7 +126,7 @@ class RenewSessions:
     servers_only: ClassVar[bool] = True
     ids: tuple[str, ...]
 
-    def allowed(self, can: Authorizer) -> bool:
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.operator_write()
 
     def apply(self, tx: Tx) -> None:
@@ -142,8 +143,8 @@ class SessionInfo:
     kind: ClassVar[str] = "session.info"
     id: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.session_read("")
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[str]:
         view.reads("session:" + self.id)
@@ -152,6 +153,9 @@ class SessionInfo:
     def row(self, view: View, key: str) -> SessionRow | None:
         return view.tables.sessions.get(key) if key == self.id else None
 
+    def visible(self, can: Authorizer, key: str, row: SessionRow) -> bool:
+        return can.session_read(row.node)
+
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
@@ -159,8 +163,8 @@ class Sessions:
 
     kind: ClassVar[str] = "session.list"
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.session_read("")
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[str]:
         view.reads("table:sessions")
@@ -168,6 +172,9 @@ class Sessions:
 
     def row(self, view: View, key: str) -> SessionRow | None:
         return view.tables.sessions.get(key)
+
+    def visible(self, can: Authorizer, key: str, row: SessionRow) -> bool:
+        return can.session_read(row.node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +184,8 @@ class NodeSessions:
     kind: ClassVar[str] = "session.node"
     node: str
 
-    def allowed(self, can: Authorizer) -> bool:
-        return can.session_read(self.node)
+    def allowed(self, can: Authorizer, tables: Tables) -> bool:
+        return True
 
     def keys(self, view: View) -> list[str]:
         view.reads("table:sessions")
@@ -187,6 +194,9 @@ class NodeSessions:
     def row(self, view: View, key: str) -> SessionRow | None:
         row = view.tables.sessions.get(key)
         return row if row is not None and row.node == view.tables.node_name(self.node) else None
+
+    def visible(self, can: Authorizer, key: str, row: SessionRow) -> bool:
+        return can.session_read(row.node)
 
 
 def seen_index(tables: Tables, session_id: str) -> int | None:

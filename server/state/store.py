@@ -17,6 +17,7 @@ from zlib import crc32
 
 import msgpack
 
+from rostra.acl.authorizer import EVERYTHING, Authorizer
 from rostra.server.state import capture as capturing
 from rostra.server.state.clients import Clients, Result
 from rostra.server.state.cluster import StateHash
@@ -64,10 +65,11 @@ class Evaluation:
     owner sees the touches of its granules and evaluates those keys again with `query.row(view, key)`.
     """
 
-    __slots__ = ("_at", "granules", "index", "keys", "query", "view")
+    __slots__ = ("_at", "_can", "granules", "index", "keys", "query", "view")
 
-    def __init__(self, query: Any, view: View) -> None:
+    def __init__(self, query: Any, view: View, can: Authorizer) -> None:
         self.query = query
+        self._can = can
         self.view = view
         self.keys: list[Key] = query.keys(view)
         self.granules: tuple[str, ...] = tuple(view.granules)
@@ -85,6 +87,8 @@ class Evaluation:
             keys = self.keys[self._at : self._at + max_rows]
             self._at += len(keys)
             rows = [pair for key in keys if (pair := (key, row_of(view, key)))[1] is not None]
+            if self._can is not EVERYTHING:
+                rows = [(key, row) for key, row in rows if self.query.visible(self._can, key, row)]
             if rows:
                 return rows
         return []
@@ -277,9 +281,9 @@ class Store:
     def view(self) -> View:
         return View(self.tables)
 
-    def evaluate(self, query: Any) -> Evaluation:
-        """Begin to answer `query`; its keys, granules and index are those of now."""
-        return Evaluation(query, View(self.tables))
+    def evaluate(self, query: Any, can: Authorizer = EVERYTHING) -> Evaluation:
+        """Begin to answer `query` with what `can` may see; its keys, granules and index are those of now."""
+        return Evaluation(query, View(self.tables), can)
 
     def granule_index(self, granule: str) -> int:
         """The index of the last change to what `granule` names."""

@@ -19,7 +19,7 @@ from rostra.server.enrolment import BURST, Pace
 from rostra.server.peers import dial
 from rostra.server.run import Core
 from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError
-from rostra.wire.rpc import Caller, hello
+from rostra.wire.rpc import RpcClient, hello
 from tests.support.cores import Cluster
 from tests.support.waiting import eventually
 
@@ -30,13 +30,13 @@ def identity_of(cluster: Cluster, name: str, directory: str) -> NodeIdentity:
     return NodeIdentity.open(cluster.directory / directory, name, parse_secrets([cluster.secret]))
 
 
-async def enter(core: Core, identity: NodeIdentity) -> Caller:
+async def enter(core: Core, identity: NodeIdentity) -> RpcClient:
     """The session of a node that answers no probe. Raises what it is refused with."""
     said = {"name": identity.node_name, "node_id": identity.node_id, "address": "127.0.0.1", "serf_port": 1}
     connection, _, _ = await dial(
         "127.0.0.1", core.rpc_port, identity.client_context(), hello("rpc", **said), key_hash=None
     )
-    caller = Caller(connection)
+    caller = RpcClient(connection)
     connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
     return caller
 
@@ -53,7 +53,7 @@ async def comes_in(core: Core, identity: NodeIdentity) -> None:
 
 
 @contextlib.asynccontextmanager
-async def pinging(caller: Caller) -> AsyncIterator[None]:
+async def pinging(caller: RpcClient) -> AsyncIterator[None]:
     """An agent that lives."""
 
     async def ping() -> None:
@@ -168,7 +168,7 @@ async def test_who_shows_another_key_is_not_heard_for_the_node_of_that_name(tmp_
 async def test_what_a_follower_reports_it_reports_with_keys_and_a_malformed_report_is_refused(tmp_path: Path) -> None:
     async with Cluster(tmp_path) as cluster:
         first, (second, _) = leader_and_others(cluster)
-        caller = second._peers.caller(first._identity.node_id)
+        caller = second._peers.client(first._identity.node_id)
         assert caller is not None
         for args in ({"names": ("c2",), "keys": ()}, {"names": ("c2",), "keys": 7}, {"names": (7,), "keys": ([],)}):
             with contextlib.suppress(RostraError):

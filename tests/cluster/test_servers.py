@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rostra.server.endpoint import Act
 from rostra.server.state.catalog import Register
 from rostra.server.state.health import ServiceInstances
 from rostra.server.state.kv import GetKey, KeyNames, SetKey
@@ -117,13 +118,13 @@ async def test_an_act_whose_answer_was_lost_is_asked_again_unless_it_may_be_done
         assert core is not None
         asked: list[dict[str, Any]] = []
 
-        async def slow_once(peer: Any, args: dict[str, Any]) -> int:
+        async def slow_once(peer: Any, args: dict[str, Any], caller: Any) -> int:
             asked.append(args)
             if len(asked) % 2:
                 await asyncio.Event().wait()
             return len(asked)
 
-        core._acts.table["test.slow"] = slow_once
+        core._acts.table["test.slow"] = Act(slow_once, lambda *_: True)
         session = cluster.session(core)
 
         async def lost(asked_before: int, **how: Any) -> Any:

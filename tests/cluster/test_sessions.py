@@ -173,7 +173,7 @@ async def test_a_lost_session_does_not_hold_up_the_loop_until_there_is_another(
         with monkeypatch.context() as slow:
             slow.setattr(core._raft, "propose_for", lambda outcome, entry: None)
             write = asyncio.ensure_future(session.write(SetKey("k", b"x"), timeout_s=5.0))
-            while session._caller is None or len(session._caller._calls) < 2:  # the write, and after it a ping
+            while session._client is None or len(session._client._calls) < 2:  # the write, and after it a ping
                 await asyncio.sleep(0)
         assert session._connection is not None
         session._connection.abort("test")

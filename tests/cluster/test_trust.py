@@ -33,7 +33,7 @@ from rostra.server.settings import CoreSettings
 from rostra.server.state.catalog import Register
 from rostra.server.state.kv import GetKey, SetKey
 from rostra.wire.errors import BadRequest, Conflict, Denied, NoLeader, RostraError, TooLarge
-from rostra.wire.rpc import Caller, hello
+from rostra.wire.rpc import RpcClient, hello
 from tests.support.cores import Cluster
 from tests.support.waiting import eventually
 
@@ -79,13 +79,13 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def line(core: Core, identity: NodeIdentity, protocol: str = "rpc", **about: Any) -> AsyncIterator[Caller]:
+async def line(core: Core, identity: NodeIdentity, protocol: str = "rpc", **about: Any) -> AsyncIterator[RpcClient]:
     """A connection of a node that says what it likes. Raises what the server refuses it with."""
     said = {"name": identity.node_name, "node_id": identity.node_id, **about}
     connection, _, _ = await dial(
         "127.0.0.1", core.rpc_port, identity.client_context(), hello(protocol, **said), key_hash=None
     )
-    caller = Caller(connection)
+    caller = RpcClient(connection)
     connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
     try:
         yield caller

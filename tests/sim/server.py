@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rostra.server.endpoint import Endpoint, Peer
+from rostra.server.endpoint import Act, Endpoint, Peer
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, dial
 from rostra.server.raft.core import LEADER
@@ -30,7 +30,7 @@ from rostra.server.state.kv import GetKey
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import NoLeader, RostraError
 from rostra.wire.frames import unpack
-from rostra.wire.rpc import Caller, hello
+from rostra.wire.rpc import RpcClient, hello
 from tests.sim.disk import EXECUTOR, OpenDisk, VirtualDisk
 from tests.sim.network import End
 from tests.sim.world import Clock, Loop, ProcessExit
@@ -187,7 +187,7 @@ class Server:
         self.node.cluster_id = CLUSTER_ID
         self.state = RecordedState(self)
         self.peers = Peers(me=self.id, context=lambda: self, about=self._about, spawn=self.spawn)  # type: ignore[arg-type,return-value]
-        self.node.peer = self.peers.caller
+        self.node.peer = self.peers.client
         self.roster = Roster(
             self.node,
             serf_port=8301,
@@ -206,7 +206,7 @@ class Server:
             enrol=_refuse_all,
             accept_raft=self._accept_raft,
             bootstrap=self._greeted,
-            acts={"ping": _pong, "raft.moved": self._moved},
+            acts={"ping": Act(_pong, _anybody), "raft.moved": Act(self._moved, _anybody)},
             about=self._about,
             met=self._met,
         )
@@ -310,7 +310,7 @@ class Server:
     def _greeted(self, kind: str, args: dict[str, Any], peer: Peer) -> dict[str, Any]:
         return self.roster.answer_join(args, peer)
 
-    async def _moved(self, peer: Peer, args: dict[str, Any]) -> None:
+    async def _moved(self, peer: Peer, args: dict[str, Any], _caller: Any) -> None:
         await self.roster.moved(peer.node_id, args["host"], args["port"])
 
     async def _call_bootstrap(self, address: str, kind: str, args: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -323,7 +323,7 @@ class Server:
             key_hash=None,
         )
         try:
-            caller = Caller(connection)
+            caller = RpcClient(connection)
             connection.on_frame, connection.on_lost = caller.on_frame, caller.on_lost
             async with asyncio.timeout(2.0):
                 return await caller.call(kind, args), key_hash
@@ -550,7 +550,11 @@ class _Loader:
         return swapped
 
 
-async def _pong(peer: Any, args: Any) -> dict[str, Any]:
+def _anybody(*_: Any) -> bool:
+    return True
+
+
+async def _pong(peer: Any, args: Any, _caller: Any) -> dict[str, Any]:
     return {}
 
 

@@ -20,6 +20,7 @@ from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_entry
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.store import Store
+from rostra.wire.caller import ANONYMOUS, Caller
 from rostra.wire.errors import NoLeader, from_wire
 
 CLUSTER = "11111111-2222-3333-4444-555555555555"
@@ -75,7 +76,7 @@ class LocalServers:
 
     # -- the port -------------------------------------------------------------------------------------------------
 
-    async def write(self, command: Any, *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def write(self, command: Any, *, caller: Caller = ANONYMOUS, timeout_s: float = 10.0) -> Any:
         await asyncio.sleep(0)
         if not self._connected:
             raise NoLeader
@@ -117,7 +118,13 @@ class LocalServers:
             await changed.wait()
 
     async def act(
-        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+        self,
+        kind: str,
+        args: dict[str, Any],
+        *,
+        caller: Caller = ANONYMOUS,
+        timeout_s: float = 10.0,
+        once: bool = False,
     ) -> Any:
         if not self._connected:
             raise NoLeader

@@ -19,6 +19,7 @@ from rostra.server.state.entry import encode_entry
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.session import SessionInfo
 from rostra.server.state.store import Applied, Store
+from rostra.wire.caller import ANONYMOUS, Caller
 from rostra.wire.errors import NoLeader, from_wire
 
 CLUSTER = "8f1e3539-aec1-4049-8b70-66476138fab1"
@@ -57,7 +58,7 @@ class StoreServers:
 
     # -- for tests ------------------------------------------------------------------------------------------------
 
-    def apply(self, command: Any, token: str = "") -> Any:
+    def apply(self, command: Any) -> Any:
         """The result of the command, now. Raises RostraError."""
         entry = encode_entry(command, cluster_id=CLUSTER, at_ms=1_700_000_000_000)
         applied: Applied = self.store.apply(entry)
@@ -78,12 +79,12 @@ class StoreServers:
 
     # -- the port -------------------------------------------------------------------------------------------------
 
-    async def write(self, command: Any, *, token: str = "", timeout_s: float = 10.0) -> Any:
+    async def write(self, command: Any, *, caller: Caller = ANONYMOUS, timeout_s: float = 10.0) -> Any:
         self._check()
         error = self.write_errors.pop(0) if self.write_errors else None
         if error is not None:
             raise error
-        return self.apply(command, token)
+        return self.apply(command)
 
     async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
         self._check()
@@ -130,7 +131,13 @@ class StoreServers:
             self._watches.remove(watch)
 
     async def act(
-        self, kind: str, args: dict[str, Any], *, token: str = "", timeout_s: float = 10.0, once: bool = False
+        self,
+        kind: str,
+        args: dict[str, Any],
+        *,
+        caller: Caller = ANONYMOUS,
+        timeout_s: float = 10.0,
+        once: bool = False,
     ) -> Any:
         self._check()
         self.asked.append((kind, args))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rostra.acl.authorizer import EVERYTHING
 from rostra.server.node import NEVER, ServerNode
 from rostra.server.raft.log import Outcome
 from rostra.server.state.catalog import Register
@@ -15,11 +16,13 @@ from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_entry
 from rostra.server.state.kv import DeleteKey, GetKey, ListKeys, SetKey
 from rostra.server.state.session import CreateSession, DestroySession
+from rostra.wire.caller import ANONYMOUS, Caller
 from rostra.wire.codec import encode_value
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Conflict, Denied, NoLeader, RostraError, Timeout, TooLarge
 from rostra.wire.frames import pack, unpack
-from rostra.wire.rpc import DONE, END, FULL, Caller, ServedStream
+from rostra.wire.rpc import DONE, END, FULL, RpcClient, ServedStream
+from tests.support.authorizers import Only
 
 CLUSTER = "c1"
 ORIGIN = ("client", 7, 7)
@@ -70,7 +73,7 @@ class Time:
         return self.now
 
 
-def server(*steps: Step, clock: Callable[[], float] | None = None) -> ServerNode:
+def server(*steps: Step, clock: Callable[[], float] | None = None, **options: Any) -> ServerNode:
     node = ServerNode(
         node_id="me",
         name="s1",
@@ -79,6 +82,7 @@ def server(*steps: Step, clock: Callable[[], float] | None = None) -> ServerNode
         clock=clock or asyncio.get_running_loop().time,
         wall=lambda: 1_700_000_000.5,
         client_id="server-1",
+        **options,
     )
     node.cluster_id = CLUSTER
     node.raft = Log(node, *steps)  # type: ignore[assignment]
@@ -179,8 +183,8 @@ class Leader:
         self.asked: list[tuple[Any, ...]] = []
         self._connection = FrameConnection()
         self._connection.connection_made(self)  # type: ignore[arg-type]
-        self.caller = Caller(self._connection)
-        self._connection.on_frame, self._connection.on_lost = self.caller.on_frame, self.caller.on_lost
+        self.client = RpcClient(self._connection)
+        self._connection.on_frame, self._connection.on_lost = self.client.on_frame, self.client.on_lost
 
     # what the connection writes to
 
@@ -211,7 +215,7 @@ def _frame(payload: bytes) -> bytes:
 def follower(leader: Leader) -> ServerNode:
     node = server()
     log_of(node).is_leader, log_of(node).leader_id = False, "other"
-    node.peer = {"other": leader.caller}.get
+    node.peer = {"other": leader.client}.get
     return node
 
 
@@ -253,7 +257,7 @@ async def test_a_write_is_not_done_when_the_connection_to_the_leader_was_lost_be
     leader = Leader(None)
     node = follower(leader)
     leader.lose()
-    node.peer = lambda _: _Opened(leader.caller)  # it looks open and is not: the loss comes between look and call
+    node.peer = lambda _: _Opened(leader.client)  # it looks open and is not: the loss comes between look and call
     with pytest.raises(NoLeader):
         await write(node)
     assert leader.asked == []
@@ -262,8 +266,8 @@ async def test_a_write_is_not_done_when_the_connection_to_the_leader_was_lost_be
 class _Opened:
     open = True
 
-    def __init__(self, caller: Caller) -> None:
-        self.call = caller.call
+    def __init__(self, client: RpcClient) -> None:
+        self.call, self.level = client.call, client.level
 
 
 async def test_a_write_is_unknown_when_another_leads_before_the_one_that_was_asked_has_answered() -> None:
@@ -342,12 +346,35 @@ async def test_a_leader_that_has_not_been_founded_takes_nothing_but_the_founding
     assert await write(node) is True
 
 
-async def test_a_command_that_may_not_be_is_refused_before_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    node = server()
-    monkeypatch.setattr(SetKey, "allowed", lambda self, can: False)
-    with pytest.raises(Denied):
-        await write(node)
+async def test_a_command_that_may_not_be_is_refused_before_the_log() -> None:
+    node = server(authorize=lambda caller: Only("b") if caller.token == "secret" else EVERYTHING)
+    with pytest.raises(Denied, match=r"^Permission denied: kv\.set$"):
+        await write(node, SetKey("a", b"1"), caller=Caller("secret"))
     assert log_of(node).proposed == []
+    assert await write(node, SetKey("a", b"1"), caller=ANONYMOUS) is True
+    assert await node.own_write(SetKey("a", b"2")) is True
+
+
+async def test_who_may_destroy_a_session_is_decided_by_the_node_on_which_it_lives() -> None:
+    node = server(authorize=lambda caller: Only("b"))
+    for name in ("a1", "b1"):
+        await node.own_write(Register(name, "127.0.0.1"))
+        await node.own_write(CreateSession(f"of-{name}", name, node_checks=()))
+    with pytest.raises(Denied):
+        await write(node, DestroySession("of-a1"), caller=ANONYMOUS)
+    assert await write(node, DestroySession("of-b1"), caller=ANONYMOUS) is True
+    assert list(node.store.tables.sessions.rows) == ["of-a1"]
+
+
+async def test_the_caller_of_a_forwarded_write_is_named_to_servers_that_know_callers() -> None:
+    leader = Leader(("ok", ("ok", True)))
+    node = follower(leader)
+    await write(node, caller=Caller("secret", "00-1-2-01"))
+    await node.own_write(ONCE)
+    leader.client.level = 1
+    await write(node, caller=Caller("secret"))
+    told = [request[7:] for request in leader.asked]
+    assert told == [({"token": "secret", "trace": "00-1-2-01"},), (None,), ()]
 
 
 def test_no_row_can_have_the_version_that_means_never() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from rostra.server.state.catalog import Register
+from rostra.acl.authorizer import EVERYTHING
+from rostra.server.state.catalog import Deregister, Nodes, Register, ServiceNames
 from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_args
-from rostra.server.state.health import ServiceInstances
+from rostra.server.state.health import Checks, ServiceInstances
 from rostra.server.state.kv import DeleteKey, DeleteTree, GetKey, KeyNames, ListKeys, SetKey
 from rostra.server.state.store import Store
 from rostra.server.watches import LAG_CHUNKS, SLICE_ROWS, SLICE_SUBSCRIBERS, SharedWatch, Watches
@@ -21,6 +22,7 @@ from rostra.wire.codec import encode_value
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import CREDIT_CHUNKS, DONE, END, FULL, ServedStream
 from rostra.wire.turns import TURN_S
+from tests.support.authorizers import Nothing, Only
 
 
 class Wire:
@@ -37,6 +39,7 @@ class Wire:
         self.failed: dict[int, str] = {}
         self.indexes: dict[int, int] = {}
         self.out_of_order: set[int] = set()
+        self.told: dict[int, str] = {}
 
     def open(self) -> ServedStream:
         number = len(self.views) + 1
@@ -55,6 +58,7 @@ class Wire:
             self.failed[number] = rest[0]
             return
         flags, index, _, rows, removed = rest
+        self.told[number] = self.told.get(number, "") + repr((rows, removed))
         if index < self.indexes.get(number, 0):
             self.out_of_order.add(number)
         self.indexes[number] = index
@@ -95,16 +99,16 @@ class Server:
         self.watches.applied(touches)
         return result
 
-    def watch(self, query: Any, *, once: bool = False) -> int:
+    def watch(self, query: Any, can: Any = EVERYTHING, *, once: bool = False) -> int:
         stream = self.wire.open()
-        self.watches.subscribe(query, stream, once=once)
+        self.watches.subscribe(query, stream, can, once=once)
         return stream.id
 
     def cancel(self, number: int) -> None:
         self.wire.streams.pop(number)._cancel()
 
-    def truth(self, query: Any) -> dict[Any, Any]:
-        rows = self.store.evaluate(query).rows()
+    def truth(self, query: Any, can: Any = EVERYTHING) -> dict[Any, Any]:
+        rows = self.store.evaluate(query, can).rows()
         return dict(unpack(pack(rows)))
 
     async def settled(self) -> None:
@@ -243,6 +247,58 @@ async def test_watches_of_every_kind_stay_equal_to_a_fresh_evaluation() -> None:
     await server.settled()
     for number, query in numbers.items():
         assert server.wire.views[number] == server.truth(query), query
+
+
+async def test_each_watcher_is_told_of_what_it_may_see_and_of_nothing_else() -> None:
+    server = Server()
+    chance = random.Random(5)
+    queries = [KeyNames(""), ListKeys(""), Nodes(), ServiceNames(), Checks(), ServiceInstances("a-web")]
+    rights = [EVERYTHING, Only("a"), Only("b"), Nothing()]
+    asked = {server.watch(query, can): (query, can) for query in queries for can in rights}
+    secret = "b-secret"
+    for _ in range(400):
+        service, node = chance.choice(["a-web", "b-web"]), chance.choice(["a1", "a2", "b1"])
+        check = {"id": "c", "name": "c", "status": chance.choice(["passing", "critical"]), "service_id": "w"}
+        server.do(
+            chance.choice(
+                [
+                    SetKey(chance.choice(["a/1", "a/2", secret]), b"%d" % chance.randrange(3)),
+                    DeleteKey(chance.choice(["a/1", secret])),
+                    # An instance that becomes another service is seen by others afterwards, and no more by some.
+                    Register(node=node, address="10.0.0.1", service={"id": "w", "name": service}, checks=(check,)),
+                    Deregister(node),
+                ]
+            )
+        )
+        if chance.random() < 0.3:
+            await asyncio.sleep(0)
+        if chance.random() < 0.05:
+            query, can = chance.choice(queries), chance.choice(rights)
+            asked[server.watch(query, can, once=chance.random() < 0.3)] = query, can
+    await server.settled()
+    for number, (query, can) in asked.items():
+        if number in server.wire.streams and not server.wire.streams[number].cancelled:
+            assert server.wire.views[number] == server.truth(query, can), (query, can)
+        if can == Only("a"):
+            assert secret not in server.wire.told[number]
+        if can == Nothing():
+            assert server.wire.views[number] == {}
+            assert server.wire.chunks[number] == 1  # and when others see something happen, it sees nothing happen
+
+
+async def test_those_who_may_see_the_same_share_what_is_packed() -> None:
+    server = Server()
+    for can in (Only("a"), Only("a"), Only("b"), EVERYTHING):
+        for _ in range(10):
+            server.watch(KeyNames(""), can)
+    await server.settled()
+    packed = list[int]()
+    (watch,) = server.watches._by_query.values()
+    delta = watch._delta
+    watch._delta = lambda *args, **how: (packed.append(1), delta(*args, **how))[1]  # type: ignore[method-assign,func-returns-value,assignment]
+    server.do(SetKey("a", b"1"))
+    await server.settled()
+    assert len(packed) == 3
 
 
 async def test_a_change_that_concerns_a_thousand_watches_is_told_over_many_turns() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rostra.acl.authorizer import Everything
+from rostra.acl.authorizer import EVERYTHING
 from rostra.server.state.commands import (
     COMMAND_VOCABULARY,
     COMMANDS,
@@ -13,7 +13,10 @@ from rostra.server.state.commands import (
     QUERIES,
     QUERY_VOCABULARY,
 )
+from rostra.server.state.rows import SessionRow
+from rostra.server.state.tables import Tables
 from rostra.wire.codec import encode_value
+from tests.support.authorizers import Nothing
 
 EDGE = {
     "kv.set",
@@ -28,13 +31,6 @@ EDGE = {
     "ca.config",
     "operator.autopilot",
 }
-
-
-class Nothing:
-    """May do nothing."""
-
-    def __getattr__(self, name):
-        return lambda *_: False
 
 
 def sample(cls):
@@ -53,8 +49,10 @@ def test_commands_and_queries_are_immutable_values_without_a_dict(cls):
 
 @pytest.mark.parametrize("cls", COMMANDS, ids=lambda cls: cls.__name__)
 def test_every_command_asks_for_a_permission(cls):
-    assert sample(cls).allowed(Everything()) is True
-    assert sample(cls).allowed(Nothing()) is False
+    tables = Tables()
+    tables.sessions.put("x", SessionRow("x", "n1"))
+    assert sample(cls).allowed(EVERYTHING, tables) is True
+    assert sample(cls).allowed(Nothing(), tables) is False
 
 
 @pytest.mark.parametrize("cls", [*COMMANDS, *QUERIES], ids=lambda cls: cls.__name__)
@@ -67,7 +65,8 @@ def test_everything_crosses_the_wire_unchanged(cls):
 @pytest.mark.parametrize("cls", QUERIES, ids=lambda cls: cls.__name__)
 def test_queries_can_name_a_cached_answer(cls):
     assert hash(sample(cls)) == hash(sample(cls))
-    assert sample(cls).allowed(Everything()) is True
+    assert sample(cls).allowed(EVERYTHING, Tables()) is True
+    assert callable(cls.visible)
 
 
 def test_agents_can_ask_for_these_commands_and_no_others():
