@@ -1,8 +1,9 @@
 """What README.md tells people to type, typed, and what it says they will see, compared; and the demo, played once.
 
 A fenced `sh` block is run when an HTML comment that begins with `tested` stands right above it; a `text` block right
-below it is its answer, in which numbers and the width of columns may differ. All run in one shell, in their order, in
-an empty directory and with `rostra` on the PATH.
+below it is its answer, in which numbers and the width of columns may differ. Where a reader sleeps for a second, the
+test waits until the command behind `tested: until` succeeds. All run in one shell, in their order, in an empty
+directory and with `rostra` on the PATH.
 """
 
 from __future__ import annotations
@@ -21,16 +22,24 @@ from tests.support.processes import REPO, ROSTRA, Processes
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 _BLOCK = re.compile(
-    r"^<!--\s*tested\b[^>]*-->\s*\n```(?:sh|bash|shell)\n(.*?)^```\n(?:\s*^```text\n(.*?)^```)?",
+    r"^<!-- tested(?:: until ([^>]*))? -->\s*\n```(?:sh|bash|shell)\n(.*?)^```\n(?:\s*^```text\n(.*?)^```)?",
     re.MULTILINE | re.DOTALL,
 )
+_SLEEP = re.compile(r"^sleep \d+$", re.MULTILINE)
 #: This is a part of `make test`, and the demo has a test of its own here.
 _LEFT_OUT = re.compile(r"^\s*(make (demo|test)|git clone|cd rostra)\b.*$", re.MULTILINE)
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """(commands, the answer that is promised or "") of each tested block."""
-    return [(_LEFT_OUT.sub("", commands), answer) for commands, answer in _BLOCK.findall(text)]
+    found = []
+    for until, commands, answer in _BLOCK.findall(text):
+        if until:
+            wait = f"until ( {until} ) > /dev/null 2>&1; do sleep 0.1; done"
+            commands = wait.join(_SLEEP.split(commands))
+        assert not _SLEEP.search(commands), f"what is slept for? Say `<!-- tested: until COMMAND -->`:\n{commands}"
+        found.append((_LEFT_OUT.sub("", commands), answer))
+    return found
 
 
 def shape(text: str) -> str:
@@ -41,11 +50,11 @@ def shape(text: str) -> str:
 def test_only_tested_blocks_are_found_with_their_answers() -> None:
     text = (
         "<!-- tested -->\n```sh\nmake demo\necho one\n```\n\n```sh\nnever\n```\n\n```text\nnot its answer\n```\n"
-        "<!-- tested: and answered -->\n```sh\necho two\n```\n\n```text\ntwo\n```\n"
+        "<!-- tested: until true -->\n```sh\nsleep 1\necho two\n```\n\n```text\ntwo\n```\n"
     )
-    assert [(commands.split(), answer) for commands, answer in blocks(text)] == [
-        (["echo", "one"], ""),
-        (["echo", "two"], "two\n"),
+    assert [(" ".join(commands.split()), answer) for commands, answer in blocks(text)] == [
+        ("echo one", ""),
+        ("until ( true ) > /dev/null 2>&1; do sleep 0.1; done echo two", "two\n"),
     ]
 
 
@@ -53,16 +62,17 @@ def test_the_readmes_commands_answer_as_it_says(processes: Processes) -> None:
     readme = REPO / "README.md"
     if not readme.exists():
         pytest.skip("there is no README.md")
-    # What a reader types uses addresses of its own choice; here they must not meet another run's.
+    # A reader uses the defaults; here they must not meet another run's, nor what this machine runs.
     mine = f"127.{192 + os.getpid() // 256 % 63}.{os.getpid() % 256}."
-    found = blocks(re.sub(r"\b127\.0\.(?!0\.)\d+\.", mine, readme.read_text()))
+    text = re.sub(r"\b127\.0\.[07]\.", mine, readme.read_text())
+    found = blocks(text.replace("rostra agent -dev", f"rostra agent -dev -bind={mine}1 -client={mine}1"))
     assert found, "no block of README.md is marked as tested"
     work = processes.directory / "readme"
     work.mkdir()
     path = os.pathsep.join([str(Path(ROSTRA[0]).parent), os.environ["PATH"]])
     # One shell for all, so that an agent that one block starts in the background serves the next ones.
     script = "set -e\n" + "".join(f"echo '== block {n}'\n{commands}\n" for n, (commands, _) in enumerate(found))
-    shell = processes.start(["sh", "-c", script], env={"PATH": path}, cwd=work)
+    shell = processes.start(["sh", "-c", script], env={"PATH": path, "CONSUL_HTTP_ADDR": f"{mine}1:8500"}, cwd=work)
     try:
         status = shell.wait(60)
     except subprocess.TimeoutExpired:
