@@ -668,7 +668,7 @@ def listener_address(proxy: ServiceRow, bind_address: str) -> str:
 
 
 def _concerned(parts: Iterable[ServiceDefinition]) -> set[str]:
-    """The services whose aliases a registration may change, those that its own checks are aliases of included."""
+    """The services whose aliases need a new look: the registered ones, and those that their own checks copy."""
     return {i for part in parts for i in (part.row.id, *(spec.alias_service for spec in part.checks))}
 
 

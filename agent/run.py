@@ -450,8 +450,8 @@ class RunningAgent:
             self._tasks.keep("tell the core where to join", self._tell_core_where)
         gc.collect()
         gc.freeze()
-        # A collection is a step of the loop that walks all young objects: 300 parked watchers have 40,000 (8 ms). What
-        # requests and rows leave behind is freed by reference count, so this bound is met by cycles and growth alone.
+        # A collection walks all young objects in one step of the loop: 300 parked watchers have 40,000 (8 ms).
+        # Reference counts free all that requests and rows leave behind, so only cycles and growth reach this bound.
         gc.set_threshold(100_000, 20, 1000)
         log.info(
             "agent is running",

@@ -410,7 +410,7 @@ class _SharedBarrier:
     async def _work(self) -> None:
         while self._next is not None:
             future, self._next = self._next, None
-            # Who waited for the end of the last one has used up that part of his time.
+            # A request that waited for the end of the last round has used up that part of its time.
             deadline = max(self._next_since + HOLD_S, time.monotonic() + ASK_MIN_S)
             try:
                 barrier = await self._session.ask_barrier(self._mode, deadline)

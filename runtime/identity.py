@@ -124,7 +124,7 @@ def _warn_guessable() -> None:
 
 
 def _is_guessable(raw: bytes) -> bool:
-    """Few different bytes, or nothing but printable ones: so are fewer than one in a million random secrets."""
+    """Few different bytes, or printable ones only. Fewer than one random secret in a million is like that."""
     return len(set(raw)) * 2 <= len(raw) or all(0x20 <= b < 0x7F for b in raw)
 
 

@@ -44,7 +44,7 @@ HELLO_S = HANDSHAKE_S
 HELLO_BYTES_MAX = 16 << 10
 #: Agents and servers ping every 0.5 s. A peer that is silent for this long is gone although no packet said so.
 SILENT_S = 15.0
-#: What a connection of a server is that is in the list no longer, and for how long it stays open.
+#: The role of a server's connection once the server is no longer in the list, and for how long it stays open.
 FORMER, FAREWELL_S = "former server", 2.0
 #: What one node may have open here: a session, the one before it that is not known to be lost, a greeting or two.
 CONNECTIONS_OF_A_NODE_MAX = 8

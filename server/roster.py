@@ -334,8 +334,8 @@ class Roster:
         self._check_free()
         row = self._node.store.tables.members.get(member.name)
         row = row if row is not None and row.key_hash == member.key_hash else None
-        # It has left before it is out of the list: one that is removed by autopilot may come back by itself, this one
-        # may not, at whatever step this server fails.
+        # The row says "left" before the list changes, in case this leader fails in between. A server that autopilot
+        # removed may come back by itself; one that an operator removed may not.
         self.leaving.add(member.name)
         try:
             if row is not None:

@@ -63,7 +63,7 @@ class SharedWatch:
         self._dirty_all = True
         self._filled = False
         self._busy = False
-        #: (who gets a change, its chunks, how many have it): the next change waits, so that nobody gets it before
+        #: ([(a subscriber, its chunks of a change), ...], how many have it); the next change waits until all have it.
         self._sending: tuple[list[tuple[_Subscriber, list[bytes]]], int] | None = None
         self._is_due = False  # a refresh waits for that
 

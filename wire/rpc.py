@@ -338,7 +338,7 @@ class Served:
                 stream._cancel()
             return
         if request_id in self.streams:
-            # Its stream would be nobody's any more: not ended by the end of the connection, and not counted.
+            # The open stream would lose its owner: the end of the connection would not end it, nor any bound count it.
             self.connection.abort("malformed request: the id of an open stream")
             return
         self._cancels_left += 1

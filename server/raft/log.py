@@ -427,10 +427,10 @@ class RaftLog:
 
     @property
     def heard(self) -> Members:
-        """The members, and whom this server listens to besides: they count for nothing.
+        """The members, and the servers that this one listens to besides, whose votes count for nothing.
 
-        Those of the list before, until the one in force is committed: it may never be, and then only they can say so.
-        And those that were introduced.
+        These are the members of the list before, until the list in force is committed: it may never be, and then only
+        they can say so. The servers that were introduced are heard, too.
         """
         before = () if self.members_settled else self._membership.before
         return _latest((*self._strangers, *before, *self.members))
@@ -553,8 +553,8 @@ class RaftLog:
     def introduce(self, strangers: Members) -> None:
         """Hear these as well: a server named them, and this one's list may be old. They count for nothing.
 
-        Without it a server that was away while the others changed could not hear a leader that came meanwhile. Whoever
-        was introduced before is still heard; none at all: nobody but the members is.
+        A server that was away while the others changed could not hear a leader that came meanwhile without this. It
+        goes on hearing servers that were introduced before. Empty `strangers` end that: it hears the members only.
         """
         known = self.heard
         self._strangers = _latest((*self._strangers, *strangers))[-MEMBERS_MAX:] if strangers else ()
@@ -744,7 +744,8 @@ class RaftLog:
             self._loop.call_later(self._timing.heartbeat_s / 5, self._schedule)
             return
         core, journal, replication = self._core, self._journal, self._replication
-        # A follower's disk first: the leader waits for that, and nobody for its applying. Never twice on end.
+        # A follower writes to its disk before it applies: the leader waits for the disk, nobody for the applying.
+        # It does so in every other turn at most.
         self._disk_first = not self._disk_first and not core.is_leader() and journal.start_sync()
         if self._disk_first:
             self._links.flush()

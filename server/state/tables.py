@@ -177,8 +177,8 @@ class Tables:
     def prefix_index(self, prefix: str, keys: list[str]) -> int:
         """The index of what lies under `prefix`, of which `keys` are the rows; never falls.
 
-        For a directory it is known at once. For any other prefix it is the highest of its rows and tombstones, or when
-        these are many that of its directory: never below the exact one, and it takes a newer change to get back there.
+        A directory keeps its index. Any other prefix has the highest index of its rows and tombstones, or where these
+        are many that of its directory. This is never below the exact one, and only a newer change leads back to that.
         """
         floor = self.floors.rows["kv"]
         directory = directory_of(prefix)
