@@ -51,7 +51,7 @@ class Identity(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ServerAddress:
+class ServerHint:
     """A server as another node knows it. `key_hash` is "" when that node has not seen its key."""
 
     host: str
@@ -89,7 +89,7 @@ class JoinListener:
         self,
         identity: Identity,
         info: Callable[[], AgentInfo],
-        servers: Callable[[], Iterable[ServerAddress]],
+        servers: Callable[[], Iterable[ServerHint]],
         *,
         connections_max: int = CONNECTIONS_MAX,
         timeout_s: float = TIMEOUT_S,
@@ -143,7 +143,7 @@ class JoinListener:
             tasks.start("connection", self._serve(accepted, where[0]))
 
     async def _serve(self, accepted: socket.socket, host: str) -> None:
-        session = _Session(self._info, self._servers)
+        session = _Asker(self._info, self._servers)
         try:
             await self._handshakes.shake(accepted, session)
             await session.until_idle(self._idle_s)
@@ -162,10 +162,10 @@ class JoinListener:
         self._rejects.warn("connection to the join port rejected", peer=host, reason=reason)
 
 
-class _Session(FrameConnection):
+class _Asker(FrameConnection):
     """One peer that asks."""
 
-    def __init__(self, info: Callable[[], AgentInfo], servers: Callable[[], Iterable[ServerAddress]]) -> None:
+    def __init__(self, info: Callable[[], AgentInfo], servers: Callable[[], Iterable[ServerHint]]) -> None:
         super().__init__(self._answer, self._end, frame_bytes_max=REQUEST_BYTES_MAX)
         self._info, self._servers = info, servers
         self._ended = asyncio.Event()
@@ -214,7 +214,7 @@ async def discover(
     timeout_s: float = TIMEOUT_S,
     on_agent: Callable[[str, AgentInfo], None] | None = None,
     on_failure: Callable[[str, str], None] | None = None,
-) -> list[ServerAddress]:
+) -> list[ServerHint]:
     """The servers known at any of `addresses` (host or host:port, 8301 if none), each once, in the order of asking.
 
     A name stands for all of its addresses. Never raises for what does not answer: `on_failure(address, reason)` is
@@ -223,12 +223,12 @@ async def discover(
     places = asyncio.Semaphore(HANDSHAKES_MAX)
     proved: dict[tuple[str, int], str] = {}  # where a server's own agent has shown its key
 
-    async def ask(address: str) -> list[ServerAddress]:
+    async def ask(address: str) -> list[ServerHint]:
         try:
             host, port = parse_address(address)
             hosts = await _resolve(host, timeout_s)
         except (OSError, RostraError) as e:
-            answers: list[list[ServerAddress] | Exception] = [e]
+            answers: list[list[ServerHint] | Exception] = [e]
         else:
             answers = await asyncio.gather(*(ask_one(address, host, port) for host in hosts))
         failures = [a for a in answers if isinstance(a, Exception)]
@@ -237,7 +237,7 @@ async def discover(
             on_failure(address, "; ".join(reasons))
         return [server for answer in answers if isinstance(answer, list) for server in answer]
 
-    async def ask_one(address: str, host: str, port: int) -> list[ServerAddress] | Exception:
+    async def ask_one(address: str, host: str, port: int) -> list[ServerHint] | Exception:
         try:
             async with places:
                 reply, key_hash = await _ask(host, port, identity, {"kind": "servers"}, timeout_s)
@@ -250,7 +250,7 @@ async def discover(
         if on_agent is not None:
             on_agent(address, info)
         if info.role == "server" and info.rpc_port:
-            own = ServerAddress(
+            own = ServerHint(
                 info.rpc_address or host, info.rpc_port, key_hash, info.node_id, info.name, info.datacenter
             )
             servers.insert(0, own)
@@ -261,13 +261,13 @@ async def discover(
     return _each_once([server for answer in answers for server in answer], proved)
 
 
-def _each_once(named: Sequence[ServerAddress], proved: Mapping[tuple[str, int], str]) -> list[ServerAddress]:
+def _each_once(named: Sequence[ServerHint], proved: Mapping[tuple[str, int], str]) -> list[ServerHint]:
     """Each server once. Where they differ about the key at an address, the one that a server's own agent has proved is
     tried first: others may remember who was there before."""
-    found: dict[tuple[str, int], dict[str, ServerAddress]] = {}
+    found: dict[tuple[str, int], dict[str, ServerHint]] = {}
     for server in named:
         found.setdefault((server.host, server.port), {}).setdefault(server.key_hash, server)
-    servers: list[ServerAddress] = []
+    servers: list[ServerHint] = []
     for place, keys in found.items():
         at_place = sorted(keys.values(), key=lambda s: s.key_hash != proved.get(place))
         servers += [s for s in at_place if s.key_hash or len(keys) == 1]
@@ -395,10 +395,10 @@ def _parse_info(data: Any) -> AgentInfo:
     )
 
 
-def _parse_server(data: Any) -> ServerAddress:
+def _parse_server(data: Any) -> ServerHint:
     if not isinstance(data, Mapping) or not data.get("host"):
         raise BadRequest("the answer names a server without an address")
-    return ServerAddress(
+    return ServerHint(
         host=_text(data, "host"),
         port=_port(data, "port"),
         key_hash=_text(data, "key_hash"),

@@ -554,7 +554,7 @@ class RunningAgent:
 
     async def _open_join_port(self) -> None:
         """Answer probes and joins on 8301. Raises Conflict: a node that cannot be probed would be declared failed."""
-        from rostra.agent.join import AgentInfo, JoinListener, ServerAddress
+        from rostra.agent.join import AgentInfo, JoinListener, ServerHint
 
         if self._identity is None:
             self._identity = await asyncio.to_thread(self._identity_in, Path(self.config.data_dir))
@@ -577,7 +577,7 @@ class RunningAgent:
         listener = JoinListener(
             identity,
             lambda: info,
-            lambda: [ServerAddress(s.host, s.port, s.key_hash) for s in self._known.now],
+            lambda: [ServerHint(s.host, s.port, s.key_hash) for s in self._known.now],
         )
         try:
             await listener.start(config.bind_addr, config.join_port)

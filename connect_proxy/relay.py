@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rostra.connect_proxy.inbound import InboundPolicy
 from rostra.connect_proxy.outbound import OutboundPolicy
-from rostra.connect_proxy.session import Action, Close, Dial, Finish, Identify, Relay, Session, Side, State
+from rostra.connect_proxy.session import Action, Close, Dial, Finish, Identify, ProxiedConnection, Relay, Side, State
 from rostra.connect_proxy.tls import TlsChannel, TlsContexts, TlsError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Link:
     def __init__(self, proxy: Proxy, policy: InboundPolicy | OutboundPolicy, contexts: TlsContexts) -> None:
         self._proxy = proxy
         self.policy = policy
-        self.session = Session(policy)
+        self.session = ProxiedConnection(policy)
         self._contexts = contexts
         self._plain: socket.socket | None = None
         self._secure: socket.socket | None = None

@@ -91,7 +91,7 @@ class Policy(Protocol):
 _NONE: Final[tuple[Action, ...]] = ()
 
 
-class Session:
+class ProxiedConnection:
     """One proxied connection."""
 
     __slots__ = ("_ended", "_flushed", "_policy", "certificate", "close_reason", "state")

@@ -19,7 +19,7 @@ from rostra.acl.authorizer import Authorizer
 from rostra.acl.identity import ServiceIdentity
 from rostra.server.autopilot import Autopilot
 from rostra.server.endpoint import Act, Peer, about_node
-from rostra.server.leader import Leader
+from rostra.server.leader import LeaderDuties
 from rostra.server.node import HOLD_S, ServerNode, on_behalf_of
 from rostra.server.raft.members import Member
 from rostra.server.roster import Roster, address_of
@@ -74,7 +74,7 @@ class Acts:
     def __init__(
         self,
         node: ServerNode,
-        leader: Leader,
+        leader: LeaderDuties,
         peer: Callable[[str], Any],
         roster: Roster,
         autopilot: Autopilot,

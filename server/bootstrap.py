@@ -144,7 +144,7 @@ class Remark:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FoundingPlan:
     """What to do next. When `stored` differs from what is on disk, store it first and ask again."""
 
     stored: Stored
@@ -365,16 +365,16 @@ class Founder:
 
     # -- what to do ---------------------------------------------------------------------------------------------
 
-    def plan(self, now: float, *, all_tried: bool = True) -> Plan:
+    def plan(self, now: float, *, all_tried: bool = True) -> FoundingPlan:
         """The next step. `all_tried`: every candidate answered or failed once, or had its time."""
         self.look(now)
         if self.stored.committed is not None:
-            return Plan(self.stored)
+            return FoundingPlan(self.stored)
         if self.stored.prepared is not None:
             return self._plan_holding(self.stored.prepared, now)
         return self._plan_empty(now, all_tried)
 
-    def _plan_holding(self, held: Membership, now: float) -> Plan:
+    def _plan_holding(self, held: Membership, now: float) -> FoundingPlan:
         if self._holding_since[0] != held.cluster_id:
             self._holding_since = (held.cluster_id, now)
         waited_s = now - self._holding_since[1]
@@ -386,13 +386,13 @@ class Founder:
             ):
                 lacking.append(member)
         if not lacking:
-            return Plan(replace(self.stored, prepared=None, committed=held))
+            return FoundingPlan(replace(self.stored, prepared=None, committed=held))
         for member in held.members:
             peer = self.peers.get(member.key_hash)
             if peer and (held.cluster_id in peer.refused or (peer.cluster_id or held.cluster_id) != held.cluster_id):
-                return Plan(replace(self._refuse(held.cluster_id), prepared=None))
+                return FoundingPlan(replace(self._refuse(held.cluster_id), prepared=None))
         if held.members[0].key_hash != self.me.key_hash and waited_s < PATIENCE_S:
-            return Plan(self.stored)
+            return FoundingPlan(self.stored)
         if waited_s >= PATIENCE_S and self._could_found_another(held, now):
             calls = [self._call(m, REFUSE, {"cluster_id": held.cluster_id}) for m in lacking]
         else:
@@ -411,7 +411,7 @@ class Founder:
                     },
                 )
             )
-        return Plan(self.stored, tuple(calls), tuple(remarks))
+        return FoundingPlan(self.stored, tuple(calls), tuple(remarks))
 
     def _could_found_another(self, held: Membership, now: float) -> bool:
         here = {self.me, *(p.info for p in self._willing(now))}
@@ -433,11 +433,11 @@ class Founder:
             and not p.cluster_id
         ]
 
-    def _plan_empty(self, now: float, all_tried: bool) -> Plan:
+    def _plan_empty(self, now: float, all_tried: bool) -> FoundingPlan:
         remarks, may_found = self._obstacles(now)
         if self.existing is not None:
-            return Plan(self.stored, self._plan_joining(self.existing, now), tuple(remarks))
-        wait = Plan(self.stored, (), tuple(remarks))
+            return FoundingPlan(self.stored, self._plan_joining(self.existing, now), tuple(remarks))
+        wait = FoundingPlan(self.stored, (), tuple(remarks))
         if not may_found or self.expect < 1 or not all_tried:
             return wait
         willing = sorted(self._willing(now), key=lambda p: p.info)
@@ -460,8 +460,8 @@ class Founder:
                 return replace(wait, remarks=(*wait.remarks, remark))
         proposal = Membership(self._new_id(), self.me.datacenter, tuple(chosen))
         if len(chosen) == 1:
-            return Plan(replace(self.stored, committed=proposal), (), tuple(remarks))
-        return Plan(replace(self.stored, prepared=proposal), (), tuple(remarks))
+            return FoundingPlan(replace(self.stored, committed=proposal), (), tuple(remarks))
+        return FoundingPlan(replace(self.stored, prepared=proposal), (), tuple(remarks))
 
     def _obstacles(self, now: float) -> tuple[list[Remark], bool]:
         """What an operator should know, and whether this server may propose in spite of it."""
@@ -665,7 +665,7 @@ class Bootstrap:
         log.info("cluster", id=membership.cluster_id, members=[m.name for m in membership.members])
         return membership
 
-    def _settle(self, all_tried: bool) -> Plan:
+    def _settle(self, all_tried: bool) -> FoundingPlan:
         """Plan until nothing is left to be written."""
         founder = self._founder
         if founder.look(self._now()):

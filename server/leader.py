@@ -71,7 +71,7 @@ def plan_expired(sessions: Iterable[SessionRow], seen: Mapping[str, float], now:
     return [s for s in sessions if s.ttl_ms and now - seen.get(s.id, now) > s.ttl_ms / 1000 * TTL_FACTOR]
 
 
-class Leader:
+class LeaderDuties:
     """The duties of one server."""
 
     def __init__(

@@ -35,7 +35,7 @@ from rostra.server.autopilot import Autopilot
 from rostra.server.bootstrap import FILE_NAME, JOIN, Bootstrap, Membership, ServerInfo, load
 from rostra.server.endpoint import Endpoint, Peer
 from rostra.server.enrolment import Enrolment
-from rostra.server.leader import Leader
+from rostra.server.leader import LeaderDuties
 from rostra.server.lived import look, way_out
 from rostra.server.node import ServerNode
 from rostra.server.own_certificate import OwnCertificate
@@ -133,7 +133,7 @@ class Core:
             introduce=self._introduce,
         )
         self._autopilot = Autopilot(node, self._roster, heartbeat_s=s.heartbeat_s)
-        self._leader = Leader(
+        self._leader = LeaderDuties(
             node,
             sessions=lambda: self._endpoint.agents.heard(),
             peer=self._peers.client,

@@ -265,7 +265,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RecoveryPlan:
     """One cluster's directories and what can be done with them."""
 
     cluster_id: str
@@ -289,7 +289,7 @@ class Plan:
         return next((c for c in self.choices if c.keep is keep), None)
 
 
-def plan_recovery(found: Sequence[Found]) -> list[Plan]:
+def plan_recovery(found: Sequence[Found]) -> list[RecoveryPlan]:
     """One plan for each cluster among the directories, in the order given. What holds no log at all is in none."""
     clusters = dict.fromkeys(f.cluster_id for f in found if f.cluster_id and not f.is_empty)
     return [_Cluster([f for f in found if f.cluster_id == c and not f.is_empty]).plan(c) for c in clusters]
@@ -327,7 +327,7 @@ class _Cluster:
     def shared(self, a: Found, b: Found) -> Shared:
         return Shared(a.last_index, a.last_index) if a is b else self._shared[id(a), id(b)]
 
-    def plan(self, cluster_id: str) -> Plan:
+    def plan(self, cluster_id: str) -> RecoveryPlan:
         contradictions = self.contradictions
         sound = [f for f in self.found if f.is_sound]
         holders = [f for f in sound if f not in self.older and self._holds_all_committed(f)]
@@ -337,7 +337,7 @@ class _Cluster:
         leading = best or max(self.found, key=lambda f: (f.is_sound, f.order))
         missing = tuple(m for m in leading.members if m.votes and m.id not in self.newest)
         startable = () if contradictions else self._startable()
-        return Plan(
+        return RecoveryPlan(
             cluster_id=cluster_id,
             found=tuple(self.found),
             older_copies=self.older,
@@ -476,7 +476,7 @@ class Change:
     remarks: tuple[str, ...]
 
 
-def choose(plan: Plan, keep: Found, wanted: Sequence[Member], lose: Iterable[str]) -> Change:
+def choose(plan: RecoveryPlan, keep: Found, wanted: Sequence[Member], lose: Iterable[str]) -> Change:
     """The change that makes `wanted` the members, with the log of `keep`. Raises Conflict or BadRequest: why not.
 
     `lose`: names (or paths) of the servers whose entries are given up; whoever has entries that `keep` does not have
@@ -530,7 +530,7 @@ def choose(plan: Plan, keep: Found, wanted: Sequence[Member], lose: Iterable[str
     )
 
 
-def _check_keep(plan: Plan, keep: Found, names: Mapping[int, str]) -> None:
+def _check_keep(plan: RecoveryPlan, keep: Found, names: Mapping[int, str]) -> None:
     if keep.problems:
         raise Conflict(f"{keep.path} cannot be kept: {keep.problems[0]}")
     for each in plan.found:
@@ -559,7 +559,7 @@ def _entries(count: int) -> str:
 # -- the new list of members -----------------------------------------------------------------------------------------
 
 
-def members_by_name(plan: Plan, keep: Found, names: Sequence[str]) -> Members:
+def members_by_name(plan: RecoveryPlan, keep: Found, names: Sequence[str]) -> Members:
     """The servers of these names; each keeps its suffrage, and the kept one votes. Raises BadRequest."""
     known = _known(plan, keep)
     chosen = []
@@ -572,7 +572,7 @@ def members_by_name(plan: Plan, keep: Found, names: Sequence[str]) -> Members:
     return _with_kept(chosen, plan, keep, "-members")
 
 
-def members_by_peers_json(plan: Plan, keep: Found, text: bytes | str, where: str) -> Members:
+def members_by_peers_json(plan: RecoveryPlan, keep: Found, text: bytes | str, where: str) -> Members:
     """Consul's recovery file, in both forms: ["ip:port", …] and [{"id", "address", "non_voter"}, …].
 
     Each must be a server that one of the directories knows, by id or else by address: a member needs the hash of its
@@ -636,7 +636,7 @@ def _canonical(host: str) -> str:
         return host
 
 
-def _known(plan: Plan, keep: Found) -> list[Member]:
+def _known(plan: RecoveryPlan, keep: Found) -> list[Member]:
     """Every server that a directory knows as a member, as the newest list has it; likelier ones first.
 
     A server that was wiped and let in again has the name and the address that its old identity had.
@@ -651,7 +651,7 @@ def _known(plan: Plan, keep: Found) -> list[Member]:
     )
 
 
-def _with_kept(chosen: Sequence[Member], plan: Plan, keep: Found, where: str) -> Members:
+def _with_kept(chosen: Sequence[Member], plan: RecoveryPlan, keep: Found, where: str) -> Members:
     if keep.node_id not in {m.id for m in chosen}:
         raise BadRequest(f"{where}: the kept server, {name_of(keep, plan.found)}, must be in the list")
     return tuple(replace(m, suffrage=VOTER) if m.id == keep.node_id else m for m in chosen)

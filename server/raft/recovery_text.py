@@ -13,7 +13,7 @@ from rostra.server.raft.recovery import (
     Choice,
     Contents,
     Found,
-    Plan,
+    RecoveryPlan,
     name_of,
     newest_command_ms,
     standing,
@@ -56,7 +56,7 @@ def describe(found: Found, others: Sequence[Found]) -> Iterator[str]:
     yield ""
 
 
-def describe_plan(plan: Plan) -> Iterator[str]:
+def describe_plan(plan: RecoveryPlan) -> Iterator[str]:
     """What the directories of one cluster are good for."""
     names = _names(plan)
     voting = [m.name for m in plan.members if m.votes]
@@ -94,7 +94,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
         yield f"    {_command(choice, plan, names)}"
 
 
-def describe_change(change: Change, plan: Plan, backup: Path) -> Iterator[str]:
+def describe_change(change: Change, plan: RecoveryPlan, backup: Path) -> Iterator[str]:
     """What was done, and what is left to do."""
     kept = _shown(name_of(change.keep, plan.found))
     yield f"Written into {change.keep.path}: entry {change.index} of term {change.term}, which makes the members"
@@ -108,7 +108,7 @@ def describe_change(change: Change, plan: Plan, backup: Path) -> Iterator[str]:
         yield f"    {number}. {text}"
 
 
-def _steps(change: Change, plan: Plan, kept: str) -> Iterator[str]:
+def _steps(change: Change, plan: RecoveryPlan, kept: str) -> Iterator[str]:
     if change.emptied:
         yield (
             f"{', '.join(map(_shown, change.emptied))}: must never be started again on the data that they have."
@@ -130,7 +130,7 @@ def _steps(change: Change, plan: Plan, kept: str) -> Iterator[str]:
     yield "Check: rostra operator raft list-peers"
 
 
-def _startable(plan: Plan, names: dict[str, str]) -> Iterator[str]:
+def _startable(plan: RecoveryPlan, names: dict[str, str]) -> Iterator[str]:
     yield f"No recovery is needed: a majority is here. Start {', '.join(names[f.path] for f in plan.startable)}."
     ids = {m.id for m in plan.members}
     outside = [f for f in plan.found if f.node_id not in ids]
@@ -139,7 +139,7 @@ def _startable(plan: Plan, names: dict[str, str]) -> Iterator[str]:
         yield f"Not members any more: {told}. Empty these directories before those servers are started."
 
 
-def _choice(choice: Choice, plan: Plan, names: dict[str, str]) -> Iterator[str]:
+def _choice(choice: Choice, plan: RecoveryPlan, names: dict[str, str]) -> Iterator[str]:
     path = choice.keep.path
     mark = "  <- safe to keep" if choice is plan.best else ""
     yield f"Keep {path} ({names[path]}):{mark}"
@@ -169,7 +169,7 @@ def _contents(contents: Contents) -> Iterator[str]:
         yield "no commands among those that the log still has"
 
 
-def _command(choice: Choice, plan: Plan, names: dict[str, str]) -> str:
+def _command(choice: Choice, plan: RecoveryPlan, names: dict[str, str]) -> str:
     """What applies this choice: every voter that can go on does, and all that is given up is named."""
     voting = {m.id for m in plan.members if m.votes}
     followers = [f for f in choice.followers if f.node_id in voting]
@@ -180,7 +180,7 @@ def _command(choice: Choice, plan: Plan, names: dict[str, str]) -> str:
     return shlex.join(words)
 
 
-def _names(plan: Plan) -> dict[str, str]:
+def _names(plan: RecoveryPlan) -> dict[str, str]:
     return {f.path: _shown(name_of(f, plan.found)) for f in plan.found}
 
 

@@ -31,7 +31,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duties, "TICK_S", 0.02)
 
 
-def server_of(cluster: Cluster) -> tuple[Core, Any, duties.Leader]:
+def server_of(cluster: Cluster) -> tuple[Core, Any, duties.LeaderDuties]:
     core = cluster.cores["s1"]
     return core, core.node, core._leader
 

@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from rostra.agent import join
-from rostra.agent.join import AgentInfo, JoinListener, ServerAddress, discover, parse_address, probe
+from rostra.agent.join import AgentInfo, JoinListener, ServerHint, discover, parse_address, probe
 from rostra.runtime import tls
 from rostra.runtime.identity import NodeIdentity, Secret
 from rostra.wire.connection import FrameConnection
@@ -42,8 +42,8 @@ async def listening(identity, info=None, servers=(), **limits):
 
 async def test_discovery_finds_the_servers_that_others_know_each_once(tmp_path):
     a, b, c = (node(tmp_path, n) for n in "abc")
-    known = [ServerAddress("10.0.0.1", 8300, "k1", "id1", "s1", "dc1"), ServerAddress("10.0.0.2", 8300)]
-    more = [ServerAddress("10.0.0.2", 8300, "k2"), ServerAddress("10.0.0.3", 8300, "k3")]
+    known = [ServerHint("10.0.0.1", 8300, "k1", "id1", "s1", "dc1"), ServerHint("10.0.0.2", 8300)]
+    more = [ServerHint("10.0.0.2", 8300, "k2"), ServerHint("10.0.0.3", 8300, "k3")]
     agents: dict[str, AgentInfo] = {}
     async with listening(a, servers=known) as (_, first), listening(b, servers=more) as (_, second):
         found = await discover([first, second, first], c, on_agent=agents.__setitem__)
@@ -63,12 +63,12 @@ async def test_all_addresses_of_a_name_are_asked_each_time(tmp_path, monkeypatch
 
     monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
     failures: dict[str, str] = {}
-    async with listening(a, servers=[ServerAddress("10.0.0.1", 1)]) as (_, first):
+    async with listening(a, servers=[ServerHint("10.0.0.1", 1)]) as (_, first):
         port = int(first.rpartition(":")[2])
         asked = [f"servers.example:{port}"]
         assert [s.host for s in await discover(asked, c)] == ["10.0.0.1"]
         there += ["127.0.0.2", "127.0.0.3"]  # nobody is at the last one
-        second = JoinListener(b, lambda: about(b), lambda: [ServerAddress("10.0.0.2", 1)])
+        second = JoinListener(b, lambda: about(b), lambda: [ServerHint("10.0.0.2", 1)])
         await second.start("127.0.0.2", port)
         found = await discover(asked, c, on_failure=failures.__setitem__)
         await second.stop()
@@ -107,13 +107,13 @@ async def test_the_agent_of_a_server_names_itself_with_the_key_that_tls_proved(t
     info = about(a, "server", rpc_address="10.0.0.9", rpc_port=8300)
     async with listening(a, info) as (_, address):
         found = await discover([address], b)
-    assert found == [ServerAddress("10.0.0.9", 8300, a.key_hash, a.node_id, "a", "dc1")]
+    assert found == [ServerHint("10.0.0.9", 8300, a.key_hash, a.node_id, "a", "dc1")]
 
 
 async def test_the_key_that_a_server_proves_itself_comes_before_what_others_remember_of_its_address(tmp_path):
     a, b, c = (node(tmp_path, n) for n in "abc")
     info = about(b, "server", rpc_address="10.0.0.2", rpc_port=8300)
-    stale = [ServerAddress("10.0.0.2", 8300, "of who was there before")]
+    stale = [ServerHint("10.0.0.2", 8300, "of who was there before")]
     async with listening(a, servers=stale) as (_, first), listening(b, info) as (_, second):
         for addresses in ([first, second], [second, first]):
             found = await discover(addresses, c)
@@ -122,7 +122,7 @@ async def test_the_key_that_a_server_proves_itself_comes_before_what_others_reme
 
 async def test_where_others_differ_about_a_key_each_is_worth_a_try(tmp_path):
     a, b, c = (node(tmp_path, n) for n in "abc")
-    known, more = [ServerAddress("10.0.0.2", 8300, "k1")], [ServerAddress("10.0.0.2", 8300, "k2")]
+    known, more = [ServerHint("10.0.0.2", 8300, "k1")], [ServerHint("10.0.0.2", 8300, "k2")]
     async with listening(a, servers=known) as (_, first), listening(b, servers=more) as (_, second):
         found = await discover([first, second], c)
     assert [s.key_hash for s in found] == ["k1", "k2"]
@@ -131,7 +131,7 @@ async def test_where_others_differ_about_a_key_each_is_worth_a_try(tmp_path):
 async def test_addresses_that_do_not_answer_are_told_with_a_reason_and_hurt_nobody(tmp_path):
     a, b, stranger = node(tmp_path, "a"), node(tmp_path, "b"), node(tmp_path, "x", Secret(os.urandom(32)))
     failures: dict[str, str] = {}
-    async with listening(a, servers=[ServerAddress("h", 1)]) as (_, good), listening(stranger) as (_, foreign):
+    async with listening(a, servers=[ServerHint("h", 1)]) as (_, good), listening(stranger) as (_, foreign):
         silent = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
         mute = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
         found = await discover(
@@ -170,7 +170,7 @@ async def test_a_probe_says_whether_the_right_node_lives(tmp_path):
 def test_it_works_on_uvloop_too(tmp_path):
     async def story():
         a, b = node(tmp_path, "a"), node(tmp_path, "b")
-        async with listening(a, servers=[ServerAddress("h", 1, "k")]) as (_, address):
+        async with listening(a, servers=[ServerHint("h", 1, "k")]) as (_, address):
             assert (await discover([address], b))[0].key_hash == "k"
             assert (await probe(address, a.key_hash, b)).name == "a"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rostra.connect_proxy.session import Close, Dial, Finish, Identify, Refusal, Relay, Session, Side, State
+from rostra.connect_proxy.session import Close, Dial, Finish, Identify, ProxiedConnection, Refusal, Relay, Side, State
 from rostra.connect_proxy.tls import PeerCertificate
 
 PEER = PeerCertificate("spiffe://a.consul/ns/default/dc/dc1/svc/web", 1e12, "01")
@@ -34,15 +34,15 @@ class Scripted:
         self.is_used = True
 
 
-def relaying() -> Session:
-    session = Session(Scripted(FIRST, dials_first=False))
+def relaying() -> ProxiedConnection:
+    session = ProxiedConnection(Scripted(FIRST, dials_first=False))
     session.identified(PEER)
     session.connected()
     return session
 
 
 def test_inbound_dials_the_application_only_after_the_peer_is_admitted():
-    session = Session(Scripted(FIRST, dials_first=False))
+    session = ProxiedConnection(Scripted(FIRST, dials_first=False))
     assert session.accepted() == ()
     assert session.identified(PEER) == (FIRST,)
     assert session.state is State.AUTHORIZED
@@ -50,14 +50,14 @@ def test_inbound_dials_the_application_only_after_the_peer_is_admitted():
 
 
 def test_inbound_refusal_closes_and_dials_nothing():
-    session = Session(Scripted(FIRST, dials_first=False, refusal="denied"))
+    session = ProxiedConnection(Scripted(FIRST, dials_first=False, refusal="denied"))
     assert session.identified(PEER) == (Close("denied", True),)
     assert session.certificate is None
 
 
 def test_outbound_relays_only_to_an_identified_peer():
     policy = Scripted(FIRST, dials_first=True)
-    session = Session(policy)
+    session = ProxiedConnection(policy)
     assert session.accepted() == (FIRST,)
     assert session.connected() == (Identify(),)
     assert not policy.is_used
@@ -68,7 +68,7 @@ def test_outbound_relays_only_to_an_identified_peer():
 @pytest.mark.parametrize("stage", ["refused", "handshake", "identity"])
 def test_outbound_goes_to_the_next_endpoint_whatever_fails(stage):
     policy = Scripted(FIRST, SECOND, dials_first=True, refusal="wrong_identity" if stage == "identity" else "")
-    session = Session(policy)
+    session = ProxiedConnection(policy)
     session.accepted()
     if stage != "refused":
         session.connected()
@@ -79,7 +79,7 @@ def test_outbound_goes_to_the_next_endpoint_whatever_fails(stage):
 
 
 def test_outbound_gives_up_with_the_last_reason():
-    session = Session(Scripted(FIRST, dials_first=True))
+    session = ProxiedConnection(Scripted(FIRST, dials_first=True))
     session.accepted()
     assert session.dial_failed("refused") == (Close("refused", True),)
 

@@ -15,7 +15,7 @@ import pytest
 from rostra.server.raft.members import LEARNER, REPLICA, VOTER, Member
 from rostra.server.raft.recovery import (
     Found,
-    Plan,
+    RecoveryPlan,
     SnapshotFound,
     choose,
     compare,
@@ -81,17 +81,17 @@ def directory(
     )
 
 
-def plan(*found: Found) -> Plan:
+def plan(*found: Found) -> RecoveryPlan:
     plans = plan_recovery(found)
     assert len(plans) == 1
     return plans[0]
 
 
-def kept(plan: Plan) -> str:
+def kept(plan: RecoveryPlan) -> str:
     return plan.best.keep.path if plan.best else ""
 
 
-def losses(plan: Plan, path: str) -> dict[str, tuple[int, int, int, int]]:
+def losses(plan: RecoveryPlan, path: str) -> dict[str, tuple[int, int, int, int]]:
     """{path: (committed, possible, overtaken, never)} of what keeping `path` gives up."""
     choice = next(c for c in plan.choices if c.keep.path == path)
     return {x.of.path: (x.committed, x.possible, x.overtaken, x.never) for x in choice.losses}
