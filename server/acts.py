@@ -1,9 +1,9 @@
 """The short list of things that agents ask of a server and that are not log entries.
 
 Each takes (peer, arguments, caller) and answers a msgpack value or raises RostraError; KeyError, TypeError and
-ValueError mean that the arguments were malformed. What only the leader can do (session renewal, what followers hear,
-force-leave) is passed on to it. Certificates of nodes are for the key that TLS has proved and for the name that is
-bound to it, never for what is asked.
+ValueError mean that the arguments were malformed. Acts that only the leader can do (session renewal, reports of
+followers, force-leave) are passed on to it. Certificates of nodes are for the key that TLS has proved and for the name
+that is bound to it, never for what is asked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEAF_TTL_S = 72 * 3600
 CSR_BYTES_MAX = 16 << 10
 #: Signing costs about 1 ms; more than this many waiting means that somebody asks in a loop.
 SIGNING_MAX = 256
-#: Who asks again for a certificate within this time gets the same one.
+#: A node that asks again for a certificate within this time gets the same one.
 CERTIFICATE_AGAIN_S = 60.0
 CERTIFICATES_KEPT = 4096
 ANCHORS_MAX = 8
@@ -347,7 +347,7 @@ class Acts:
     async def raft_add_peer(self, peer: Peer, args: dict[str, Any], caller: Caller | None) -> Any:
         """{name | id} -> {id, name, address, suffrage}: let a waiting server in."""
         if not (peer.local or peer.role == "server"):
-            # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of itself.
+            # A server gets every secret of the cluster. A node that may only enrol must not make a server of itself.
             raise Denied(
                 f"a server is let in from the host of a server, and this was asked by the agent of {peer.name}, a"
                 " client: run it on a server's host, or with -http-addr of the agent there"

@@ -3,8 +3,8 @@ empty server that sees a cluster asks to be let in.
 
 Servers greet each other until `expect` empty ones see one another. The one with the lowest node id proposes the cluster
 (id and members); a proposal is *committed* when every member holds it on its disk, and whoever learns that may say so.
-What a member once answered about a proposal it never takes back: it holds it until it is known to be dead, or it has
-refused it for ever. So a proposal cannot be both complete and dead, and a server is never in two clusters:
+A member never takes back its answer to a proposal: it holds the proposal until that is known to be dead, or has refused
+it for ever. So a proposal cannot be both complete and dead, and a server is never in two clusters:
 
     empty ──prepare──► holds P ──all members hold P──► committed (for ever; read from disk at each start)
       ▲                  │
@@ -14,7 +14,7 @@ An empty server that sees a cluster founds none: it asks ("bootstrap.join", see 
 cluster have it in their list, stores that list, and is committed as well.
 
 `Founder` decides and is pure; `Bootstrap` owns the file, the calls and the time. Called by `server/run.py` (`run`) and
-by the RPC endpoint (`handle`). Who may speak is settled by TLS before; roles come from the result of this.
+by the RPC endpoint (`handle`). TLS settles before who may speak; this settles the roles.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a server remembers for ever. Whatever it answers is on disk before it is said."""
+    """The lasting notes of a server. Every answer is on the disk before it is given."""
 
     prepared: Membership | None = None
     committed: Membership | None = None
@@ -348,7 +348,8 @@ class Founder:
             or (mine.node_id, mine.name) != (self.me.node_id, self.me.name)
         ):
             raise BadRequest("it was let into another cluster, or under another name, than it asked for")
-        # Who is let in becomes a voter when its log is level. Without one, the log that its vote stands for is lost.
+        # A server that is let in becomes a voter when its log is level. Without one, the log that its vote stands for
+        # is lost.
         if mine.suffrage == VOTER:
             self.counted_on = existing.info.name
             return stored
@@ -571,8 +572,8 @@ class Bootstrap:
                 " founds another; restore this file from a backup, or start with an empty data directory"
             )
         if stored.committed is not None and stored.started and not (has_data if has_log is None else has_log):
-            # What it promised (votes, entries that it acknowledged) was in that log. Starting without it could elect a
-            # second leader of a term, or a leader that lacks what was acknowledged.
+            # Its promises (votes, acknowledged entries) were in that log. Starting without it could elect a second
+            # leader of a term, or a leader that lacks what was acknowledged.
             raise Conflict(
                 f"{self._path}: this server took part in cluster {stored.committed.cluster_id} as {me.name}"
                 f" ({me.node_id}), but its log in {self._path.parent / 'raft'} is gone, and without it it must never"
@@ -728,7 +729,7 @@ class Bootstrap:
                 line.due = -1.0
 
     async def _tell_committed(self, membership: Membership, call: Ask, tasks: Tasks) -> None:
-        """Spare the others a round. Who misses it learns it from the next greeting."""
+        """Spare the others a round. A server that misses this learns it from the next greeting."""
         founder = self._founder
 
         async def tell(member: ServerInfo) -> None:

@@ -2,8 +2,8 @@
 
 A name is bound in the log to the first key that shows it. The log decides; `enrolment_problem` tells beforehand why it
 would refuse, so that a node which comes again and again writes nothing. A name goes to another key only when the node
-that has it is gone: it counts as failed, no server has a connection of it, and it does not answer. Whoever knows
-`encrypt` may enrol; so new names have a rate (`Pace`) and those that nobody uses a bound. Called by the endpoint and by
+that has it is gone: it counts as failed, no server has a connection of it, and it does not answer. Every holder of
+`encrypt` may enrol, so new names have a rate (`Pace`), and unused ones a bound. Called by the endpoint and by
 `roster.py`.
 """
 

@@ -1,10 +1,10 @@
 """How a server makes itself known to one whose list of servers is so old that it does not name it.
 
-Who was away while the others changed may find nobody of its own list, and the certificate of a node says who it is, not
-that it is a server. But only servers, and those that were, hold the key of the cluster CA: it is in the log. So a
-server shows its list with a proof made by that key, for the key that TLS knows it by; it is of no use to anyone else.
-Whoever is introduced so is heard (`RaftLog.introduce`) while there is no leader, and its vote counts for nothing: the
-log decides who a member is. Pure; `roster.py` and `standing.py` send and take it.
+A server that was away while the others changed may find nobody of its own list. The certificate of a node says who it
+is, not that it is a server. But only servers, and those that were, hold the key of the cluster CA: it is in the log. So
+a server shows its list with a proof made by that key, for the key that TLS knows it by; it is of no use to anyone else.
+The other one hears it (`RaftLog.introduce`) while there is no leader. Its vote counts for nothing: the log decides who
+a member is. Pure; `roster.py` and `standing.py` send and take it.
 """
 
 from __future__ import annotations

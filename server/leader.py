@@ -32,7 +32,7 @@ GRACE_S = 15.0
 #: With more suspects than this share of the fleet, the network is suspected first and all are probed once more.
 SUSPECTS_MAX_SHARE = 0.05
 PROBES_AT_ONCE = 16
-#: What the state machine refused for a node is tried again after this long.
+#: A write for a node that the state machine refused is tried again after this long.
 REFUSED_S = 10.0
 #: A session is never expired before its TTL; Consul's servers wait twice as long, and clients divide by two.
 TTL_FACTOR = 2.0
@@ -132,7 +132,7 @@ class LeaderDuties:
         """Mark a node that is gone as left and take it out of the catalog; with `prune`, free its name.
 
         A server is taken out of the list of servers as well. Raises NotFound, and Conflict for what is not gone.
-        Repeating it is harmless. Who comes back is alive again.
+        Repeating it is harmless. A node that comes back is alive again.
         """
         node = self._node
         tables = node.store.tables
@@ -254,7 +254,7 @@ class LeaderDuties:
 
     @contextlib.contextmanager
     def _refusals_of(self, member: MemberRow) -> Iterator[None]:
-        """What the state machine refuses for one node (its name is taken in the catalog) stops no other duty."""
+        """A refusal for one node (its name is taken in the catalog, say) stops no other duty."""
         try:
             yield
         except (NoLeader, Timeout):
@@ -324,7 +324,7 @@ class LeaderDuties:
                 await self._change(member, self._mark, "failed")
 
     async def _change(self, member: MemberRow, write: Callable[[MemberRow, Any], Awaitable[None]], how: Any) -> None:
-        """What was decided about `member` as it was; nothing if it has been made to leave meanwhile."""
+        """Carry out a decision about `member` as it was; nothing if it has been made to leave meanwhile."""
         async with self._changing:
             if not self._is_leaving(member.name) and self._node.store.tables.members.get(member.name) == member:
                 await write(member, how)

@@ -163,7 +163,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
         raise Internal("the core tried to apply an entry by itself")  # H15 H16
 
     def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> None:
-        """H20 H21: would unpickle; who the members are is decided by membership.py and told by `set_peers`."""
+        """H20 H21: would unpickle. membership.py decides who the members are, and tells it by `set_peers`."""
 
     # -- its state, under names that can be spoken
 
@@ -227,7 +227,7 @@ class Core(library.SyncObj):  # type: ignore[misc]
             self._SyncObj__raftMatchIndex[node] = index
 
     def forget_match(self, node: Node) -> None:
-        """What `node` has acknowledged is lost there."""
+        """`node` has lost what it acknowledged."""
         if node in self._SyncObj__raftMatchIndex:
             self._SyncObj__raftMatchIndex[node] = 0
 

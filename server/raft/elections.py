@@ -173,7 +173,7 @@ class Elections:
     # -- votes
 
     def takes_request_vote(self, message: Message) -> bool:
-        """Whether the core may see this request for a vote. Who asks need not vote in our list: ours may be old."""
+        """Whether the core may see this request for a vote. The asker need not vote in our list: ours may be old."""
         if message["transfer"]:  # the leader that we may have heard just now has given up its lease for this
             return True
         if self._core.is_leader():

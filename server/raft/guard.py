@@ -125,7 +125,7 @@ class Guard:
         known = 0
         while known < len(entries) and journal.term_at(entries[known][1]) == entries[known][2]:
             known += 1
-        # Where apply falls behind, the log in memory must not grow without end: the leader will send it again. No-ops
+        # The log in memory must not grow without end while apply falls behind: the leader will send it again. No-ops
         # and lists of members always fit: without them nobody could lead.
         new = entries[known : known + 1]
         is_full = new and prev + known == last and new[0][0][:1] == BATCH and not self._has_room()

@@ -3,9 +3,9 @@
 Segments `journal-00000001`, `journal-00000002`, …, each written once from its beginning to its end and then deleted
 whole. A frame is `u32 length, u32 crc32(body, seed = salt of the segment ^ offset)`, little-endian, and its body one
 record. Space is zeroed before it is used, so that fdatasync has no metadata to write. Records are buffered;
-`start_sync` writes and syncs all of them at once in the disk's lane, with at most one sync in flight. Whoever must not
-speak before the disk has it compares `lsn` (when it was said) with `durable_lsn`. An error of the disk is never
-retried (what an fsync that failed has lost is unknown): the owner must stop the process.
+`start_sync` writes and syncs all of them at once in the disk's lane, with at most one sync in flight. A caller that
+must not speak before the disk has it compares `lsn` (when it was said) with `durable_lsn`. An error of the disk is
+never retried (what an fsync that failed has lost is unknown): the owner must stop the process.
 
 How a torn tail is told from damage: a segment comes into being whole, after all of the one before is on the disk, and
 notes where that one ended. In the last one each write ends with a COMMIT record that says up to which offset
@@ -84,7 +84,7 @@ _REPLACE = (
 
 
 class DamagedJournal(Internal):
-    """What was on the disk for certain is not there any more. The server must not run on it (exit status 78)."""
+    """Bytes that were on the disk for certain are gone. The server must not run on it (exit status 78)."""
 
 
 class NewerFormat(Conflict):

@@ -1,12 +1,11 @@
 """RaftLog: the replicated log as the rest of the server sees it. Propose bytes; they are applied everywhere, in order.
 
-Everything here runs on one event loop: the core, the journal's memory, the links and `apply`. `_pump` is the
-heartbeat of it all: it is coalesced, and runs after each message, proposal, finished sync and change of a link, and
-on a timer. Apply and replay are cut into slices, so that no turn of the loop is long. What must not happen (a failed
-disk, an exception out of `apply`, a contradiction in the log) stops the process through `fail_stop`; nothing is
-retried, nothing is served after it.
+Everything here runs on one event loop: the core, the journal's memory, the links and `apply`. `_pump` is the heartbeat
+of it all: it is coalesced, and runs after each message, proposal, finished sync and change of a link, and on a timer.
+Apply and replay are cut into slices, so that no turn of the loop is long. A failed disk, an exception out of `apply` or
+a contradiction in the log stops the process through `fail_stop`: it retries and serves nothing after that.
 
-Proposals: one Raft entry at a time is on its way; what arrives meanwhile goes into the next (group commit). A
+Proposals: one Raft entry at a time is on its way; those that arrive meanwhile go into the next (group commit). A
 proposal fails with NoLeader where it was certainly not done, and with Timeout where only the next leader knows.
 """
 
@@ -49,7 +48,7 @@ log = logging.get("raft")
 #: One Raft entry carries up to this many proposals and bytes; a single larger proposal has an entry of its own.
 BATCH_ENTRIES_MAX, BATCH_BYTES_MAX = 1024, 512 << 10
 PROPOSAL_BYTES_MAX = 2 << 20
-#: What waits for its turn is bounded: beyond it, proposals are refused.
+#: So much may wait for its turn; beyond that, proposals are refused.
 PENDING_BYTES_MAX = 64 << 20
 
 #: A turn of applying ends after this long (looked at after every so many proposals); the rest follows next turn.
@@ -67,7 +66,7 @@ HUNG_DISK_S = 3.0
 #: How often it is told how far the journal is on the disk.
 PLACE_EVERY_S = 5.0
 
-#: What counts only from a server that this one leads.
+#: Messages that count only from a server that this one leads.
 _ANSWERS = frozenset({"next_node_idx", "snapshot_answer"})
 
 #: Followers hear of a commit at the latest after this long, unless the next batch tells them or one of them asks:
@@ -782,7 +781,7 @@ class RaftLog:
         self._snapshots.take_if_due()
 
     def _was_paused(self) -> bool:
-        """Whether this process stood still. What has arrived meanwhile is read before judging who is silent.
+        """Whether this process stood still. Messages that arrived meanwhile are read before anybody is judged silent.
 
         Never twice on end: where every turn of the loop takes so long, its work has to be done all the same.
         """
@@ -944,7 +943,7 @@ class RaftLog:
             self._abandon("the leader has changed")
 
     def apply_committed(self) -> None:
-        """Apply what is committed, for about APPLY_TURN_S; what is left is for the next turn of the loop."""
+        """Apply committed entries for about APPLY_TURN_S; the next turn of the loop takes the rest."""
         core = self._core
         if self._snapshots.holds_apply:  # its end schedules another turn
             return
@@ -1065,7 +1064,7 @@ class RaftLog:
         self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
-        """Stop the process. What is in memory may not be what is on disk: nothing more is said or applied."""
+        """Stop the process. Memory and disk may differ now: this server says and applies nothing more."""
         if self._failed is not None:
             return
         self._failed = reason

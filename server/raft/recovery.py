@@ -290,7 +290,7 @@ class RecoveryPlan:
 
 
 def plan_recovery(found: Sequence[Found]) -> list[RecoveryPlan]:
-    """One plan for each cluster among the directories, in the order given. What holds no log at all is in none."""
+    """One plan for each cluster among the directories, in the order given. A directory without any log is in none."""
     clusters = dict.fromkeys(f.cluster_id for f in found if f.cluster_id and not f.is_empty)
     return [_Cluster([f for f in found if f.cluster_id == c and not f.is_empty]).plan(c) for c in clusters]
 
@@ -400,7 +400,7 @@ class _Cluster:
         first = max(shared.up_to, min(shared.unknown_to, keep.committed)) + 1
         if first > other.last_index:
             return None
-        # What is committed is a beginning of a log; what conflicts with something committed is an end of it.
+        # The committed entries are a beginning of a log; those that conflict with a committed one are an end of it.
         committed_to = max(min(f.committed, self.shared(f, other).up_to) for f in self.found)
         dead_from = min(
             (
@@ -435,8 +435,8 @@ class _Cluster:
             return "possible"
         entry = other.entries_between(index, index)
         term = entry[0][2] if entry else 0
-        # A leader of a later term did not have it: it was not committed before that term. Whoever has helped to commit
-        # it afterwards has an entry of a still later term.
+        # A leader of a later term did not have it: it was not committed before that term. A server that helped to
+        # commit it afterwards has an entry of a still later term.
         overtaken_in = max(
             (f.last_term for f in self.found if f.last_term > term and self.shared(f, other).unknown_to < index),
             default=0,

@@ -3,7 +3,7 @@
 `look` reads what a server would find at its start, without locking or changing anything, so that copies from other
 hosts and read-only ones will do. `write` is the only writer: it holds the locks that a running server would hold, keeps
 a copy of what it changes, and uses the real journal, so that the result is what a server itself would have written.
-What to write is decided in recovery.py.
+`recovery.py` decides what to write.
 """
 
 from __future__ import annotations

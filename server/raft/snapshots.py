@@ -251,7 +251,7 @@ class SnapshotWriter:
         self._waiting_bytes = 0
         #: Added and not yet written: whoever adds should wait while it is large.
         self.backlog_bytes = 0
-        # What follows belongs to the lane.
+        # The lines below belong to the lane.
         self._file: File | None = None
         self._offset = self._unsynced = self._crc = 0
         self._count = self._size = 0

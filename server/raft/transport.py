@@ -1,10 +1,9 @@
 """The links to the other servers: at most one live connection per pair, and nothing leaves before the disk has it.
 
-Connections come in authenticated: `accept` takes inbound ones, `dial` (given) makes outbound ones; the higher id
-dials. A new connection replaces the old one. A link that falls silent is dropped, since a peer behind a dead network
-sends no farewell. Within a link messages are in order and never repeated; what was queued on a lost link is gone.
-Messages that promise something (answers, votes) wait until the journal has what they promise; appends and pre-votes
-do not.
+Connections come in authenticated: `accept` takes inbound ones, `dial` (given) makes outbound ones; the higher id dials.
+A new connection replaces the old one. A link that falls silent is dropped, since a peer behind a dead network sends no
+farewell. Within a link messages are in order and never repeated; a lost link loses its queue. Messages that promise
+something (answers, votes) wait until the journal has what they promise; appends and pre-votes do not.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ class Links(Transport):  # type: ignore[misc]
         self._on_link(link.member.id, True)
 
     def _detach(self, link: Link, connection: FrameConnection, reason: str) -> None:
-        """`connection` is of no use any more. What was queued on it is dropped with it."""
+        """`connection` is of no use any more. Its queue goes with it."""
         if link.connection is not connection:
             return
         link.connection = None

@@ -1,10 +1,10 @@
-"""What the other servers have shown and acknowledged to this one: who comes back with less has lost its log.
+"""What the other servers have shown and acknowledged to this one: one that comes back with less has lost its log.
 
-A server names its processes (`server/lived.py`) and says with each connection which they were, and how far its log
-goes on its disk. One that does not know a process of its own that was seen here runs on what was put back from an older
+A server names its processes (`server/lived.py`) and says with each connection which they were, and how far its log goes
+on its disk. One that does not know a process of its own that was seen here runs on what was put back from an older
 copy, however often it has been started since; one whose log ends before what it has acknowledged to a leader has lost a
 part of it. Such a server is told so, which ends it, and nothing that it says counts. Processes are kept on the disk,
-what was acknowledged only in memory. Who is removed from the cluster is forgotten.
+what was acknowledged only in memory. A server that is removed from the cluster is forgotten.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Witness:
         """What is wrong with a server that says this of itself ("lived"), or ""; then it is remembered."""
         starts, lineage = said["starts"], said["lineage"]
         seen_starts, seen_process = self._seen.get(key_hash, (0, ""))
-        # Who was away for long may have seen one that is not named any more.
+        # This server may have been away for long, and have seen a process that is not named any more.
         if seen_process not in lineage and seen_starts > starts - len(lineage):
             return f"its data count {starts} starts, without the one that was seen here as number {seen_starts}"
         acknowledged = self._acknowledged.get(key_hash, 0)
