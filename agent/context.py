@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rostra.acl.authorizer import EVERYTHING, Authorizer
 from rostra.agent.metrics import Metrics
+from rostra.wire.caller import Caller
 
 if TYPE_CHECKING:
     from rostra.agent.results import Results
@@ -32,5 +35,7 @@ class Agent:
     local: Any = None  # LocalAgent
     leaves: Any = None  # Leaves
     members: Any = None
+    #: What a caller may do with what this agent answers by itself. Servers ask for the rest.
+    authorize: Callable[[Caller], Authorizer] = lambda caller: EVERYTHING
     #: What other modules hang here by name, when it has no field of its own.
     parts: dict[str, Any] = field(default_factory=dict)

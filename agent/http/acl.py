@@ -5,6 +5,7 @@ from __future__ import annotations
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import parameters
 from rostra.agent.http.errors import HttpError
+from rostra.agent.http.permissions import anybody
 from rostra.agent.http.routing import Request, Response, Route
 
 _ROUTES = """
@@ -44,7 +45,7 @@ async def disabled(request: Request, agent: Agent) -> Response:
 
 
 ROUTES = tuple(
-    Route(method, path, disabled, query=parameters())
+    Route(method, path, disabled, anybody, query=parameters())
     for methods, path in (line.split() for line in _ROUTES.strip().splitlines())
     for method in methods.split(",")
 )

@@ -24,6 +24,7 @@ from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, a
 from rostra.agent.context import Agent
 from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, ScriptsDisabled
 from rostra.agent.definition_fields import DecodeError
+from rostra.agent.http import permissions
 from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
@@ -37,9 +38,10 @@ from rostra.agent.sync import Sync
 from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
 from rostra.server.state.ca import Roots
 from rostra.server.state.cluster import Members
+from rostra.server.state.health import sees_check
 from rostra.server.state.intention import IntentionsFor
 from rostra.server.state.rows import IntentionRow, MemberRow, ServiceRow
-from rostra.wire.errors import BadRequest, NoLeader, NotFound, RostraError
+from rostra.wire.errors import BadRequest, Denied, NoLeader, NotFound, RostraError
 
 Json = dict[str, Any]
 
@@ -181,7 +183,8 @@ def _service_of(agent: Agent, check_id: str) -> str:
 async def services(request: Request, agent: Agent) -> Response:
     _no_filter(request)
     local = _local(agent)
-    return json_response({i: service_json(local.services[i].row) for i in sorted(local.services)})
+    rows = (local.services[i].row for i in sorted(local.services))
+    return json_response({row.id: service_json(row) for row in rows if request.can.service_read(row.name)})
 
 
 async def service(request: Request, agent: Agent) -> Response:
@@ -192,6 +195,8 @@ async def service(request: Request, agent: Agent) -> Response:
         found = local.services.get(service_id)
         if found is None:
             raise NotFound(f"unknown service ID: {service_id}")
+        if not request.can.service_read(found.row.name):
+            raise Denied("Permission denied")
         return _hashed_service(found.row)
 
     shown, digest = now()
@@ -215,13 +220,15 @@ async def service(request: Request, agent: Agent) -> Response:
 async def checks(request: Request, agent: Agent) -> Response:
     _no_filter(request)
     local = _local(agent)
-    return json_response({i: check_json(local.checks[i].row) for i in sorted(local.checks)})
+    rows = (local.checks[i].row for i in sorted(local.checks))
+    return json_response({row.id: check_json(row) for row in rows if sees_check(request.can, row)})
 
 
 async def health_by_id(request: Request, agent: Agent) -> Response:
     local = _local(agent)
     service_id = request.require("id", "Missing serviceID")
-    if service_id not in local.services:
+    found = local.services.get(service_id)
+    if found is None or not request.can.service_read(found.row.name):
         reason = f"ServiceId {service_id} not found"
         if _wants_text(request):
             return text_response(reason, status=404, headers={"X-Consul-Reason": reason})
@@ -234,7 +241,8 @@ async def health_by_id(request: Request, agent: Agent) -> Response:
 async def health_by_name(request: Request, agent: Agent) -> Response:
     local = _local(agent)
     name = request.require("name", "Missing service Name")
-    shown = [_health_json(local, i) for i in sorted(local.services) if local.services[i].row.name == name]
+    named = [i for i in sorted(local.services) if local.services[i].row.name == name]
+    shown = [_health_json(local, i) for i in named] if request.can.service_read(name) else []
     if not shown:
         reason = f"ServiceName {name} Not Found"
         if _wants_text(request):
@@ -332,7 +340,7 @@ async def members(request: Request, agent: Agent) -> Response:
     live = agent.results.live(Members())
     if not await live.ready(5.0):
         raise NoLeader
-    rows = [MemberRow(*live.rows[key]) for key in live.keys]
+    rows = [MemberRow(*live.rows[key]) for key in live.keys if request.can.node_read(str(key))]
     if request.query.get("wan"):
         found = [_wan_member_json(row, agent.datacenter) for row in rows if row.role == "server"]
     else:
@@ -656,38 +664,44 @@ def _index(request: Request) -> int:
     return int(index or 0)
 
 
-#: path → method, handler, and the parameters that it reads besides those of every route.
-_TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]], str]] = {
-    "self": ("GET", self_, ""),
-    "members": ("GET", members, "wan segment"),
-    "version": ("GET", version, ""),
-    "metrics": ("GET", metrics, "format"),
-    "host": ("GET", host, ""),
-    "services": ("GET", services, "ns"),
-    "service/{id}": ("GET", service, "hash ns"),
-    "checks": ("GET", checks, "ns"),
-    "health/service/id/{id}": ("GET", health_by_id, "format ns"),
-    "health/service/name/{name}": ("GET", health_by_name, "format ns"),
-    "service/register": ("PUT", register_service, "replace-existing-checks ns"),
-    "service/deregister/{id}": ("PUT", deregister_service, "ns"),
-    "service/maintenance/{id}": ("PUT", service_maintenance, "enable reason ns"),
-    "maintenance": ("PUT", node_maintenance, "enable reason"),
-    "check/register": ("PUT", register_check, "ns"),
-    "check/deregister/{id}": ("PUT", deregister_check, "ns"),
-    "check/pass/{id}": ("PUT", pass_check, "note ns"),
-    "check/warn/{id}": ("PUT", warn_check, "note ns"),
-    "check/fail/{id}": ("PUT", fail_check, "note ns"),
-    "check/update/{id}": ("PUT", update_check, "ns"),
-    "connect/ca/leaf/{service}": ("GET", leaf, "ns"),
-    "connect/authorize": ("POST", authorize, ""),
-    "connect/proxy/{id}": ("GET", proxy, "hash"),
-    "join/{address}": ("PUT", join, ""),
-    "force-leave/{node}": ("PUT", force_leave, "prune"),
-    "leave": ("PUT", leave, ""),
-    "reload": ("PUT", reload, ""),
+#: path → method, handler, the parameters that it reads besides those of every route, and what it asks of the caller.
+_TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]], str, permissions.May]] = {
+    "self": ("GET", self_, "", permissions.agent_read),
+    "members": ("GET", members, "wan segment", permissions.row_by_row),
+    "version": ("GET", version, "", permissions.anybody),
+    "metrics": ("GET", metrics, "format", permissions.agent_read),
+    "host": ("GET", host, "", permissions.operator_read),
+    "services": ("GET", services, "ns", permissions.row_by_row),
+    "service/{id}": ("GET", service, "hash ns", permissions.row_by_row),
+    "checks": ("GET", checks, "ns", permissions.row_by_row),
+    "health/service/id/{id}": ("GET", health_by_id, "format ns", permissions.row_by_row),
+    "health/service/name/{name}": ("GET", health_by_name, "format ns", permissions.row_by_row),
+    "service/register": ("PUT", register_service, "replace-existing-checks ns", permissions.registers_service),
+    "service/deregister/{id}": ("PUT", deregister_service, "ns", permissions.writes_service),
+    "service/maintenance/{id}": ("PUT", service_maintenance, "enable reason ns", permissions.writes_service),
+    "maintenance": ("PUT", node_maintenance, "enable reason", permissions.node_write),
+    "check/register": ("PUT", register_check, "ns", permissions.registers_check),
+    "check/deregister/{id}": ("PUT", deregister_check, "ns", permissions.writes_check),
+    "check/pass/{id}": ("PUT", pass_check, "note ns", permissions.writes_check),
+    "check/warn/{id}": ("PUT", warn_check, "note ns", permissions.writes_check),
+    "check/fail/{id}": ("PUT", fail_check, "note ns", permissions.writes_check),
+    "check/update/{id}": ("PUT", update_check, "ns", permissions.writes_check),
+    "connect/ca/leaf/{service}": ("GET", leaf, "ns", permissions.holds_key_of_service),
+    "connect/authorize": ("POST", authorize, "", permissions.at_servers),
+    "connect/proxy/{id}": ("GET", proxy, "hash", permissions.holds_key_of_proxy),
+    "join/{address}": ("PUT", join, "", permissions.agent_write),
+    "force-leave/{node}": ("PUT", force_leave, "prune", permissions.operator_write),
+    "leave": ("PUT", leave, "", permissions.agent_write),
+    "reload": ("PUT", reload, "", permissions.agent_write),
 }
 
 ROUTES = tuple(
-    Route(method, f"/v1/agent/{path}", handler, query=(read_parameters if method == "GET" else parameters)(names))
-    for path, (method, handler, names) in _TABLE.items()
+    Route(
+        method,
+        f"/v1/agent/{path}",
+        handler,
+        may,
+        query=(read_parameters if method == "GET" else parameters)(names),
+    )
+    for path, (method, handler, names, may) in _TABLE.items()
 )

@@ -25,6 +25,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 
+from rostra.acl.authorizer import EVERYTHING
 from rostra.agent.context import Agent
 from rostra.agent.http import acl, agent, catalog, connect, health, kv, operator, session, status
 from rostra.agent.http.compression import BYTES_MIN as COMPRESSED_BYTES_MIN
@@ -262,6 +263,9 @@ class HttpServer:
         if request.query and any(request.query.has(name) for name in _BLOCKS):
             self._deadlines.extend(BLOCKING_S)
         check_parameters(request, route)
+        request.can = can = self._agent.authorize(request.caller)
+        if can is not EVERYTHING and not route.may(can, request, self._agent):
+            raise HttpError(403, f"Permission denied: {method} {route.path}")
         response = await route.handler(request, self._agent)
         if request.ignored:
             response.headers = {**response.headers, WARNING_HEADER: warning(request.ignored)}

@@ -13,6 +13,7 @@ from rostra.agent.http.durations import format_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields, plain
 from rostra.agent.http.health import all_of, meta_filter, node_filter, tag_filter
+from rostra.agent.http.permissions import anybody, at_servers
 from rostra.agent.http.reads import answer, check_datacenter, read_options
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, as_object, catalog_service_json, node_json, service_json
@@ -307,13 +308,13 @@ def _snake(name: str) -> str:
 
 
 ROUTES = (
-    Route("GET", "/v1/catalog/nodes", nodes, query=read_parameters("node-meta")),
-    Route("GET", "/v1/catalog/services", services, query=read_parameters("node-meta ns")),
-    Route("GET", "/v1/catalog/service/{service}", service, query=read_parameters("tag node-meta ns")),
-    Route("GET", "/v1/catalog/connect/{service}", connect, query=read_parameters("tag node-meta ns")),
-    Route("GET", "/v1/catalog/node/{node}", node, query=read_parameters("ns")),
-    Route("GET", "/v1/catalog/node-services/{node}", node_services, query=read_parameters("ns")),
-    Route("GET", "/v1/catalog/datacenters", datacenters, query=read_parameters()),
-    Route("PUT", "/v1/catalog/register", register, query=parameters("ns")),
-    Route("PUT", "/v1/catalog/deregister", deregister, query=parameters("ns")),
+    Route("GET", "/v1/catalog/nodes", nodes, at_servers, query=read_parameters("node-meta")),
+    Route("GET", "/v1/catalog/services", services, at_servers, query=read_parameters("node-meta ns")),
+    Route("GET", "/v1/catalog/service/{service}", service, at_servers, query=read_parameters("tag node-meta ns")),
+    Route("GET", "/v1/catalog/connect/{service}", connect, at_servers, query=read_parameters("tag node-meta ns")),
+    Route("GET", "/v1/catalog/node/{node}", node, at_servers, query=read_parameters("ns")),
+    Route("GET", "/v1/catalog/node-services/{node}", node_services, at_servers, query=read_parameters("ns")),
+    Route("GET", "/v1/catalog/datacenters", datacenters, anybody, query=read_parameters()),
+    Route("PUT", "/v1/catalog/register", register, at_servers, query=parameters("ns")),
+    Route("PUT", "/v1/catalog/deregister", deregister, at_servers, query=parameters("ns")),
 )

@@ -14,6 +14,7 @@ from rostra.acl.intention import ANY, decide
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import ENTERPRISE, Body, parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
+from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import answer, read_options
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, intention_json, root_json
@@ -365,17 +366,27 @@ async def _those(request: Request, agent: Agent, is_it: Callable[[IntentionRow],
 
 
 ROUTES = (
-    Route("GET", "/v1/connect/ca/roots", roots, query=read_parameters("pem")),
-    Route("GET", "/v1/agent/connect/ca/roots", agent_roots, query=read_parameters()),
-    Route("GET", "/v1/connect/ca/configuration", ca_configuration, query=read_parameters()),
-    Route("GET", "/v1/connect/intentions", list_intentions, query=read_parameters()),
-    Route("POST", "/v1/connect/intentions", create, query=parameters()),
-    Route("GET", "/v1/connect/intentions/match", match, query=read_parameters("by name")),
-    Route("GET", "/v1/connect/intentions/check", check, query=read_parameters("source destination source-type")),
-    Route("GET", "/v1/connect/intentions/exact", read_exact, query=read_parameters("source destination")),
-    Route("PUT", "/v1/connect/intentions/exact", put_exact, query=parameters("source destination")),
-    Route("DELETE", "/v1/connect/intentions/exact", delete_exact, query=parameters("source destination")),
-    Route("GET", "/v1/connect/intentions/{intention}", read_by_id, query=read_parameters()),
-    Route("PUT", "/v1/connect/intentions/{intention}", update_by_id, query=parameters()),
-    Route("DELETE", "/v1/connect/intentions/{intention}", delete_by_id, query=parameters()),
+    Route("GET", "/v1/connect/ca/roots", roots, at_servers, query=read_parameters("pem")),
+    Route("GET", "/v1/agent/connect/ca/roots", agent_roots, at_servers, query=read_parameters()),
+    Route("GET", "/v1/connect/ca/configuration", ca_configuration, at_servers, query=read_parameters()),
+    Route("GET", "/v1/connect/intentions", list_intentions, at_servers, query=read_parameters()),
+    Route("POST", "/v1/connect/intentions", create, at_servers, query=parameters()),
+    Route("GET", "/v1/connect/intentions/match", match, at_servers, query=read_parameters("by name")),
+    Route(
+        "GET",
+        "/v1/connect/intentions/check",
+        check,
+        query=read_parameters("source destination source-type"),
+        may=at_servers,
+    ),
+    Route(
+        "GET", "/v1/connect/intentions/exact", read_exact, query=read_parameters("source destination"), may=at_servers
+    ),
+    Route("PUT", "/v1/connect/intentions/exact", put_exact, at_servers, query=parameters("source destination")),
+    Route(
+        "DELETE", "/v1/connect/intentions/exact", delete_exact, query=parameters("source destination"), may=at_servers
+    ),
+    Route("GET", "/v1/connect/intentions/{intention}", read_by_id, at_servers, query=read_parameters()),
+    Route("PUT", "/v1/connect/intentions/{intention}", update_by_id, at_servers, query=parameters()),
+    Route("DELETE", "/v1/connect/intentions/{intention}", delete_by_id, at_servers, query=parameters()),
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import read_parameters
+from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import ReadOptions, answer, read_options
 from rostra.agent.http.routing import Request, Response, Route, dump_json
 from rostra.agent.http.shapes import as_array, check_json, instance_json
@@ -149,9 +150,21 @@ def all_of(tests: list[Callable[[Key, Row], bool]]) -> Callable[[Key, Row], bool
 
 
 ROUTES = (
-    Route("GET", "/v1/health/service/{service}", service, query=read_parameters("passing tag node-meta ns")),
-    Route("GET", "/v1/health/connect/{service}", connect, query=read_parameters("passing tag node-meta ns")),
-    Route("GET", "/v1/health/node/{node}", node, query=read_parameters("ns")),
-    Route("GET", "/v1/health/checks/{service}", checks, query=read_parameters("node-meta ns")),
-    Route("GET", "/v1/health/state/{state}", state, query=read_parameters("node-meta ns")),
+    Route(
+        "GET",
+        "/v1/health/service/{service}",
+        service,
+        query=read_parameters("passing tag node-meta ns"),
+        may=at_servers,
+    ),
+    Route(
+        "GET",
+        "/v1/health/connect/{service}",
+        connect,
+        query=read_parameters("passing tag node-meta ns"),
+        may=at_servers,
+    ),
+    Route("GET", "/v1/health/node/{node}", node, at_servers, query=read_parameters("ns")),
+    Route("GET", "/v1/health/checks/{service}", checks, at_servers, query=read_parameters("node-meta ns")),
+    Route("GET", "/v1/health/state/{state}", state, at_servers, query=read_parameters("node-meta ns")),
 )

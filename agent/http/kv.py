@@ -9,6 +9,7 @@ import orjson
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
+from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import answer, check_datacenter
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route
 from rostra.agent.http.shapes import as_array, kv_fragment
@@ -115,7 +116,7 @@ def _truth(value: bool) -> Response:
 
 
 ROUTES = (
-    Route("GET", "/v1/kv/{key}", read, query=read_parameters("recurse raw keys separator ns")),
-    Route("PUT", "/v1/kv/{key}", put, VALUE_BYTES_MAX, parameters("flags cas acquire release ns")),
-    Route("DELETE", "/v1/kv/{key}", delete, query=parameters("recurse cas ns")),
+    Route("GET", "/v1/kv/{key}", read, at_servers, query=read_parameters("recurse raw keys separator ns")),
+    Route("PUT", "/v1/kv/{key}", put, at_servers, VALUE_BYTES_MAX, parameters("flags cas acquire release ns")),
+    Route("DELETE", "/v1/kv/{key}", delete, at_servers, query=parameters("recurse cas ns")),
 )

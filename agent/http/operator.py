@@ -17,6 +17,7 @@ from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import MILLISECOND, format_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
+from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import check_datacenter, read_options
 from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.server.state.catalog import Nodes
@@ -327,13 +328,13 @@ def _cas(request: Request) -> int | None:
 
 
 ROUTES = (
-    Route("GET", "/v1/operator/raft/configuration", raft_configuration, query=read_parameters()),
-    Route("DELETE", "/v1/operator/raft/peer", remove_peer, query=parameters("id address")),
-    Route("POST", "/v1/operator/raft/peer", add_peer, query=parameters("id name")),
-    Route("POST", "/v1/operator/raft/transfer-leader", transfer_leader, query=parameters("id")),
-    Route("PUT", "/v1/operator/raft/transfer-leader", transfer_leader, query=parameters("id")),
-    Route("GET", "/v1/operator/autopilot/configuration", configuration, query=read_parameters()),
-    Route("PUT", "/v1/operator/autopilot/configuration", set_configuration, query=parameters("cas")),
-    Route("GET", "/v1/operator/autopilot/health", health, query=read_parameters()),
-    Route("GET", "/v1/operator/autopilot/state", state, query=read_parameters()),
+    Route("GET", "/v1/operator/raft/configuration", raft_configuration, at_servers, query=read_parameters()),
+    Route("DELETE", "/v1/operator/raft/peer", remove_peer, at_servers, query=parameters("id address")),
+    Route("POST", "/v1/operator/raft/peer", add_peer, at_servers, query=parameters("id name")),
+    Route("POST", "/v1/operator/raft/transfer-leader", transfer_leader, at_servers, query=parameters("id")),
+    Route("PUT", "/v1/operator/raft/transfer-leader", transfer_leader, at_servers, query=parameters("id")),
+    Route("GET", "/v1/operator/autopilot/configuration", configuration, at_servers, query=read_parameters()),
+    Route("PUT", "/v1/operator/autopilot/configuration", set_configuration, at_servers, query=parameters("cas")),
+    Route("GET", "/v1/operator/autopilot/health", health, at_servers, query=read_parameters()),
+    Route("GET", "/v1/operator/autopilot/state", state, at_servers, query=read_parameters()),
 )

@@ -1,6 +1,7 @@
 """What a resource module of the HTTP API is written with: routes, requests, responses, and the table that joins them.
 
-A module has `ROUTES = (Route("GET", "/v1/kv/{key}", read), …)`; `async def read(request, agent) -> Response`.
+A module has `ROUTES = (Route("GET", "/v1/kv/{key}", read, at_servers), …)`; `async def read(request, agent)` gives a
+Response.
 A placeholder in the middle of a path is one segment; at the end it is everything that follows, slashes included, and
 may be empty: the handler then says what is missing (`request.require`). Nothing here knows aiohttp or the servers.
 """
@@ -15,6 +16,7 @@ from urllib.parse import unquote, unquote_plus
 
 import orjson
 
+from rostra.acl.authorizer import EVERYTHING, Authorizer
 from rostra.wire.caller import TRACE_CHARS_MAX, Caller
 from rostra.wire.errors import BadRequest
 
@@ -42,7 +44,8 @@ Handler = Callable[["Request", "Agent"], Awaitable["Response"]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path` has literal segments and `{placeholders}`. `body_bytes_max`: larger bodies are 413 before the handler.
+    """`path` has literal segments and `{placeholders}`. `may(can, request, agent)`: what it asks of its caller,
+    see permissions.py. `body_bytes_max`: larger bodies are 413 before the handler.
 
     `query`: the parameters that the handler reads, see declared.py; None: whatever there is.
     """
@@ -50,6 +53,7 @@ class Route:
     method: str
     path: str
     handler: Handler
+    may: Callable[[Authorizer, Request, Any], bool]
     body_bytes_max: int = BODY_BYTES_MAX
     query: frozenset[str] | None = None
 
@@ -218,7 +222,7 @@ _EMPTY_QUERY = Query("")
 class Request:
     """One request, already complete. `path` is decoded, `target` is what stood on the request line."""
 
-    __slots__ = ("_token", "body", "headers", "ignored", "method", "params", "path", "query", "remote", "target")
+    __slots__ = ("_token", "body", "can", "headers", "ignored", "method", "params", "path", "query", "remote", "target")
 
     def __init__(
         self,
@@ -241,6 +245,7 @@ class Request:
         self.remote = remote
         self.ignored: list[str] = []  # what nobody reads, for the answer to say so
         self._token: str | None = None
+        self.can: Authorizer = EVERYTHING
 
     @property
     def token(self) -> str:

@@ -9,6 +9,7 @@ from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.durations import HOUR, MILLISECOND, SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
+from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import answer, check_datacenter
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, session_json, ttl_text
@@ -127,10 +128,10 @@ def _round_up_ms(ns: int) -> int:
 
 
 ROUTES = (
-    Route("PUT", "/v1/session/create", create, query=parameters("ns")),
-    Route("PUT", "/v1/session/destroy/{session}", destroy, query=parameters("ns")),
-    Route("PUT", "/v1/session/renew/{session}", renew, query=parameters("ns")),
-    Route("GET", "/v1/session/info/{session}", info, query=read_parameters("ns")),
-    Route("GET", "/v1/session/node/{node}", node, query=read_parameters("ns")),
-    Route("GET", "/v1/session/list", every, query=read_parameters("ns")),
+    Route("PUT", "/v1/session/create", create, at_servers, query=parameters("ns")),
+    Route("PUT", "/v1/session/destroy/{session}", destroy, at_servers, query=parameters("ns")),
+    Route("PUT", "/v1/session/renew/{session}", renew, at_servers, query=parameters("ns")),
+    Route("GET", "/v1/session/info/{session}", info, at_servers, query=read_parameters("ns")),
+    Route("GET", "/v1/session/node/{node}", node, at_servers, query=read_parameters("ns")),
+    Route("GET", "/v1/session/list", every, at_servers, query=read_parameters("ns")),
 )

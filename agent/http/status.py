@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import read_parameters
+from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import read_options
 from rostra.agent.http.routing import Request, Response, Route, json_response
 
@@ -19,6 +20,6 @@ async def peers(request: Request, agent: Agent) -> Response:
 
 
 ROUTES = (
-    Route("GET", "/v1/status/leader", leader, query=read_parameters()),
-    Route("GET", "/v1/status/peers", peers, query=read_parameters()),
+    Route("GET", "/v1/status/leader", leader, at_servers, query=read_parameters()),
+    Route("GET", "/v1/status/peers", peers, at_servers, query=read_parameters()),
 )

@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from rostra.agent.http.app import Deadlines, WriteTurns
+from rostra.agent.http.permissions import anybody
 from rostra.agent.http.routing import Response, Route, text_response
 from tests.unit.agent.http.conftest import make_api
 
@@ -172,7 +173,7 @@ async def test_a_failing_handler_is_500_and_says_nothing_of_its_insides(caplog):
     async def broken(request, agent):
         raise ValueError("a secret of the insides")
 
-    api = await make_api([Route("GET", "/v1/broken", broken)])
+    api = await make_api([Route("GET", "/v1/broken", broken, anybody)])
     reply = await api.get("/v1/broken")
     assert reply.status == 500
     assert "secret" not in reply.text
@@ -188,7 +189,7 @@ async def test_a_request_that_takes_too_long_is_ended_with_500(monkeypatch):
 
     monkeypatch.setattr(Deadlines, "LOOK_S", 0.02)
     monkeypatch.setattr("rostra.agent.http.app.REQUEST_S", 0.05)
-    api = await make_api([Route("GET", "/v1/endless", endless)])
+    api = await make_api([Route("GET", "/v1/endless", endless, anybody)])
     reply = await api.get("/v1/endless")
     assert (reply.status, reply.text) == (500, "The request took too long")
     await api.server.close(1.0)
@@ -256,7 +257,7 @@ async def test_close_lets_an_answer_in_flight_finish():
         await go.wait()
         return text_response("done")
 
-    api = await make_api([Route("GET", "/v1/slow", slow)])
+    api = await make_api([Route("GET", "/v1/slow", slow, anybody)])
     call = asyncio.create_task(api.get("/v1/slow"))
     await asyncio.wait_for(entered.wait(), 5)
     closing = asyncio.create_task(api.server.close(5.0))

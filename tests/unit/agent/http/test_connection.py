@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rostra.agent.http.connection import HEAD_BYTES_MAX, HELD_BYTES_MAX, PIECE_BYTES, Attention, Connection
+from rostra.agent.http.permissions import anybody
 from rostra.agent.http.routing import Response, Route, text_response
 from rostra.server.state.kv import SetKey
 from tests.fuzz.http import Style, run_clients
@@ -54,7 +55,7 @@ async def _with_parked(**options: object) -> tuple[Api, asyncio.Event, asyncio.E
             left.set()
         return Response()
 
-    return await make_api([Route("GET", "/v1/parked", parked)], **options), entered, left
+    return await make_api([Route("GET", "/v1/parked", parked, anybody)], **options), entered, left
 
 
 PARKED = b"GET /v1/parked HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -233,7 +234,7 @@ def test_others_go_on_while_one_client_sends_one_byte_chunks_and_pipelines(loop:
         async def sink(request, agent):
             return text_response(str(len(request.body)))
 
-        api = await make_api([Route("PUT", "/v1/sink", sink)])
+        api = await make_api([Route("PUT", "/v1/sink", sink, anybody)])
         head = CHUNKED.replace(b"/v1/kv/c", b"/v1/sink")
         flood = head + b"1\r\nx\r\n" * 40_000 + b"0\r\n\r\n" + GET * 500
         reader, writer = await asyncio.open_connection(api.host, api.port)

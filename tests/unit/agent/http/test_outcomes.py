@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from rostra.agent.http.app import Deadlines
+from rostra.agent.http.permissions import anybody
 from rostra.agent.http.routing import Response, Route
 from rostra.wire.errors import BadRequest, Conflict, Denied, Internal, NoLeader, Timeout
 from rostra.wire.rpc import Lost
@@ -68,7 +69,7 @@ async def test_a_change_that_takes_too_long_or_breaks_is_unknown(monkeypatch):
 
     monkeypatch.setattr(Deadlines, "LOOK_S", 0.02)
     monkeypatch.setattr("rostra.agent.http.app.REQUEST_S", 0.05)
-    api = await make_api([Route("PUT", "/v1/endless", endless), Route("PUT", "/v1/broken", broken)])
+    api = await make_api([Route("PUT", "/v1/endless", endless, anybody), Route("PUT", "/v1/broken", broken, anybody)])
     for path in ("/v1/endless", "/v1/broken"):
         reply = await api.put(path)
         assert (reply.status, reply.headers["X-Rostra-Outcome"]) == (500, "unknown")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from rostra.agent.http.permissions import anybody
 from rostra.agent.http.routing import JsonObject, Query, Request, Route, Router, load_json
 from rostra.wire.errors import BadRequest
 
@@ -11,7 +12,7 @@ async def handler(request, agent):
 
 
 ROUTER = Router(
-    Route(method, path, handler)
+    Route(method, path, handler, anybody)
     for method, path in [
         ("GET", "/v1/kv/{key}"),
         ("PUT", "/v1/kv/{key}"),
