@@ -2,8 +2,8 @@
 
 A request is one frame with a map `{"kind": ...}`; each is answered by one frame. `ping` says that this agent lives
 (asked by other agents before the leader declares a node failed); `servers` names the servers that it knows. A joining
-node asks the addresses of `retry_join` with `discover`. What it learns is hearsay of an enrolled node: TLS to the
-server itself decides.
+node asks the addresses of `retry_join` with `discover`. A joiner learns hearsay of an enrolled node: TLS to the server
+itself decides.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class AgentInfo:
 
 
 class JoinListener:
-    """Answers on 8301. Bounded in connections, handshakes and time; what it refuses is one line in a while."""
+    """Answers on 8301. Bounded in connections, handshakes and time; refusals are one line in a while."""
 
     def __init__(
         self,
@@ -262,8 +262,8 @@ async def discover(
 
 
 def _each_once(named: Sequence[ServerHint], proved: Mapping[tuple[str, int], str]) -> list[ServerHint]:
-    """Each server once. Where they differ about the key at an address, the one that a server's own agent has proved is
-    tried first: others may remember who was there before."""
+    """Each server once. If they differ about the key at an address, the key that a server's own agent has proved is
+    tried first: others may remember a former server."""
     found: dict[tuple[str, int], dict[str, ServerHint]] = {}
     for server in named:
         found.setdefault((server.host, server.port), {}).setdefault(server.key_hash, server)

@@ -41,7 +41,7 @@ class KnownServers:
             return []
 
     async def learn(self) -> None:
-        """Ask once; what is known stays where nobody answers."""
+        """Ask once. If nobody answers, the known ones stay."""
         with contextlib.suppress(RostraError):
             rows = await self._session.act("servers", {})
             self.now = [ServerAddress(host=r["host"], port=r["port"], key_hash=r["key_hash"]) for r in rows]

@@ -348,7 +348,7 @@ class ServerSession:
                     if connection.ssl_object is None:
                         raise ConnectionError("closed right after the handshake")
                     if address.key_hash and self._key_of(connection.ssl_object) != address.key_hash:
-                        # Who told us may not know yet that the server there was replaced. It refuses nobody.
+                        # The server that named it may not know yet that it was replaced. It refuses nobody.
                         raise NoLeader("it has another key than the servers' list names: was it replaced?")
                 connection.send(hello("rpc", **self._about()))
                 return connection, check_hello(await first)

@@ -31,7 +31,7 @@ from tests.support import rpc_attack
 from tests.support.rpc_attack import Outcome, Target
 
 GROWTH_MB, BOUND_S, WARM_UP = 5.0, 6.0, 500
-#: What they wait for is the server's patience, which is another test's matter.
+#: They wait for the server's patience, which is another test's matter.
 SLOW = ("no bytes", "half a TLS hello", "a TLS hello and silence", "no hello", "half a hello", "a Raft message on")
 
 Attack = Callable[[Target], Outcome]

@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open_standard_files() -> None:
-    """Whoever started us with one of them closed: what we open later must not take its number, nor get our lines."""
+    """Something may have started us with one of them closed: a file that we open later must not take its number, nor
+    our lines."""
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(fd, True)
     os.close(fd)

@@ -1,7 +1,7 @@
 """The proxy's event loop: one thread, one epoll, and turns that are fair.
 
-Sockets are registered once, edge-triggered, for everything: pausing a reader then costs no system call. Who has more to
-read than one chunk says `again` and gets its next chunk in the next turn, after all others. Handshake steps cost a
+Sockets are registered once, edge-triggered, for everything: pausing a reader then costs no system call. A reader with
+more than one chunk says `again` and gets its next chunk in the next turn, after all others. Handshake steps cost a
 third of a millisecond each, so they go through `later_slow` and a turn takes at most a few. Other threads only `post`.
 """
 
@@ -122,7 +122,7 @@ class Loop:
                 self._tell_again(events)
 
     def close(self) -> None:
-        """After `run`; what is posted from then on is dropped."""
+        """After `run`; later posts are dropped."""
         self._epoll.close()
         wake, self._wake = self._wake, -1
         os.close(wake)

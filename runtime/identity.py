@@ -495,7 +495,7 @@ class NodeIdentity:
             log.warn("certificate of the cluster CA not used", reason=problem)
             return "", 0.0
         # A node that is only now enrolling knows the secret but not the cluster CA. So the chain goes on with the
-        # cluster CA as certified by the enrolment CA, which every holder of the secret can do. Who knows the
+        # cluster CA as certified by the enrolment CA, which every holder of the secret can do. A peer that knows the
         # cluster CA itself stops there (trusted first).
         return chain + "".join(_pem(_cross_certify(e, pem)) for pem in cluster_pem for e in enrolment), _renew_at(chain)
 

@@ -4,9 +4,9 @@ No step on an agent's or a core's loop may exceed 2 ms; this measures it, `/v1/a
 it. Lateness alone would also count what other processes took from us, so a step is at most the processor time that this
 thread used since the last tick, and the time that it was ready to run but waited for a processor is taken off.
 
-What of a step lies before the tick is due is not seen: of steps of 3 ms every fifth counts as more than 2, which shows
-what happens often, and costs 1 % of a processor. ROSTRA_LOOP_TICK_MS in the environment makes the ticks finer: 1 costs
-3 %, 0 measures each turn of the loop and never sleeps. bench/steps.py uses them.
+A tick does not see the part of a step before it is due. Of steps of 3 ms every fifth counts as more than 2: that shows
+frequent steps, and costs 1 % of a processor. ROSTRA_LOOP_TICK_MS in the environment makes the ticks finer: 1 costs 3 %,
+0 measures each turn of the loop and never sleeps. bench/steps.py uses them.
 """
 
 from __future__ import annotations

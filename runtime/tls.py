@@ -23,7 +23,7 @@ NODE_URI = "rostra://node/"
 #: Each handshake costs the loop a millisecond, so few run at once (1,700 agents that reconnect: 13 ms pauses, not 597).
 HANDSHAKES_AT_ONCE = 16
 HANDSHAKE_S = 3.0
-#: Most take less. Whoever dawdles goes on, but makes room for the next: 800 a second get their turn whatever happens.
+#: Most take less. A peer that dawdles goes on, but makes room for the next: 800 a second get their turn in any case.
 PLACE_S = 0.02
 #: That many may have begun and dawdle; each costs 50 KiB. One more, and the first of them must go.
 DAWDLERS_MAX = 256
@@ -107,7 +107,7 @@ def _context(protocol: int, identity: Identity) -> ssl.SSLContext:
 
 
 class NotTls(OSError):
-    """What came first is not the beginning of TLS."""
+    """The first bytes are not the beginning of TLS."""
 
 
 class Handshakes:
@@ -290,7 +290,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "connection refused: nothing listens there"
     if isinstance(error, ConnectionResetError | BrokenPipeError) and (not text or error.errno):
-        # Who does not trust our certificate mostly just goes; so do port scans and TCP checks.
+        # A peer that does not trust our certificate mostly just goes; so do port scans and TCP checks.
         return (
             "the peer closed the connection during the TLS handshake: a scan or a TCP check, or it does not trust our"
             " certificate (is `encrypt` the same on both nodes?)"

@@ -2,8 +2,8 @@
 
 Two doors: TCP (mTLS always, 8300) and a Unix socket for the agent of this host (the kernel says who it is). The hello
 decides what a connection is for: "rpc" an agent, "peer" and "raft" another server of the replicated member list,
-"bootstrap" a server that has no cluster yet. Everything else is closed with one rate-limited line. Whatever a peer
-sends, the worst that it gets is an error or its connection's end: nothing of it may end this process or fill it.
+"bootstrap" a server that has no cluster yet. Everything else is closed with one rate-limited line. A peer gets an error
+or its connection's end at worst: nothing that it sends may end this process or fill it.
 """
 
 from __future__ import annotations
@@ -440,7 +440,7 @@ class Endpoint:
         if served.request_bytes > NAME_CHARS_MAX or kind not in _FLAT_KINDS:
             check_arguments(args)
             if kind == SetAutopilot.kind and args.get("auto_admit_servers") and not peer.local:
-                # A server gets every secret of the cluster. Whoever may only enrol must not be able to make one of
+                # A server gets every secret of the cluster. A node that may only enrol must not make a server of
                 # itself.
                 raise Denied("AutoAdmitServers is set from the host of a server: run the command there")
         clients = peer.clients

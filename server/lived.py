@@ -4,8 +4,8 @@ A server's promises are in its log. So it notes beside its key (`tls/lived.json`
 been. It also notes up to which place of its journal all is on the disk; the same note lies beside the log
 (`server/lived.json`). Each says what the other part must be. A start without a part that the notes name, or on a
 journal that ends before the place noted, is refused: others count on what was promised since. A running server notes
-its place every few seconds and when it stops. Where all of the directory is an old copy, no note in it can show that;
-only the other servers know: `raft/witness.py`.
+its place every few seconds and when it stops. If all of the directory is an old copy, no note in it can show that; only
+the other servers know (`raft/witness.py`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Connections from this server to the others: one for Raft (dialled by the higher id), one for questions.
 
-Every connection is mTLS and the other end must show the key that the replicated member list names. A peer that is
-down is tried again with a short back-off; a peer that does not answer a ping in time is dropped, because a cut network
-closes no connection by itself. Where a server was last heard from is tried before the address in the list, and so is
-where others say that it is: it may have moved, and it is its key that says who it is.
+Every connection is mTLS and the other end must show the key that the replicated member list names. A peer that is down
+is tried again with a short back-off; a peer that does not answer a ping in time is dropped, because a cut network
+closes no connection by itself. It tries the address at which a server was last heard, and those that others name,
+before the address in the list. The server may have moved, and its key says who it is.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The servers of this cluster, and every way in which their list changes: let in, promoted, moved, removed.
 
 Only the leader changes it, one change at a time. A server that wants to be let in asks again and again
-("bootstrap.join"); until an operator lets it in it is told nothing but who leads. What counts as its identity is the
-key that TLS has proved. The list itself is Raft's (`raft/members.py`); `keep_rows` lets the members in the state follow
-it, and with them the names that they own. Called by the endpoint, by acts and by `autopilot.py`.
+("bootstrap.join"); until an operator lets it in it is told nothing but who leads. Its identity is the key that TLS has
+proved. The list itself is Raft's (`raft/members.py`); `keep_rows` lets the members in the state follow it, and with
+them the names that they own. Called by the endpoint, by acts and by `autopilot.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WAITING_MAX = 64
 REMOVED_MAX = 16
 #: A leader is missed for this long before others are asked, or strangers heard: an election is over sooner.
 ALONE_S = 2.0
-#: Who waits asks every half second; who was silent for this long does not wait any more.
+#: A waiting server asks every half second; one that was silent for this long waits no more.
 WAITING_S = 10.0
 #: A change is one round through the log, and that of a majority of the new list.
 CHANGE_S = 5.0
@@ -161,7 +161,8 @@ class Roster:
             answer |= self.introduction() or {"membership": dump_membership(self._membership(raft))}
             if raft.members_settled:
                 return {**answer, "state": MEMBER}
-            # Whom the list names is told all the same: without hearing them it may never be settled.
+            # A server that the list names is told all the same: unless it hears the others, the list may never be
+            # settled.
             return {**answer, "reason": "it is being let in"}
         if raft.leader_id is None and raft.last_heard_age_s() > ALONE_S and self.hear(said, args, peer.key_hash):
             return {**answer, "reason": f"{self._node.name} did not know of this server, and hears it from now on"}

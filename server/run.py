@@ -370,7 +370,7 @@ class Core:
             return
         self._raft = self.node.raft = raft
         self._follow_servers()
-        # What is loaded stays: cyclic collection over it would only pause the loop (25 ms per 100,000 rows).
+        # Loaded rows stay: cyclic collection over them would only pause the loop (25 ms per 100,000 rows).
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -418,7 +418,8 @@ class Core:
         servers = (*self._members, *strangers)
         self._server_ids.clear()
         self._server_ids.update({m.key_hash: m.id for m in self._members})
-        # Whoever was only introduced is heard by Raft, where it counts for nothing; it is no server at any other door.
+        # Raft hears servers that were only introduced, and counts them for nothing; at any other door they are no
+        # servers.
         self._stranger_ids.clear()
         self._stranger_ids.update({m.key_hash: m.id for m in strangers})
         if self._raft is not None:

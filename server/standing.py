@@ -29,7 +29,7 @@ log = get("servers")
 LOOK_EVERY_S = 0.5
 ASK_EVERY_S = 1.0
 ASKED_MAX = 64
-#: Who was introduced is heard until this server has followed a leader of its own list for this long.
+#: A server that was introduced is heard until this one has followed a leader of its own list for this long.
 SETTLED_S = 10.0
 #: How often a member that cannot be reached is looked for, while there is a leader.
 LOOK_FOR_S = 5.0

@@ -73,7 +73,7 @@ class FrameConnection(asyncio.Protocol):
             self.abort("peer does not read")
 
     def close(self) -> None:
-        """Flush, then close. What came and was not handled yet is dropped."""
+        """Flush, then close. Bytes that were not handled yet are dropped."""
         self.flush()
         self._decoder.clear()
         if self._transport is not None:

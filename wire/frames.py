@@ -129,8 +129,8 @@ _packer = _Packer()
 def unpack_request(payload: bytes) -> Any:
     """The message in `payload` of a peer who may mean harm. Raises whatever the library raises, and ValueError.
 
-    1 MiB of empty maps would take 80 MB and hold the loop for 170 ms, 1 MiB of short texts for 150 ms; what is large in
-    an honest request is one value. The names in a map are texts or bytes: the hashes of arrays and numbers can be made
+    1 MiB of empty maps would take 80 MB and hold the loop for 170 ms, 1 MiB of short texts for 150 ms; an honest large
+    request has one large value. The names in a map are texts or bytes: the hashes of arrays and numbers can be made
     equal, and a map of 4,500 of them takes two seconds, here and wherever the log is read.
     """
     if len(payload) <= _COUNTED_BYTES:

@@ -79,7 +79,7 @@ class Turns:
     def room(self) -> bool:
         """Whether the reader that began last may handle one more unit before it queues.
 
-        Where nobody waits it may go on to the end of the turn: what comes at once is better handled at once.
+        If nobody waits it may go on to the end of the turn: bytes that come at once are better handled at once.
         """
         return self._clock() < (self._slice_ends if self._queue else self._ends)
 

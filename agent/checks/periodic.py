@@ -1,6 +1,6 @@
 """When a check that the agent runs itself is due, and which probe runs it.
 
-`agent/local.py` keeps one such task per check and is told each result; what a result changes is its business.
+`agent/local.py` keeps one such task per check and is told each result, and decides what a result changes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The TTL check: its service reports in time, or it turns critical.
 
-A deadline that moves with each report; `agent/local.py` hears about its passing. What must survive a restart of the
-agent (status, output, the wall-clock time of the deadline) is kept by `local.py`.
+A deadline that moves with each report; `agent/local.py` hears about its passing. `local.py` keeps what must survive a
+restart of the agent: status, output, the wall-clock time of the deadline.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The URL of an HTTP check, read as Go's client reads it: what Consul's agents could ask, ours can ask too.
 
-Brackets around an IPv4 address are taken, ports are numbers, a relative Location is of the place that sent it. Whatever
-is shown of a URL is shown without its password.
+Brackets around an IPv4 address are taken, ports are numbers, a relative Location is of the place that sent it. A URL is
+shown without its password only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The agent's HTTP server: aiohttp's connections, our router. Limits, methods and errors are the same everywhere.
 
-A request is read whole (bounded), routed, handled within a time bound and answered at once. What a handler raises
-becomes a status in `errors.py`. Blocking queries end when their client goes. Listens on TCP, TLS and unix sockets.
+A request is read whole (bounded), routed, handled within a time bound and answered at once. `errors.py` makes a status
+of each exception of a handler. Blocking queries end when their client goes. Listens on TCP, TLS and unix sockets.
 """
 
 from __future__ import annotations
@@ -398,7 +398,7 @@ class WriteTurns:
         self._entering: deque[asyncio.Future[None]] = deque()
 
     async def enter(self) -> None:
-        """Wait for a place among those that write. Whoever has one calls `leave` once."""
+        """Wait for a place among those that write. Its holder calls `leave` once."""
         if self._places:
             self._places -= 1
             return

@@ -3,7 +3,8 @@
 The parser is fed in pieces: a head ends its piece, a body is counted or, if it is chunked, cut where it may end. So we
 know where messages begin without a parser of our own: the parser's word counts, and where it does not say what we
 expect, there are no hot reads on this connection any more. Many pieces take turns with the other readers of the loop.
-What leans on the insides of aiohttp is here; `insides_fit` tries it at start, and where it fails all goes to aiohttp.
+This module alone leans on the insides of aiohttp. `insides_fit` tries them at start; where they differ, everything goes
+to aiohttp.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from aiohttp.web_server import Server
 from rostra.agent.http.hot import HotReads
 from rostra.wire.turns import Turns, turns
 
-#: What the parser is given at a time: of one-byte chunks and small requests it makes much work.
+#: The parser gets so much at a time: one-byte chunks and small requests cost it much work.
 PIECE_BYTES = 2048
-#: Of a body whose length is known it makes little.
+#: A body whose length is known costs it little.
 BODY_PIECE_BYTES = 64 << 10
 #: aiohttp joins the chunks of a body that wait in one step, each by itself. With more than this it takes no more.
 CHUNKS_MAX = 256
-#: What arrives while a connection waits is kept; beyond this it is no longer read from.
+#: A waiting connection keeps so much of what arrives; beyond this it reads no more.
 HELD_BYTES_MAX = 64 << 10
 LINE_BYTES_MAX = 64 << 10
 HEAD_BYTES_MAX = 256 << 10

@@ -1,8 +1,8 @@
 """What a route reads of a request, declared beside it: the names of its parameters and of the fields of its body.
 
-What nobody reads is refused where Consul refuses it; where Consul ignores it, it is ignored here too and the answer
-says so in `X-Rostra-Warning`. A parameter or field that has an effect in Consul and none here is no name that a route
-declares. `ns` is declared by the routes where Consul's own edition without namespaces refuses it.
+A field or parameter that nobody reads is refused where Consul refuses it. Where Consul ignores it, so does Rostra, and
+the answer says so in `X-Rostra-Warning`. A parameter or field that has an effect in Consul and none here is no name
+that a route declares. `ns` is declared by the routes where Consul's own edition without namespaces refuses it.
 """
 
 from __future__ import annotations

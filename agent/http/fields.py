@@ -1,4 +1,4 @@
-"""Reads typed fields from a decoded JSON object, at the edge, once; what is wrong is named with its field.
+"""Reads typed fields from a decoded JSON object, at the edge, once; errors name the field.
 
 null means absent, as in Go. Field names are found whatever their case; which names there may be is declared.py's.
 """

@@ -1,8 +1,8 @@
 """`/v1/operator/`: who the servers are and who leads, and autopilot's configuration and judgement of them.
 
-Who may be a server, and every change of that, is decided by the leader: these are acts, asked through any server, and
-never cached. A change is sent once; where its answer is lost, the list tells whether it was done. Fields and statuses
-are Consul's; what has no place there (suffrage, servers that wait, AutoAdmitServers) is added beside.
+The leader decides who may be a server, and every change of that. These are acts, asked through any server, and never
+cached. A change is sent once; where its answer is lost, the list tells whether it was done. Fields and statuses are
+Consul's; further ones (suffrage, servers that wait, AutoAdmitServers) stand beside them.
 """
 
 from __future__ import annotations

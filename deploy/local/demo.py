@@ -2,8 +2,8 @@
 
 Three servers, two client agents, two services over mutual TLS, an intention that cuts them off, and a leader killed
 without loss. Each address 127.0.10.x plays a host. Every command is shown with what it truly answered, every step is
-checked, and the first that fails is named (exit 1). `KEEP=1` leaves everything running until Ctrl-C. Whatever happens,
-no process stays: this one adopts all its descendants and ends them. Linux, standard library, and `dig`.
+checked, and the first that fails is named (exit 1). `KEEP=1` leaves everything running until Ctrl-C. No process stays,
+whatever happens: this one adopts all its descendants and ends them. Linux, standard library, and `dig`.
 """
 
 from __future__ import annotations

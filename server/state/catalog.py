@@ -50,7 +50,8 @@ class Register:
     checks: tuple[dict[str, Any], ...] = ()
 
     def allowed(self, can: Authorizer, tables: Tables) -> bool:
-        """Whoever changes a node may write that; a service, and its checks, whoever may write all it is or was."""
+        """A change of a node needs the right to write it; one of a service or its checks, the right to write all it is
+        or was."""
         node = tables.node_name(self.node)
         if (self._changes_node(tables.nodes.get(node)) or self._names_node_checks()) and not can.node_write(node):
             return False
@@ -137,7 +138,7 @@ class Deregister:
     check_id: str | None = None
 
     def allowed(self, can: Authorizer, tables: Tables) -> bool:
-        """Whoever may write the node, or the service that goes or whose check goes."""
+        """The right to write the node does, or the service that goes or whose check goes."""
         node = tables.node_name(self.node)
         if can.node_write(node):
             return True

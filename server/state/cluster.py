@@ -83,7 +83,7 @@ class BindNode:
             raise BadRequest(f"role {self.role!r} is none of {', '.join(ROLES)}")
         old = tx.tables.members.get(self.name)
         if old is None or old.key_hash != self.key_hash:
-            # Whoever holds the name under another key speaks for it no longer, see `server/agents.py`.
+            # A node that has the name under another key speaks for it no longer, see `server/agents.py`.
             tx.effect("name-bound", self.name, self.key_hash, old.key_hash if old is not None else "", tx.at_ms)
         if old is not None and old.key_hash != self.key_hash:
             if old.voter:
@@ -219,7 +219,7 @@ class StateHash:
 
 @dataclass(frozen=True, slots=True)
 class ReapTombstones:
-    """Forget deletions below an index. What is not there has at least that index from then on, so no index falls."""
+    """Forget deletions below an index. Absent things have at least that index from then on, so no index falls."""
 
     kind: ClassVar[str] = "cluster.reap-tombstones"
     servers_only: ClassVar[bool] = True

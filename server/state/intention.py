@@ -1,8 +1,8 @@
 """Intentions: which service may connect to which. One per (source, destination), either may be "*".
 
-Names that differ by case only are the same source and destination here: a second intention for them is refused or
-takes the place of the first. They are kept as they were spelled, since case still tells who connects. Who wins is
-decided in `acl.intention`, by the proxies and by the API alike.
+Names that differ by case only are the same source and destination here: a second intention for them is refused or takes
+the place of the first. They are kept as they were spelled, since case still tells who connects. `acl.intention` decides
+which wins, for the proxies and the API alike.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class SetIntention:
 class DeleteIntention:
     """Delete an intention, spelled exactly so. True as well when there is none.
 
-    Whoever asks for it finds out first how it is spelled: so an update that respells it, in a cluster with older
-    servers, can be followed by the deletion of the former spelling.
+    The caller finds out first how it is spelled. So it can delete the former spelling after an update that respells it,
+    in a cluster with older servers.
     """
 
     kind: ClassVar[str] = "intention.delete"

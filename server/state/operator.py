@@ -1,6 +1,6 @@
 """What operators set about the servers themselves: how the leader cares for them (autopilot).
 
-Names and defaults are Consul's. Times are whole milliseconds. Whatever is not set has its default.
+Names and defaults are Consul's. Times are whole milliseconds. A setting that is not given has its default.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class Store:
             self._expected[data] = known
 
     def expect_nothing(self) -> None:
-        """What was proposed here may never be applied."""
+        """The commands that were proposed here may never be applied."""
         self._expected.clear()
 
     def _apply(self, data: bytes) -> Result:

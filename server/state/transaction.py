@@ -35,7 +35,7 @@ class Tx:
         self.changes: list[tuple[Table[Any, Any], Any, Any, Any]] = []
 
     def begin(self, index: int, cluster_id: str, at_ms: int, actor: str) -> None:
-        """The next command. What the one before has left behind was taken or put back."""
+        """The next command. The effects of the one before were taken or put back."""
         self.index = index  # what a row that is written now has as its modify_index
         self.cluster_id = cluster_id
         self.at_ms = at_ms  # for display only: nothing may be decided by it
