@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pysyncobj import syncobj as library
 from pysyncobj.node import Node
 from pysyncobj.transport import Transport
 
@@ -620,7 +621,11 @@ def test_an_offer_of_leadership_is_taken_at_once_or_never() -> None:
     assert server.core.term() == 5, "the offer was for that election only"
 
 
-def test_who_loses_the_link_to_the_leader_campaigns_when_loyalty_is_over_and_never_later_than_before() -> None:
+def test_who_loses_the_link_to_the_leader_campaigns_when_loyalty_is_over_and_never_later_than_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = library.monotonicTime()
+    monkeypatch.setattr(library, "monotonicTime", lambda: now)
     server = Server()
     server.append("b", 1, 1, 0)
     server.core.campaign_in(0.6)
