@@ -4,8 +4,8 @@
     spiffe://<trust domain>/agent/client/dc/<datacenter>/id/<node>
     spiffe://<trust domain>                                            the CA itself
 
-A certificate is trusted for what `parse` returns, so a URI that could be read in two ways is no identity at all: no
-query, fragment, user, port or dot segment, and no percent-encoding other than the one that formatting gives.
+A certificate is trusted for what `parse` returns, so a URI that could be read in two ways is no identity at all. It has
+no query, fragment, user, port or dot segment, and only the percent-encoding that formatting gives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A proxy for a service that nobody registered: `-service web -upstream db:9191`, for a developer at a terminal.
 
 The snapshot is put together here from the agent's ordinary endpoints (leaf, roots, healthy proxies, intentions), asked
-every two seconds; a registered sidecar gets the same from the agent in one piece and at once (`source.AgentSource`).
+every two seconds. A registered sidecar gets the same from the agent in one piece and at once (`source.AgentSource`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which endpoint of an upstream gets the next connection: pure, with time and chance passed in.
 
-Two endpoints are drawn at random by weight and the one with fewer open connections for its weight is taken: near to
-least-connections without every proxy of the mesh running to the same idle endpoint. One that failed rests, longer each
-time, and comes back by itself; when all rest, the one whose rest ends first is tried all the same.
+Two endpoints are drawn at random by weight, and the one with fewer open connections for its weight is taken. That is
+near to least-connections, and not every proxy of the mesh runs to the same idle endpoint. One that failed rests, longer
+each time, and comes back by itself; when all rest, the one whose rest ends first is tried all the same.
 """
 
 from __future__ import annotations

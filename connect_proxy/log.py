@@ -1,8 +1,8 @@
 """Log lines of the proxy, in the agent's format: `2026-01-01T00:00:00.000Z [INFO]  proxy: message: key=value`.
 
-The proxy starts often and stays small, so it imports neither structlog nor logging. Events that a stranger can cause
-(a denied connection, garbage on the public port) go through `limited`: at most one line a second per event and
-subject, with the number of those left out, so that nobody can fill a disk from outside.
+The proxy starts often and stays small, so it imports neither structlog nor logging. Events that a stranger can cause (a
+denied connection, garbage on the public port) go through `limited`: at most one line a second per event and subject,
+with the number of those left out. So nobody can fill a disk from outside.
 """
 
 from __future__ import annotations

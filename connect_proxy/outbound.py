@@ -1,8 +1,9 @@
 """Where to go: the policy of an upstream's listener.
 
-A connection of the application gets an endpoint from the balancer; one that cannot be reached, fails its handshake or
-turns out to be someone else is put to rest and the next is tried, a few times. The peer is right only if its verified
-certificate says the identity that the snapshot names for this upstream, in whatever case. Nothing here does IO.
+A connection of the application gets an endpoint from the balancer. An endpoint that cannot be reached, fails its
+handshake or turns out to be someone else rests, and the next is tried, a few times. The peer is right only if its
+verified certificate says the identity that the snapshot names for this upstream, in whatever case. Nothing here does
+IO.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The proxy process's inside: listeners, links and what changes when a new snapshot comes.
 
-One thread and one loop (`loop`). `apply` is the only way in for configuration: it keeps what did not change, so that
-a new endpoint or intention touches no listener and no connection, except that a source which is denied now loses its
-open connections at once. Old connections keep the certificates they began with; new ones get the new leaf and roots.
+One thread and one loop (`loop`). `apply` is the only way in for configuration. It keeps what did not change: a new
+endpoint or intention touches no listener and no connection. Only a source that is denied now loses its open
+connections, at once. Old connections keep the certificates they began with; new ones get the new leaf and roots.
 """
 
 from __future__ import annotations

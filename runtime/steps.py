@@ -1,8 +1,8 @@
 """How long the loop is held: a timer every few milliseconds that sees how late it is called.
 
 No step on an agent's or a core's loop may exceed 2 ms; this measures it, `/v1/agent/metrics` shows it, a test fails on
-it. Lateness alone would also count what other processes took from us, so a step is at most the processor time that this
-thread used since the last tick, and the time that it was ready to run but waited for a processor is taken off.
+it. Lateness alone would also count what other processes took from us. So a step is at most the processor time that this
+thread used since the last tick, less the time that it waited for a processor.
 
 A tick does not see the part of a step before it is due. Of steps of 3 ms every fifth counts as more than 2: that shows
 frequent steps, and costs 1 % of a processor. ROSTRA_LOOP_TICK_MS in the environment makes the ticks finer: 1 costs 3 %,

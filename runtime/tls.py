@@ -113,8 +113,8 @@ class NotTls(OSError):
 class Handshakes:
     """Brings accepted connections through TLS: few at a time, each in bounded time, no matter who is at the other end.
 
-    Nothing of TLS is touched before a whole first record has arrived, and a place among the few is lent for PLACE_S
-    only: so silence, half a greeting or a stalled handshake cost a file descriptor for HANDSHAKE_S and nothing else.
+    TLS begins when a whole first record has arrived, and a place among the few is lent for PLACE_S only. So silence,
+    half a greeting or a stalled handshake cost a file descriptor for HANDSHAKE_S and nothing else.
     """
 
     def __init__(

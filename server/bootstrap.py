@@ -56,8 +56,8 @@ REFUSED_MAX = 64
 
 #: How long an answer counts as "is here".
 FRESH_S = 2.0
-#: After this the other members act for a proposer that is gone: they give its proposal up if other servers could found
-#: the cluster instead, else they complete it (it may come back; a majority can work without it).
+#: After this the other members act for a proposer that is gone. They give its proposal up if other servers could found
+#: the cluster instead. Else they complete it: it may come back, and a majority can work without it.
 PATIENCE_S = 3.0
 #: Candidates that do not answer hold up the founding no longer than this.
 FIRST_ROUND_S = 1.0

@@ -2,8 +2,8 @@
 
 Every connection is mTLS and the other end must show the key that the replicated member list names. A peer that is down
 is tried again with a short back-off; a peer that does not answer a ping in time is dropped, because a cut network
-closes no connection by itself. It tries the address at which a server was last heard, and those that others name,
-before the address in the list. The server may have moved, and its key says who it is.
+closes no connection by itself. This server tries the address at which another was last heard, and those that others
+name, before the address in the list. The other may have moved, and its key says who it is.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A watch keeps the rows of its last answer. What apply touched says which row keys to look at again; the changed rows go
 to every subscriber as one packed chunk, one for each group of those that may see the same. A first answer is filled in
-slices between which the loop runs, and what was touched meanwhile is looked at again before it counts as complete, so
-an answer is always that of one index. For a subscriber that cannot take changes as they come, only the keys that it
-missed are kept. Large one-shot reads are watches that end after the first answer. Called on the loop only.
+slices between which the loop runs, and rows that were touched meanwhile are looked at again before it counts as
+complete. So an answer is always that of one index. For a subscriber that cannot take changes as they come, only the
+keys that it missed are kept. Large one-shot reads are watches that end after the first answer. Called on the loop only.
 """
 
 from __future__ import annotations

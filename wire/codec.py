@@ -1,9 +1,9 @@
 """Values by stable name: a dataclass with `kind` becomes (kind, {field: value}) and back, with the types checked.
 
 Fields that hold their default are left out, so that a new field with a default does not trouble an older peer until it
-is used; a default can therefore never change. A field that the receiver does not know is ignored in a query (the answer
-is the same as before the field existed) and refused in a command (its effect would differ from what was asked for).
-Checks are compiled once per type: this runs for every request and for every log entry. It knows no command by name.
+is used; a default can therefore never change. A receiver ignores an unknown field of a query: the answer is the same as
+before the field existed. It refuses one of a command: the effect would differ from what was asked for. Checks are
+compiled once per type: this runs for every request and for every log entry. It knows no command by name.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A reader's share of the loop: so much per turn, then reading is paused and the rest waits its turn.
 
 One piece for everything that reads what others send: RPC and Raft frames, DNS, HTTP, check targets, proxies' snapshots.
-All readers of a loop share one `Turns`, so that eight hostile connections hold a loop no longer than one; the cluster's
-own traffic has a second one, so that it waits for none of them.
-A reader asks `begin` when bytes arrive and `room` before each further unit; where the answer is no, it pauses its
-transport, keeps the rest, and gives `queue` the function that goes on. Knows no transport, and no loop but `call_soon`.
+All readers of a loop share one `Turns`, so that eight hostile connections hold a loop no longer than one. The cluster's
+own traffic has a second one, and waits for none of them. A reader asks `begin` when bytes arrive and `room` before each
+further unit; where the answer is no, it pauses its transport, keeps the rest, and gives `queue` the function that goes
+on. Knows no transport, and no loop but `call_soon`.
 """
 
 from __future__ import annotations

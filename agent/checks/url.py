@@ -1,7 +1,7 @@
 """The URL of an HTTP check, read as Go's client reads it: what Consul's agents could ask, ours can ask too.
 
-Brackets around an IPv4 address are taken, ports are numbers, a relative Location is of the place that sent it. A URL is
-shown without its password only.
+Brackets around an IPv4 address are taken, ports are numbers, a relative Location is of the place that sent it. No URL
+is shown with its password.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The program between the agent and the script of a check: it sees to it that nothing of the script outlives either.
 
 Run as a plain file, `python -I -S wrapper.py FD TIMEOUT_S BYTES_MAX PROGRAM ARG…`: it imports five small modules, so a
-check costs one short start. The script gets a process group of its own, which is killed when the agent's end of FD
-closes (the agent died or gave up), when the time is over, and when the script has ended but left something behind.
-The answer goes over FD: `<exit code> <timed out 0|1> <bytes of output in all>\\n` and the last BYTES_MAX of the output.
+check costs one short start. The script gets a process group of its own. The group is killed when the agent's end of FD
+closes (the agent died or gave up), when the time is over, and when the script has ended but left something behind. The
+answer goes over FD: `<exit code> <timed out 0|1> <bytes of output in all>\\n` and the last BYTES_MAX of the output.
 """
 
 import errno

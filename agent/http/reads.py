@@ -1,7 +1,7 @@
 """Every GET that shows rows of the state goes through `answer`: consistency, blocking, caching, headers, once.
 
 A blocking query (`?index=N`) parks on the shared watch of its question and answers when the index passed N *and* its
-own rendered view differs from the one at N: a change that its filter hides does not wake it. At the end of its wait it
+own rendered view differs from the one at N. A change that its filter hides does not wake it. At the end of its wait it
 answers with what is there. An N that lies ahead of the present index waits.
 """
 

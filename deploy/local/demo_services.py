@@ -2,8 +2,8 @@
 
     demo_services.py NAME HOST:PORT [UPSTREAM_HOST:PORT]
 
-`/health` says ok, `/whoami` says NAME, `/stream` says NAME again and again until the client goes away, and `/call`
-asks `/whoami` of the upstream, which is where the sidecar of this program listens for it. Standard library only.
+`/health` says ok, `/whoami` says NAME, `/stream` says NAME again and again until the client goes away, and `/call` asks
+`/whoami` of the upstream. The sidecar of this program listens there for it. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """pysyncobj's consensus core, and the only module that knows its private names.
 
-The core (0.3.17) decides elections and commits; it is given our journal and transport, loses its own snapshots,
-pickle, thread and sockets, and asks its `Owner` whether it may campaign, how to replicate and how to apply. Because
-this stands on private names, `check_library` compares the library's source with the one that was tested.
+The core (0.3.17) decides elections and commits. It gets our journal and transport, and loses its own snapshots, pickle,
+thread and sockets. It asks its `Owner` whether it may campaign, how to replicate and how to apply. Because this stands
+on private names, `check_library` compares the library's source with the one that was tested.
 
-Facts of the library that the callers rely on: the log is never empty (entry 1 of term 0 is a no-op on every server);
-a leader counts itself at append, not at durability; `_onTick` does elections, commit, apply and heartbeats in that
-order; its clock is CLOCK_MONOTONIC_RAW.
+The callers rely on facts of the library. The log is never empty (entry 1 of term 0 is a no-op on every server). A
+leader counts itself at append, not at durability. `_onTick` does elections, commit, apply and heartbeats in that order.
+Its clock is CLOCK_MONOTONIC_RAW.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Who may disturb whom: pre-vote, loyalty to a leader that was heard lately, one vote per voter.
 
-Rules about time: a server that has heard the leader less than LOYALTY × the shortest election timeout ago votes for
-nobody, not even for itself; a leader's lease is LEASE × that timeout from when it *sent* what a majority answered. As
-LEASE < LOYALTY and clocks are those that run through a suspend, no other leader exists while a lease is valid. A
-restarted server knows nothing of what it promised, so it counts as having heard the leader when it started.
+Rules about time: a server that heard the leader less than LOYALTY × the shortest election timeout ago votes for nobody,
+not even itself. A leader's lease is LEASE × that timeout from when it *sent* what a majority answered. As LEASE <
+LOYALTY and clocks are those that run through a suspend, no other leader exists while a lease is valid. A restarted
+server knows nothing of what it promised, so it counts as having heard the leader when it started.
 """
 
 from __future__ import annotations

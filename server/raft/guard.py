@@ -1,7 +1,7 @@
 """Between the wire and pysyncobj's core: every rule that keeps the core from losing acknowledged writes.
 
-The core trusts messages to be fresh, in order, unique and of this term. The guard makes it so: it drops what is
-stale, rewrites an append so that only a real conflict truncates the log, clamps commit indexes to what was proved
+The core trusts messages to be fresh, in order, unique and of this term. The guard makes it so. It drops what is stale,
+and rewrites an append so that only a real conflict truncates the log. It clamps commit indexes to what was proved
 equal, and adds term and round to answers. Sans-IO: messages are dicts, sending and the core's door are callables.
 """
 

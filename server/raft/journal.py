@@ -8,9 +8,9 @@ must not speak before the disk has it compares `lsn` (when it was said) with `du
 never retried (what an fsync that failed has lost is unknown): the owner must stop the process.
 
 How a torn tail is told from damage: a segment comes into being whole, after all of the one before is on the disk, and
-notes where that one ended. In the last one each write ends with a COMMIT record that says up to which offset
-everything was known to be on the disk. A bad frame below what is vouched for is damage, and the journal refuses to
-open; a bad frame that nobody vouches for was being written when the power went, was never acknowledged, and is wiped.
+notes where that one ended. In the last one each write ends with a COMMIT record that says up to which offset everything
+was known to be on the disk. A bad frame below what is vouched for is damage, and the journal refuses to open. A bad
+frame that nobody vouches for was being written when the power went: it was never acknowledged, and is wiped.
 """
 
 from __future__ import annotations

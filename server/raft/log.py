@@ -69,8 +69,8 @@ PLACE_EVERY_S = 5.0
 #: Messages that count only from a server that this one leads.
 _ANSWERS = frozenset({"next_node_idx", "snapshot_answer"})
 
-#: Followers hear of a commit at the latest after this long, unless the next batch tells them or one of them asks:
-#: under load the next batch is there first, and a message of its own would cost as much as the write did.
+#: Followers hear of a commit at the latest after this long, unless the next batch tells them or one of them asks. Under
+#: load the next batch is there first; a message of its own would cost as much as the write did.
 COMMIT_NOTICE_S = 0.004
 
 

@@ -1,8 +1,8 @@
 """Which list of members is in force: the newest in this server's log, committed or not (Raft §4.1).
 
-Entries come and are truncated again; the lists are kept with the index of their entry, so that a truncation brings
-back the one before and a snapshot carries the one of its own index. H21: the core would take its configuration from
-its constructor until entries are applied, two views of what a majority is.
+Entries come and are truncated again. So the lists are kept with the index of their entry: a truncation brings back the
+one before, and a snapshot carries the one of its own index. H21: the core would take its configuration from its
+constructor until entries are applied, two views of what a majority is.
 """
 
 from __future__ import annotations

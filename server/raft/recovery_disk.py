@@ -1,9 +1,9 @@
 """The data directories of a recovery: reading them without a trace, and writing the new members into one of them.
 
 `look` reads what a server would find at its start, without locking or changing anything, so that copies from other
-hosts and read-only ones will do. `write` is the only writer: it holds the locks that a running server would hold, keeps
-a copy of what it changes, and uses the real journal, so that the result is what a server itself would have written.
-`recovery.py` decides what to write.
+hosts and read-only ones will do. `write` is the only writer. It holds the locks that a running server would hold, and
+keeps a copy of what it changes. It uses the real journal, so that the result is what a server itself would have
+written. `recovery.py` decides what to write.
 """
 
 from __future__ import annotations

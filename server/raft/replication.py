@@ -1,10 +1,10 @@
 """The leader's side of replication: rounds, windows, and what the followers' answers are worth.
 
 Every append carries a round, which is the leader's clock (CLOCK_BOOTTIME, ns) when it was *sent*, made strictly
-growing; followers echo it. So one number per follower gives the lease (a majority's echo plus the lease's length),
-proves that a read was ordered after it arrived (ReadIndex), and tells an answer to an old message from one to a new
-message. An answer for entries that are not yet on this server's own disk is kept until they are: the core counts the
-leader as having them.
+growing; followers echo it. So one number per follower does three things. It gives the lease (a majority's echo plus the
+lease's length), proves that a read was ordered after it arrived (ReadIndex), and tells answers to old messages from
+those to new ones. An answer for entries that are not yet on this server's own disk is kept until they are: the core
+counts the leader as having them.
 """
 
 from __future__ import annotations

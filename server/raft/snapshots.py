@@ -1,10 +1,10 @@
 """Snapshots on disk: the whole state as of one log entry in one file, written once, verified before it is believed.
 
-`snapshot-<index>-<term>` is a row of frames `u32 length, u32 crc32(body, seed = offset)`, little-endian; the first byte
-of a body is its kind: HEADER (msgpack map), CHUNK (bytes that only the state machine understands), END (how many
-chunks and bytes there were, and the crc32 of all before it). A file gets its name when it is complete and on the disk;
-until then it is called `snapshot-taking.new`, or `incoming-…` while it is received. All work on files is done in the
-disk's SNAPSHOT lane; the callers are on the loop.
+`snapshot-<index>-<term>` is a row of frames `u32 length, u32 crc32(body, seed = offset)`, little-endian. The first byte
+of a body is its kind: HEADER (msgpack map), CHUNK (bytes that only the state machine understands), END (how many chunks
+and bytes there were, and the crc32 of all before it). A file gets its name when it is complete and on the disk; until
+then it is called `snapshot-taking.new`, or `incoming-…` while it is received. All work on files is done in the disk's
+SNAPSHOT lane; the callers are on the loop.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What the other servers have shown and acknowledged to this one: one that comes back with less has lost its log.
 
 A server names its processes (`server/lived.py`) and says with each connection which they were, and how far its log goes
-on its disk. One that does not know a process of its own that was seen here runs on what was put back from an older
-copy, however often it has been started since; one whose log ends before what it has acknowledged to a leader has lost a
-part of it. Such a server is told so, which ends it, and nothing that it says counts. Processes are kept on the disk,
-what was acknowledged only in memory. A server that is removed from the cluster is forgotten.
+on its disk. A server that does not know a process of its own runs on an older copy that was put back, however often it
+has been started since. A server whose log ends before its acknowledgements to a leader has lost a part of it. Such a
+server is told so, which ends it, and nothing that it says counts. Processes are kept on the disk, what was acknowledged
+only in memory. A server that is removed from the cluster is forgotten.
 """
 
 from __future__ import annotations

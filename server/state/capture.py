@@ -1,9 +1,9 @@
 """A store as bytes and back: what snapshots carry.
 
-`capture` copies the tables first (rows never change, so copying references is enough; None stands for a step of it,
-and nothing may be applied until the first chunk comes), then packs them, a bounded piece of work for each chunk. Later
-changes do not show. `Loader` takes one chunk at a time and builds a store beside the one in use. Derived tables are not
-carried, they follow from rows. A chunk is a msgpack array:
+`capture` copies the tables first: rows never change, so copying references is enough. None stands for a step of that,
+and nothing may be applied until the first chunk comes. Then it packs them, a bounded piece of work for each chunk.
+Later changes do not show. `Loader` takes one chunk at a time and builds a store beside the one in use. Derived tables
+are not carried, they follow from rows. A chunk is a msgpack array:
 
     ["state", format, index, history]  [table, rows]…  ["clients", [[id, first, used, [sequence, result…]]…]]…  ["end"]
 """

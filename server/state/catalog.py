@@ -138,7 +138,7 @@ class Deregister:
     check_id: str | None = None
 
     def allowed(self, can: Authorizer, tables: Tables) -> bool:
-        """The right to write the node does, or the service that goes or whose check goes."""
+        """The right to write the node is enough, or to write the service that goes or whose check goes."""
         node = tables.node_name(self.node)
         if can.node_write(node):
             return True

@@ -1,7 +1,7 @@
 """The state machine: entries of the log go in, answers come out, and equal logs give equal stores.
 
-`apply` and `apply_all` are called by one server's loop, in log order, with the bytes of entries; they return what the
-world has to know and raise only when this process must not go on. A refused command is a result like any other.
+`apply` and `apply_all` are called by one server's loop, in log order, with the bytes of entries. They return what the
+world has to know, and raise only when this process must not go on. A refused command is a result like any other.
 `evaluate` runs a query on the present state. There is no clock, no chance and no I/O in here; `capture.py` carries a
 store between processes.
 """
