@@ -28,7 +28,7 @@ check: venv  ## lint and types
 	$(VENV)/bin/mypy
 
 sim: venv  ## simulated clusters: SEEDS=n of them, from SEED on; SEED=x alone replays one with a trace
-	@PYTHONHASHSEED=0 $(VENV)/bin/python -m tests.sim.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED))
+	@$(VENV)/bin/python -m tests.sim.run $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SEED),--seed $(SEED))
 
 bench: venv  ## the harness against Rostra and the real Consul, side by side (needs ROSTRA_SHARED)
 	@bash bench/side_by_side.sh

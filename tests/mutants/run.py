@@ -60,7 +60,7 @@ class Copy:
     def run(self, command: list[str], bound_s: float) -> tuple[int, str]:
         """(exit status, output); status -1 when it took longer than the bound."""
         path = f"{self.root / 'src'}{os.pathsep}{self.root}"
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=self.root,

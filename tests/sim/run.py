@@ -15,7 +15,6 @@ import multiprocessing
 import sys
 import time
 import warnings
-import zlib
 from asyncio.events import _get_running_loop
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pysyncobj.syncobj as library
-from pysyncobj.node import Node
 
 from rostra.runtime import log as logging
 from rostra.server import endpoint, peers
@@ -91,7 +89,7 @@ class Outcome:
             f"seed {self.seed} at {self.virtual_s:.6f} s: {self.invariant}",
             self.detail,
             *self.trace,
-            f"replay: PYTHONHASHSEED=0 python -m tests.sim.run --seed {self.seed}",
+            f"replay: python -m tests.sim.run --seed {self.seed}",
         ]
         return "\n".join(lines)
 
@@ -245,15 +243,23 @@ class _Logger:
     error = exception = warning = critical
 
 
-_HASHES: dict[str, int] = {}
+class _Ordered(set[Any]):
+    """A set of nodes that is walked in the order of their ids, whatever the hashes of this process are."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__()))
+
+    def __or__(self, other: Any) -> _Ordered:
+        return _Ordered(set.__or__(self, other))
 
 
-def _stable_hash(self: Node) -> int:
-    """So that the order of a set of nodes is that of every other run."""
-    found = _HASHES.get(self._id)
-    if found is None:
-        found = _HASHES[self._id] = zlib.crc32(self._id.encode())
-    return found
+def _in_order(set_peers: Callable[..., None]) -> Callable[..., None]:
+    def set_peers_in_order(self: Any, *peers: Any) -> None:
+        set_peers(self, *peers)
+        self._SyncObj__otherNodes = _Ordered(self._SyncObj__otherNodes)
+        self._SyncObj__readonlyNodes = _Ordered(self._SyncObj__readonlyNodes)
+
+    return set_peers_in_order
 
 
 @contextlib.contextmanager
@@ -264,7 +270,7 @@ def _virtual(world: World) -> Iterator[None]:
         (library, "monotonicTime", _Time.monotonic),
         (library, "random", world.chance),
         (library, "logger", _Logger(world)),
-        (Node, "__hash__", _stable_hash),
+        (core.Core, "set_peers", _in_order(core.Core.set_peers)),
         (raft_log, "check_library", lambda: None),
         (raft_log, "Links", ObservedLinks),
         (endpoint, "time", _Time),
