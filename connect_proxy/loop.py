@@ -11,6 +11,7 @@ import heapq
 import itertools
 import os
 import select
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Loop:
         self._deadlines: dict[float, dict[Waits, float]] = {}
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._signals: tuple[int, int] | None = None
         self._fault = fault
         self._is_stopping = False
         self.now = time.monotonic()
@@ -93,6 +95,13 @@ class Loop:
         except OSError:
             pass
 
+    def wake_on_signals(self) -> None:
+        """On the main thread: Python runs a handler between its own steps only. A signal that comes just before the
+        loop waits would wait as long."""
+        ours, theirs = self._signals = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+        self.add(ours, self._signalled, LEVEL)
+
     def stop(self) -> None:
         self._is_stopping = True
         self.post(lambda: None)
@@ -126,6 +135,10 @@ class Loop:
         self._epoll.close()
         wake, self._wake = self._wake, -1
         os.close(wake)
+        if self._signals is not None:
+            signal.set_wakeup_fd(-1)
+            for fd in self._signals:
+                os.close(fd)
 
     def _tell_again(self, events: list[tuple[int, int]]) -> None:
         """The rest of a turn was lost: an edge is told once, unless the registration is renewed."""
@@ -159,6 +172,10 @@ class Loop:
                 who.expired()
             if not waiting:
                 self._deadlines.pop(within_s, None)
+
+    def _signalled(self, _mask: int) -> None:
+        if self._signals is not None:
+            os.read(self._signals[0], 64)
 
     def _woken(self, _mask: int) -> None:
         try:

@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure.append(reason)
         proxy.stop()
 
+    proxy.loop.wake_on_signals()
     signal.signal(signal.SIGTERM, lambda _signal, _frame: proxy.stop())
     if options.lifeline_fd < 0:
         signal.signal(signal.SIGINT, lambda _signal, _frame: proxy.stop())
