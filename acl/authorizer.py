@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+#: The first words of each refusal for want of a right, as clients know them.
+DENIED = "Permission denied"
+
 
 class Authorizer(Protocol):
     def key_read(self, key: str) -> bool: ...

@@ -9,9 +9,7 @@ or its connection's end at worst: nothing that it sends may end this process or 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
-import re
 import socket
 import ssl
 import struct
@@ -21,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rostra.acl.authorizer import EVERYTHING, Authorizer
+from rostra.acl.authorizer import DENIED, EVERYTHING, Authorizer
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
 from rostra.server.agents import Agents
-from rostra.server.node import DENIED, UNKNOWN, ServerNode
+from rostra.server.node import UNKNOWN, ServerNode
+from rostra.server.requests import caller_of_peer, index_in, origin_in, text_in
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.operator import SetAutopilot
@@ -70,16 +69,6 @@ class Peer:
     node_id: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     clients: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What the hello of an agent says of its node, checked."""
-
-    datacenter: str
-    address: str
-    serf_port: int
-    version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,11 +285,11 @@ class Endpoint:
 
     async def _serve(self, connection: FrameConnection, peer: Peer, message: dict[str, Any]) -> None:
         protocol = message.get("protocol")
-        cluster = _text(message, "cluster", 64)
+        cluster = text_in(message, "cluster", 64)
         ours = self._node.cluster_id
         if cluster and ours and cluster != ours:
             raise Denied(f"the peer belongs to cluster {cluster}, this server to {ours}")
-        name, node_id = _text(message, "name", 64), _text(message, "node_id", 64)
+        name, node_id = text_in(message, "name", 64), text_in(message, "node_id", 64)
         if peer.local:
             peer.name, peer.node_id = name, node_id
         elif name != peer.name or (node_id and node_id != peer.node_id):
@@ -382,14 +371,16 @@ class Endpoint:
         elif verb == "read":
             kind, args, min_index, caller = arguments
             query = _query(served, kind, args)
-            self._read(served, request_id, query, self._node.check_query(query, read_caller(caller)), _index(min_index))
+            self._read(
+                served, request_id, query, self._node.check_query(query, read_caller(caller)), index_in(min_index)
+            )
         elif verb == "barrier":
             mode, since = arguments
             served.count_question()
-            self._barrier(served, request_id, mode, _index(since))
+            self._barrier(served, request_id, mode, index_in(since))
         elif verb == "watch":
             kind, args, caller, *seen = arguments
-            query, min_index = _query(served, kind, args), _index(seen[0]) if seen else 0
+            query, min_index = _query(served, kind, args), index_in(seen[0]) if seen else 0
             can = self._node.check_query(query, read_caller(caller))
             self._node.counts["watches_opened"] += 1
             stream = served.open_stream(request_id)
@@ -416,13 +407,13 @@ class Endpoint:
         if verb == "propose":
             origin, kind, args, actor, source, *caller = arguments
             proposed = _Proposed(served, request_id)
-            self._node.propose_for(proposed, _origin(origin), kind, args, actor, source, _of_peer(caller))
+            self._node.propose_for(proposed, origin_in(origin), kind, args, actor, source, caller_of_peer(caller))
         elif verb == "index":
             (mode,) = arguments
             self._spawn(self._settle(served, request_id, partial(self._node.leader_index, mode)))
         elif verb == "act":
             kind, args, *caller = arguments
-            self._act(served, request_id, kind, args, _of_peer(caller))
+            self._act(served, request_id, kind, args, caller_of_peer(caller))
         else:
             served.fail(request_id, BadRequest(f"unknown verb {verb!r} between servers"))
 
@@ -434,7 +425,7 @@ class Endpoint:
 
     def _write(self, served: Served, request_id: int, arguments: Sequence[Any]) -> None:
         origin, kind, args, caller = arguments
-        peer, origin, caller = served.peer, _origin(origin), read_caller(caller)
+        peer, origin, caller = served.peer, origin_in(origin), read_caller(caller)
         if kind not in _EDGE_KINDS:
             raise Denied(f"{str(kind)[:64]} is not a command for agents")
         if served.request_bytes > NAME_CHARS_MAX or kind not in _FLAT_KINDS:
@@ -652,23 +643,8 @@ class _Write:
 _EDGE_KINDS = frozenset(EDGE_VOCABULARY)
 #: Commands with nothing inside of their fields: what decodes and came in a small frame needs no other check.
 _FLAT_KINDS = frozenset(kind for kind in EDGE_VOCABULARY if EDGE_VOCABULARY.is_flat(kind)) - {SetAutopilot.kind}
-_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 #: Beginnings of the reasons for which `FrameConnection` and `Served` end a connection by themselves.
 _VIOLATIONS = ("frame of", "malformed", "peer does not read", "silent", "too many")
-
-
-def about_node(message: dict[str, Any], own_datacenter: str, seen_address: str) -> About:
-    """The parts of an agent's hello. Raises BadRequest for what is not what it should be."""
-    address = _text(message, "address", 253) or seen_address
-    try:
-        ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        if not _HOST_NAME.fullmatch(address):
-            raise BadRequest(f"address {address!r} is neither an IP address nor a host name") from None
-    port = message.get("serf_port", 8301)
-    if type(port) is not int or not 0 < port < 65536:
-        raise BadRequest("serf_port is not a port")
-    return About(_text(message, "datacenter", 64) or own_datacenter, address, port, _text(message, "version", 64))
 
 
 def _query(served: Served, kind: Any, args: Any) -> Any:
@@ -677,37 +653,3 @@ def _query(served: Served, kind: Any, args: Any) -> Any:
     query = QUERY_VOCABULARY.decode(kind, args)
     check_arguments(args)
     return query
-
-
-def _of_peer(caller: Sequence[Any]) -> Caller | None:
-    """For whom another server asks: for itself where it names nobody, as servers up to 0.1.0 never do."""
-    return None if not caller or caller[0] is None else read_caller(caller[0])
-
-
-def _index(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise BadRequest("an index is a number from 0 on")
-    return value
-
-
-def _text(message: dict[str, Any], name: str, chars_max: int) -> str:
-    value = message.get(name, "")
-    if value is None:
-        return ""
-    if type(value) is not str or len(value) > chars_max or not value.isprintable():
-        raise BadRequest(f"the hello's {name} is not a text of at most {chars_max} characters")
-    return value
-
-
-def _origin(origin: Any) -> tuple[str, int, int]:
-    client, sequence, first = origin
-    if type(client) is not str or type(sequence) is not int or type(first) is not int:
-        raise BadRequest("malformed origin of a write")
-    if not 0 <= first <= sequence <= _SEQUENCE_MAX:
-        raise BadRequest("malformed origin of a write")
-    if not 0 < len(client) <= 64:
-        raise BadRequest("a client's id has 1 to 64 characters")
-    return origin  # type: ignore[no-any-return]
-
-
-_SEQUENCE_MAX = (1 << 63) - 1

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
-from rostra.acl.authorizer import EVERYTHING, Authorizer
+from rostra.acl.authorizer import DENIED, EVERYTHING, Authorizer
 from rostra.runtime.log import get
 from rostra.server.raft.log import Outcome, RaftLog
 from rostra.server.state.capture import Loader
@@ -35,8 +35,6 @@ log = get("server")
 HOLD_S = 7.0
 #: What is said of a write of which nobody here will learn what became of it.
 UNKNOWN = "the leader was lost before it answered: the write may or may not have been done"
-#: The first words of each refusal for want of a right, as clients know them.
-DENIED = "Permission denied"
 #: No row has this modify_index, so a compare-and-set with it writes nothing.
 NEVER = (1 << 63) - 1
 #: So many lock-delays are noted before those that are over are looked for.
@@ -302,7 +300,7 @@ class ServerNode:
         source: str,
         caller: Caller | None = None,
     ) -> None:
-        """As `propose`; the result goes to `outcome`. `origin` is one that `_origin` in endpoint.py lets pass."""
+        """As `propose`; the result goes to `outcome`. `origin` is one that `origin_in` in requests.py lets pass."""
         raft, store = self.raft, self.store
         if raft is None or not raft.is_leader or not (store.cluster_id or kind == "cluster.bootstrap"):
             raise NoLeader

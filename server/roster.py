@@ -16,12 +16,13 @@ from typing import Any
 
 from rostra.runtime.log import RateLimited, get
 from rostra.server.bootstrap import MEMBER, WAITING, Membership, ServerInfo, dump_membership, parse_server
-from rostra.server.endpoint import Peer, about_node
+from rostra.server.endpoint import Peer
 from rostra.server.enrolment import enrolment_problem
 from rostra.server.introduction import introduce, introduced
 from rostra.server.node import ServerNode
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import LEARNER, REPLICA, VOTER, Member, Members, voters
+from rostra.server.requests import about_node
 from rostra.server.state.catalog import Deregister
 from rostra.server.state.cluster import CLUSTER_CA_KEY, BindNode, SetMemberStatus, SetVoter
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, NotFound, Timeout

@@ -323,8 +323,9 @@ class SharedWatch:
                 if not await stream.more():
                     return
                 part = keys[at : at + SLICE_ROWS]
-                changed = [(key, self.rows[key]) for key in part if self._shows(subscriber.can, key)]
-                removed = [key for key in part if not self._shows(subscriber.can, key)]
+                shown = {key for key in part if self._shows(subscriber.can, key)}
+                changed = [(key, self.rows[key]) for key in part if key in shown]
+                removed = [key for key in part if key not in shown]
                 for chunk in self._delta(changed, removed, done=at + SLICE_ROWS >= len(keys)):
                     stream.send(chunk)
                 await self._hub.turns.turn()
@@ -376,7 +377,7 @@ class Watches:
     def __len__(self) -> int:
         return len(self._by_query)
 
-    def subscribe(self, query: Any, stream: ServedStream, can: Authorizer = EVERYTHING, *, once: bool = False) -> None:
+    def subscribe(self, query: Any, stream: ServedStream, can: Authorizer, *, once: bool = False) -> None:
         """Send to `stream` what `can` may see of the answer, and of its changes."""
         watch = self._by_query.get(query)
         if watch is None:

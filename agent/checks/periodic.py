@@ -53,4 +53,6 @@ async def _probe(spec: CheckSpec) -> Result:
         return await http.run(spec)
     if spec.type == "tcp":
         return await tcp.run(spec.tcp, spec.timeout_s)
-    return await script.run(spec)
+    if spec.type == "script":
+        return await script.run(spec)
+    raise ValueError(f"this version runs no check of type {spec.type!r}")

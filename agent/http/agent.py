@@ -18,35 +18,30 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from rostra import CONSUL_API_VERSION, __version__
-from rostra.acl.identity import BadIdentity, ServiceIdentity, parse
-from rostra.acl.intention import Intention, decide
+from rostra.acl.authorizer import DENIED
 from rostra.agent.checks.check import CRITICAL, MAINTENANCE, PASSING, WARNING, aggregate
 from rostra.agent.context import Agent
 from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, ScriptsDisabled
 from rostra.agent.definition_fields import DecodeError
 from rostra.agent.http import permissions
 from rostra.agent.http.declared import Body, parameters, read_parameters
-from rostra.agent.http.durations import SECOND, format_duration, parse_duration
+from rostra.agent.http.durations import SECOND, format_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
 from rostra.agent.http.machine import describe
+from rostra.agent.http.reads import hash_wait_s
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
-from rostra.agent.http.shapes import check_json, proxy_json, rfc3339, tagged_json
+from rostra.agent.http.shapes import check_json, proxy_json, tagged_json
 from rostra.agent.local import LocalAgent
 from rostra.agent.metrics import Metrics
-from rostra.agent.proxycfg import ProxyConfigs
 from rostra.agent.sync import Sync
 from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
-from rostra.server.state.ca import Roots
 from rostra.server.state.cluster import Members
 from rostra.server.state.health import sees_check
-from rostra.server.state.intention import IntentionsFor
-from rostra.server.state.rows import IntentionRow, MemberRow, ServiceRow
+from rostra.server.state.rows import MemberRow, ServiceRow
 from rostra.wire.errors import BadRequest, Denied, NoLeader, NotFound, RostraError
 
 Json = dict[str, Any]
 
-HASH_WAIT_DEFAULT_S = 300.0
-WAIT_MAX_S = 600.0
 #: How long the list of members waits to be told how old it is.
 HOW_OLD_S = 1.0
 #: There is one datacenter and no listener there: what Consul's clients expect to see.
@@ -196,7 +191,7 @@ async def service(request: Request, agent: Agent) -> Response:
         if found is None:
             raise NotFound(f"unknown service ID: {service_id}")
         if not request.can.service_read(found.row.name):
-            raise Denied("Permission denied")
+            raise Denied(DENIED)
         return _hashed_service(found.row)
 
     shown, digest = now()
@@ -205,7 +200,7 @@ async def service(request: Request, agent: Agent) -> Response:
         changed = asyncio.Event()
         remove = local.on_change(changed.set)
         try:
-            async with asyncio.timeout(_wait_s(request)):
+            async with asyncio.timeout(hash_wait_s(request)):
                 while digest == known:
                     await changed.wait()
                     changed.clear()
@@ -536,72 +531,6 @@ def _debug_config(agent: Agent, is_server: bool, ttl_min_ns: int) -> Json:
     }
 
 
-# -- the mesh -----------------------------------------------------------------------------------------------------
-
-
-async def leaf(request: Request, agent: Agent) -> Response:
-    name = request.require("service", "Missing service name")
-    index = _index(request)
-    held = await agent.leaves.wait(name, index, _wait_s(request) if index else 10.0, token=request.token)
-    shown = {
-        "SerialNumber": held.serial,
-        "CertPEM": held.cert_pem,
-        "PrivateKeyPEM": held.key_pem,
-        "Service": name,
-        "ServiceURI": held.uri,
-        "ValidAfter": rfc3339(held.valid_after_ms),
-        "ValidBefore": rfc3339(held.valid_before_ms),
-        "CreateIndex": held.index,
-        "ModifyIndex": held.index,
-    }
-    return json_response(shown, headers={"X-Consul-Index": str(held.index)})
-
-
-_AUTHORIZE = Body("Target ClientCertURI ClientCertSerial")
-
-
-async def authorize(request: Request, agent: Agent) -> Response:
-    """Whether the holder of a certificate may connect to `Target`: for services that do their own TLS."""
-    try:
-        fields = _AUTHORIZE.read(request)
-        target, uri = fields.text("Target"), fields.text("ClientCertURI")
-    except BadRequest as error:
-        raise BadRequest(f"Bad request: {error.message}") from None
-    if not target:
-        raise BadRequest("Bad request: Target service must be specified")
-    try:
-        client = parse(uri)
-    except BadIdentity:
-        raise BadRequest("Bad request: ClientCertURI not a valid Connect identifier") from None
-    if not isinstance(client, ServiceIdentity):
-        raise BadRequest("Bad request: ClientCertURI not a valid Service identifier")
-    trust = (await agent.results.fetch(Roots(), token=request.token)).rows.get("", ("", ""))
-    if trust[0] and client.trust_domain != trust[0]:
-        reason = f"Identity from an external trust domain: {client.trust_domain}"
-        return json_response({"Authorized": False, "Reason": reason})
-    rows = (await agent.results.fetch(IntentionsFor(target), token=request.token)).rows
-    intentions: list[Intention] = [IntentionRow(*row) for row in rows.values()]
-    decision = decide(client.service, target, intentions, agent.parts.get("default_allow", True))
-    if isinstance(decision.winner, IntentionRow):
-        i = decision.winner
-        reason = (
-            f"Matched intention: {i.action.upper()} default/{i.source} => default/{i.destination} "
-            f"(ID: {i.id}, Precedence: {i.precedence})"
-        )
-    else:
-        reason = f"No intention matches, access is {'allowed' if decision.allowed else 'denied'} by default"
-    return json_response({"Authorized": decision.allowed, "Reason": reason})
-
-
-async def proxy(request: Request, agent: Agent) -> Response:
-    """A proxy's snapshot; with `?hash=` it waits for another one."""
-    proxies: ProxyConfigs = agent.parts["proxies"]
-    known = request.query.get("hash")
-    proxy_id = request.require("id", "Missing proxy ID")
-    body, digest = await proxies.wait_encoded(proxy_id, known, _wait_s(request) if known else 10.0)
-    return Response(200, body, {"Content-Type": "application/json", "X-Consul-ContentHash": digest})
-
-
 # -- membership by hand -------------------------------------------------------------------------------------------
 
 
@@ -646,24 +575,6 @@ def _no_filter(request: Request) -> None:
         raise BadRequest("?filter is not supported yet by this agent: filter the answer")
 
 
-def _wait_s(request: Request) -> float:
-    wait = request.query.get("wait")
-    if not wait:
-        return HASH_WAIT_DEFAULT_S
-    try:
-        wait_s = parse_duration(wait) / SECOND
-    except ValueError:
-        raise BadRequest("Invalid wait time") from None
-    return min(wait_s, WAIT_MAX_S) if wait_s > 0 else HASH_WAIT_DEFAULT_S
-
-
-def _index(request: Request) -> int:
-    index = request.query.get("index")
-    if index and not (index.isascii() and index.isdigit() and len(index) <= 20):
-        raise BadRequest("Invalid index")
-    return int(index or 0)
-
-
 #: path → method, handler, the parameters that it reads besides those of every route, and what it asks of the caller.
 _TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]], str, permissions.May]] = {
     "self": ("GET", self_, "", permissions.agent_read),
@@ -686,9 +597,6 @@ _TABLE: Mapping[str, tuple[str, Callable[[Request, Agent], Awaitable[Response]],
     "check/warn/{id}": ("PUT", warn_check, "note ns", permissions.writes_check),
     "check/fail/{id}": ("PUT", fail_check, "note ns", permissions.writes_check),
     "check/update/{id}": ("PUT", update_check, "ns", permissions.writes_check),
-    "connect/ca/leaf/{service}": ("GET", leaf, "ns", permissions.holds_key_of_service),
-    "connect/authorize": ("POST", authorize, "", permissions.at_servers),
-    "connect/proxy/{id}": ("GET", proxy, "hash", permissions.holds_key_of_proxy),
     "join/{address}": ("PUT", join, "", permissions.agent_write),
     "force-leave/{node}": ("PUT", force_leave, "prune", permissions.operator_write),
     "leave": ("PUT", leave, "", permissions.agent_write),

@@ -25,9 +25,9 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_request import BaseRequest
 
-from rostra.acl.authorizer import EVERYTHING
+from rostra.acl.authorizer import DENIED, EVERYTHING
 from rostra.agent.context import Agent
-from rostra.agent.http import acl, agent, catalog, connect, health, kv, operator, session, status
+from rostra.agent.http import acl, agent, catalog, connect, health, kv, mesh, operator, session, status
 from rostra.agent.http.compression import BYTES_MIN as COMPRESSED_BYTES_MIN
 from rostra.agent.http.compression import Compression
 from rostra.agent.http.connection import Attention, Connection, Connections, PayloadBroken, insides_fit
@@ -74,7 +74,7 @@ _BLOCKS = ("index", "hash", "wait")
 
 def all_routes() -> list[Route]:
     """The routes of every resource module."""
-    modules: list[Any] = [acl, agent, catalog, connect, health, kv, operator, session, status]
+    modules: list[Any] = [acl, agent, catalog, connect, health, kv, mesh, operator, session, status]
     return [route for module in modules for route in module.ROUTES]
 
 
@@ -265,7 +265,7 @@ class HttpServer:
         check_parameters(request, route)
         request.can = can = self._agent.authorize(request.caller)
         if can is not EVERYTHING and not route.may(can, request, self._agent):
-            raise HttpError(403, f"Permission denied: {method} {route.path}")
+            raise HttpError(403, f"{DENIED}: {method} {route.path}")
         response = await route.handler(request, self._agent)
         if request.ignored:
             response.headers = {**response.headers, WARNING_HEADER: warning(request.ignored)}
@@ -603,9 +603,10 @@ def _origin_form(target: str) -> str:
 
 
 async def _pretty(response: Response) -> Response:
-    pieces = []
+    pieces: list[bytes] = []
     for piece in indented(response.body):
+        if pieces:
+            await turns().turn()
         pieces.append(piece)
-        await turns().turn()
     response.body = b"".join(pieces)
     return response

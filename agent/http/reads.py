@@ -180,3 +180,15 @@ async def _block(
 def _shared(entry: Entry, live: Live | None) -> RowSet:
     """Equal index, equal rows: then the watch's fragments, which are encoded already, serve as well."""
     return live if live is not None and live.is_ready and live.index == entry.index else entry
+
+
+def hash_wait_s(request: Request) -> float:
+    """How long an answer of the agent itself waits for something else than `?hash=`. Raises BadRequest."""
+    wait = request.query.get("wait")
+    if not wait:
+        return WAIT_DEFAULT_S
+    try:
+        wait_s = parse_duration(wait) / SECOND
+    except ValueError:
+        raise BadRequest("Invalid wait time") from None
+    return min(wait_s, WAIT_MAX_S) if wait_s > 0 else WAIT_DEFAULT_S

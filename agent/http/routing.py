@@ -222,7 +222,20 @@ _EMPTY_QUERY = Query("")
 class Request:
     """One request, already complete. `path` is decoded, `target` is what stood on the request line."""
 
-    __slots__ = ("_token", "body", "can", "headers", "ignored", "method", "params", "path", "query", "remote", "target")
+    __slots__ = (
+        "_caller",
+        "_token",
+        "body",
+        "can",
+        "headers",
+        "ignored",
+        "method",
+        "params",
+        "path",
+        "query",
+        "remote",
+        "target",
+    )
 
     def __init__(
         self,
@@ -245,6 +258,7 @@ class Request:
         self.remote = remote
         self.ignored: list[str] = []  # what nobody reads, for the answer to say so
         self._token: str | None = None
+        self._caller: Caller | None = None
         self.can: Authorizer = EVERYTHING
 
     @property
@@ -261,7 +275,9 @@ class Request:
     @property
     def caller(self) -> Caller:
         """Who asks, as the servers are told."""
-        return Caller(self.token, self.headers.get("traceparent", "")[:TRACE_CHARS_MAX])
+        if self._caller is None:
+            self._caller = Caller(self.token, self.headers.get("traceparent", "")[:TRACE_CHARS_MAX])
+        return self._caller
 
     def require(self, name: str, missing: str) -> str:
         """The path's placeholder `name`; BadRequest with the text `missing` where it is empty."""

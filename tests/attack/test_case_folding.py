@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rostra.acl.identity import ServiceIdentity
-from rostra.agent.http.agent import ROUTES as AGENT_ROUTES
+from rostra.agent.http.mesh import ROUTES as MESH_ROUTES
 from rostra.agent.proxycfg import intentions_in_order
 from rostra.connect_proxy.inbound import decide
 from rostra.connect_proxy.snapshot import Leaf, ProxySnapshot, Rule
@@ -122,7 +122,7 @@ def compare(rng: random.Random, ours: Ours, theirs: Asked | None, pairs: int, pe
 
 @contextlib.asynccontextmanager
 async def serving() -> Any:
-    api = await make_api([route for route in AGENT_ROUTES if route.path.endswith("/authorize")])
+    api = await make_api([route for route in MESH_ROUTES if route.path.endswith("/authorize")])
     api.servers.apply(SetRoot(ROOT, "key"))
     try:
         yield Ours(api)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rostra.server import roster, run
+from rostra.server import roster, run, standing
 from rostra.server.bootstrap import FILE_NAME, JOIN, MEMBER, WAITING, Membership, ServerInfo
 from rostra.server.endpoint import Peer
 from rostra.server.introduction import introduce
@@ -370,7 +370,11 @@ async def test_h21_who_was_away_while_all_others_changed_hears_the_only_one_that
         await eventually(lambda: "k" in cluster.cores[away].node.store.tables.kv.rows)
 
 
-async def test_h21_who_comes_back_to_a_cluster_of_none_that_it_knows_follows_it(tmp_path: Path) -> None:
+async def test_h21_who_comes_back_to_a_cluster_of_none_that_it_knows_follows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Those that miss it look for it, too, and introduce themselves: here it has to ask by itself.
+    monkeypatch.setattr(standing, "LOOK_FOR_S", 3600.0)
     async with Cluster(tmp_path) as cluster:
         await prompt(cluster, cleanup_dead_servers=False)  # who is away stays in the list, however long this takes
         away, *known = (core.settings.node_name for core in cluster.followers())

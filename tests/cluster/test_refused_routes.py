@@ -93,9 +93,10 @@ async def test_a_walk_over_all_routes_gets_nothing(tmp_path: Path) -> None:
                     target = path_of(route.path) + f"?{query}"
                     body = json.dumps({"Name": "x", "Node": f"{MARK}-node", "Address": "x"}).encode()
                     reply = await api.call(route.method, target, None if route.method == "GET" else body)
-                    said = reply.body.replace(target.encode(), b"").replace(path_of(route.path).encode(), b"")
-                    for value in PARAMETERS.values():  # what was asked for may be repeated
-                        said = said.replace(value.encode(), b"")
+                    said = reply.body
+                    for value in PARAMETERS.values():
+                        if value in target:  # what was asked for may be repeated, and nothing else
+                            said = said.replace(value.encode(), b"")
                     assert MARK.encode() not in said, (route.method, target, reply.body)
                     assert b"192.0.2." not in said
                     assert reply.status in (200, 400, 401, 403, 404, 500), (route.method, target, reply)

@@ -760,6 +760,13 @@ MUTANTS: tuple[Mutant, ...] = (
         by="tests/cluster/test_membership.py test_h21_who_comes_back_to_a_cluster_of_none_that_it_knows_follows_it",
     ),
     _mutant(
+        "H21.15",
+        "the row of a server that is being removed is written as if it stayed",
+        "server/roster.py",
+        ("        return member.name in self.leaving or all(", "        return False and all("),
+        by="tests/cluster/test_membership.py test_a_server_that_is_removed_while_the_rows_follow_the_list_has_left",
+    ),
+    _mutant(
         "MOVED.1",
         "who has a leader does not look for a member that it cannot reach",
         "server/standing.py",

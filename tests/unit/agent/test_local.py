@@ -293,6 +293,29 @@ async def test_everything_registered_survives_a_restart(tmp_path: Path) -> None:
         assert local.services["web-sidecar-proxy"].sidecar_of == "web"
 
 
+async def test_a_kept_check_of_a_type_that_is_unknown_here_is_critical_and_is_never_run_as_a_script(
+    tmp_path: Path,
+) -> None:
+    ran = tmp_path / "ran"
+    async with agent(tmp_path) as local:
+        check = {"HTTP": "http://127.0.0.1:1", "Interval": "1h"}
+        await local.register_service({"Name": "web", "Port": 80, "Check": check})
+        await local.register_check({"Name": "alone", **check})
+    newer = 0  # a newer version has left them, or somebody who writes to the data directory
+    for file in tmp_path.glob("*/*.json"):
+        text = file.read_text()
+        if '"type":"http"' in text:
+            text = text.replace('"type":"http"', '"type":"udp"').replace('"args":[]', f'"args":["touch","{ran}"]')
+            file.write_text(text)
+            newer += 1
+    assert newer == 2
+    async with agent(tmp_path, scripts=Scripts(False, False)) as local:
+        assert len(local.checks) == 2
+        await eventually(lambda: all("of type 'udp'" in c.row.output for c in local.checks.values()))
+        assert {c.row.status for c in local.checks.values()} == {"critical"}
+    assert not ran.exists()
+
+
 async def test_a_sidecar_that_passed_has_time_to_listen_again_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -426,8 +426,8 @@ async def test_an_installed_snapshot_wakes_watches_with_what_differs_and_under_t
         for node in (ahead, behind):
             node.apply([encode_entry(command, cluster_id=CLUSTER)])
     changed, same, fresh = Watcher(), Watcher(), Watcher()
-    behind.watches.subscribe(ListKeys("k/"), changed.stream)
-    behind.watches.subscribe(GetKey("k/c"), same.stream)
+    behind.watches.subscribe(ListKeys("k/"), changed.stream, EVERYTHING)
+    behind.watches.subscribe(GetKey("k/c"), same.stream, EVERYTHING)
     await changed.has(1)
     await same.has(1)
     later: tuple[Any, ...] = (SetKey("k/a", b"2"), DeleteKey("k/b"), SetKey("k/d", b"4"), SetKey("other", b""))
@@ -439,7 +439,7 @@ async def test_an_installed_snapshot_wakes_watches_with_what_differs_and_under_t
     assert {key: row[1] for key, row in changed.view.items()} == {"k/a": b"2", "k/c": b"1", "k/d": b"4"}
     assert changed.chunks[-1] == (DONE, truth.index)
     assert len(same.chunks) == 1, "nothing of it has changed"
-    behind.watches.subscribe(ListKeys("k/"), fresh.stream)
+    behind.watches.subscribe(ListKeys("k/"), fresh.stream, EVERYTHING)
     await fresh.has(1)
     assert (fresh.chunks[-1][1], fresh.view) == (truth.index, changed.view)
     behind.apply([encode_entry(SetKey("k/c", b"5"), cluster_id=CLUSTER)])
@@ -455,7 +455,7 @@ async def test_a_watch_that_is_being_filled_when_a_snapshot_is_installed_ends_wi
     for i in range(700):
         ahead.apply([encode_entry(SetKey(f"k/{i * 2:03}", b"new"), cluster_id=CLUSTER)])
     watcher = Watcher()
-    behind.watches.subscribe(ListKeys("k/"), watcher.stream)
+    behind.watches.subscribe(ListKeys("k/"), watcher.stream, EVERYTHING)
     for _ in range(2):
         await asyncio.sleep(0)
     install(ahead, behind)

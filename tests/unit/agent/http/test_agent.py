@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from rostra.agent.context import Agent
+from rostra.agent.http import mesh
 from rostra.agent.http.agent import ROUTES, add_gauges
 from rostra.agent.http.errors import error_response
 from rostra.agent.http.routing import Request, Response, Router
@@ -37,7 +38,7 @@ class Api:
             self.servers, self.results, node_name="o", node_id="id-o", local=self.local, leaves=self.leaves
         )
         self.agent.parts["proxies"] = self.proxies
-        self.router = Router(ROUTES)
+        self.router = Router(ROUTES + mesh.ROUTES)
 
     async def call(self, method: str, target: str, body: Any = None) -> Response:
         path = target.partition("?")[0]
