@@ -11,6 +11,7 @@ the other servers know (`raft/witness.py`).
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ class Life:
     def __init__(self, directory: Path, lived: Lived | None) -> None:
         self._beside_key, self._beside_log = paths(directory)
         self._lived = lived
+        self._writing = threading.Lock()  # a stop notes its end while an earlier note may still be on its way
         #: How many-th start this is, and the names of the latest processes, this one last.
         self.starts = 1 + (lived.starts if lived is not None else 0)
         former = lived.lineage if lived is not None else ()
@@ -65,9 +67,10 @@ class Life:
 
     def reached(self, place: Place) -> None:
         """All of the journal up to there is on the disk. Blocks. Raises OSError."""
-        if self._lived is not None:
-            self._lived = replace(self._lived, place=max(place, self.place))
-            self._write()
+        with self._writing:
+            if self._lived is not None:
+                self._lived = replace(self._lived, place=max(place, self.place))
+                self._write()
 
     def _write(self) -> None:
         assert self._lived is not None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rostra.runtime.identity import NodeIdentity, UnusableData, generate_secret
+from rostra.server import lived
 from rostra.server.bootstrap import Membership, ServerInfo, Stored
 from rostra.server.lived import Life, accept, look, noted_places, paths
 from rostra.server.raft.messages import LINEAGE_MAX
@@ -72,6 +74,32 @@ def test_starts_are_counted_and_the_furthest_place_is_kept(tmp_path: Path) -> No
     assert (found.starts, found.place) == (4, (2, 700))
     assert found.lineage[:3] == life.lineage
     assert noted_places(tmp_path) == [(2, 700)] * 2
+
+
+def test_an_earlier_note_that_is_still_on_its_way_does_not_replace_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Directory(tmp_path)
+    life = directory.start()
+    write, has_begun, go_on = lived.write_durably, threading.Event(), threading.Event()
+
+    def slow(path: Path, data: bytes) -> None:
+        if not has_begun.is_set():
+            has_begun.set()
+            assert go_on.wait(60)
+        write(path, data)
+
+    monkeypatch.setattr(lived, "write_durably", slow)
+    earlier = threading.Thread(target=life.reached, args=((1, 100),))
+    earlier.start()
+    assert has_begun.wait(60)
+    last = threading.Thread(target=life.reached, args=((1, 200),))
+    last.start()
+    last.join(0.2)  # it has every chance to be first
+    go_on.set()
+    earlier.join()
+    last.join()
+    assert noted_places(tmp_path) == [(1, 200)] * 2
 
 
 def test_a_crash_between_the_two_notes_is_no_loss(tmp_path: Path) -> None:
