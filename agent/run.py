@@ -29,7 +29,7 @@ from rostra.agent.config import Config, ConfigErrors, load
 from rostra.agent.core_process import CoreProcess
 from rostra.runtime import core_dumps
 from rostra.runtime import log as logging
-from rostra.runtime.service import cannot, end_with_threads
+from rostra.runtime.service import cannot, end_with_threads, take_turns_with_threads
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, RostraError
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def _run(config: Config) -> int:
             raise BadRequest(f"cannot write the pid file {pid_file}: {e.strerror}; change it with -pid-file") from None
     _raise_fd_limit()
     end_with_threads()
+    take_turns_with_threads()
     core: CoreProcess | None = None
     if config.server or config.dev:
         core = CoreProcess(core_settings(config))

@@ -134,7 +134,7 @@ class DnsServer:
             self.resolver.dropped += 1
             return
         if not self._line:
-            self.turns.queue(self._answer_line)
+            self.turns.queue(self._answer_line, of_many=True)
         self._line.append((packet, reply))
         self._line_bytes += size
 
@@ -145,7 +145,7 @@ class DnsServer:
             self._line_bytes -= len(packet) + _KEPT_BYTES
             self.answer(packet, reply, tcp=False)
             if line and not room():
-                self.turns.queue(self._answer_line)
+                self.turns.queue(self._answer_line, of_many=True)
                 return
 
     def _park(self, view: View, packet: bytes, reply: Reply, tcp: bool) -> None:

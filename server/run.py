@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from rostra.runtime import core_dumps
 from rostra.runtime import log as logging
 from rostra.runtime.identity import DataDirectory, NodeIdentity, UnusableData, parse_secrets, read_node_id
-from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads
+from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads, take_turns_with_threads
 from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
 from rostra.server.autopilot import Autopilot
@@ -649,6 +649,7 @@ def run(settings: CoreSettings, ready: Callable[[dict[str, Any]], None], watch: 
 
     logging.configure(settings.log_level, as_json=settings.log_json)
     end_with_threads()
+    take_turns_with_threads()
     core_dumps.switch_off()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:

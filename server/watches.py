@@ -78,7 +78,7 @@ class SharedWatch:
             self._dirty.add(key)
         if not self._busy:
             self._busy = True
-            self._hub.turns.queue(self._refresh)
+            self._hub.turns.queue(self._refresh, of_many=True)
 
     def touch_all(self) -> None:
         """Everything may differ, and nothing is known of when it changed: the next evaluation says."""
@@ -272,12 +272,12 @@ class SharedWatch:
         at += SLICE_SUBSCRIBERS
         if at < len(ready):
             self._sending = ready, at
-            self._hub.turns.queue(self._send_some)
+            self._hub.turns.queue(self._send_some, of_many=True)
             return
         self._sending = None
         if self._is_due:
             self._is_due = False
-            self._hub.turns.queue(self._refresh)
+            self._hub.turns.queue(self._refresh, of_many=True)
 
     def _filter(self, can: Authorizer) -> Callable[[Any, Any], bool] | None:
         return None if can is EVERYTHING else partial(self.query.visible, can)

@@ -131,7 +131,7 @@ class Unhurried(turns.Turns):
     def begin(self) -> bool:
         return True
 
-    def queue(self, go_on: Callable[[], None]) -> None:
+    def queue(self, go_on: Callable[[], None], *, of_many: bool = False) -> None:
         self._call_soon(go_on)
 
     async def turn(self) -> None:

@@ -169,3 +169,16 @@ threading.Event().wait(20)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 70
     assert "a thread has died, stopping at once: thread=journal" in done.stderr
+
+
+def test_a_thread_waits_for_the_interpreter_no_longer_than_one_reader_has_of_a_turn_of_the_loop():
+    code = """
+import sys
+from rostra.runtime.service import take_turns_with_threads
+from rostra.wire.turns import SLICE_S
+before = sys.getswitchinterval()
+take_turns_with_threads()
+print(before > SLICE_S > sys.getswitchinterval())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "True\n"

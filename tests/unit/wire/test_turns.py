@@ -11,7 +11,7 @@ import uvloop
 
 from rostra.wire.turns import SLICE_S as SLICE_S_REAL
 from rostra.wire.turns import TURN_S as TURN_S_REAL
-from rostra.wire.turns import Turns, turns
+from rostra.wire.turns import TURNS_OF_A_REST, Turns, turns
 
 TURN_S, REST_S, SLICE_S, UNIT_S = 1.0, 0.5, 0.25, 0.0625
 
@@ -117,17 +117,36 @@ def test_who_comes_with_little_waits_for_no_flood_that_has_waited_already(loop: 
 
 
 def test_those_who_come_all_the_time_leave_their_part_to_those_that_wait(loop: Loop, shared: Turns) -> None:
-    waiting = [Reader(loop, shared)]
-    waiting[0].receive(1000)
+    flood = Reader(loop, shared)
+    flood.receive(1000)
     for _ in range(10):
-        before, handled = loop.now, sum(reader.handled for reader in waiting)
+        handled = flood.handled
+        for _ in range(TURNS_OF_A_REST):
+            before = loop.now
+            loop.turn()
+            for come in [Reader(loop, shared) for _ in range(100)]:
+                come.receive(4)
+            assert loop.now - before <= TURN_S + UNIT_S
+        assert flood.handled - handled >= SLICE_S / UNIT_S
+
+
+def test_who_came_too_late_for_a_turn_waits_for_no_flood(loop: Loop, shared: Turns) -> None:
+    floods = [Reader(loop, shared) for _ in range(20)]
+    for flood in floods:
+        flood.receive(1000)
+    for _ in range(TURNS_OF_A_REST * len(floods)):
         loop.turn()
-        assert sum(reader.handled for reader in waiting) - handled >= REST_S / UNIT_S
-        come = [Reader(loop, shared) for _ in range(100)]
-        for reader in come:
-            reader.receive(4)
-        assert loop.now - before <= TURN_S + UNIT_S
-        waiting += [reader for reader in come if reader.waits]
+    waited = 0
+    for _ in range(2 * TURNS_OF_A_REST):
+        for other in [Reader(loop, shared) for _ in range(int(TURN_S / SLICE_S))]:
+            other.receive(int(SLICE_S / UNIT_S))
+        late = Reader(loop, shared)
+        late.receive(1)
+        waited += late.waits
+        loop.turn()
+        loop.turn()
+        assert late.handled == 1
+    assert waited > TURNS_OF_A_REST
 
 
 def test_a_reader_that_is_alone_may_use_the_whole_turn(loop: Loop, shared: Turns) -> None:
