@@ -15,6 +15,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from rostra.agent.servers_port import Answer, Barrier, Delta, Key, Mode, Row, Servers
@@ -178,8 +179,9 @@ class Entry(RowSet):
     def __init__(self, answer: Answer) -> None:
         super().__init__()
         self.index = max(1, answer.index)
-        self.rows = dict(answer.rows)
-        self.keys = [key for key, _ in answer.rows]
+        # A server that keeps the list for watches has new keys at its end.
+        self.rows = dict(sorted(answer.rows, key=itemgetter(0)))
+        self.keys = list(self.rows)
         self.granules = answer.granules
         self.valid = True
         self.bytes_used = 256 + _estimate(answer.rows)
@@ -348,7 +350,7 @@ class Live(RowSet):
         changed = [key for key, row in rows if self.rows.get(key) is not row]
         removed = [key for key in self.keys if key not in new]
         went_back = self.is_ready and index < self.index
-        self.rows, self.keys, self.index = new, [key for key, _ in rows], max(1, index)
+        self.rows, self.keys, self.index = new, sorted(new), max(1, index)
         self._forget_rows(changed, removed)
         if went_back:
             self.epoch += 1
@@ -356,7 +358,8 @@ class Live(RowSet):
             self._changed()
 
     def _change(self, index: int, rows: list[tuple[Key, Row]], removed: list[Key]) -> None:
-        gone = [key for key in removed if key in self.rows]
+        came = {key for key, _ in rows}
+        gone = [key for key in dict.fromkeys(removed) if key in self.rows and key not in came]
         changed = [(key, row) for key, row in rows if self.rows.get(key) != row]
         self.index = index
         if not gone and not changed:

@@ -18,7 +18,7 @@ Mode = Literal["default", "consistent", "stale"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One evaluation of a query. `rows` are in key order; `granules` are the 64-bit hashes of its read set."""
+    """One evaluation of a query. `rows` come in any order; `granules` are the 64-bit hashes of its read set."""
 
     index: int
     granules: tuple[int, ...]
@@ -36,7 +36,10 @@ class Barrier:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of a watch. `full`: a first answer begins here, drop what you had. `done` False: more of it follows."""
+    """A piece of a watch. `full`: a first answer begins here, drop what you had. `done` False: more of it follows.
+
+    Rows come in any order.
+    """
 
     index: int
     full: bool

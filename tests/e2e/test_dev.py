@@ -79,6 +79,29 @@ def test_a_signal_with_waiting_clients_still_ends_it_in_two_seconds(processes: P
         connection.close()
 
 
+def test_lists_are_whole_and_in_order_whatever_was_watched_while_they_changed(processes: Processes) -> None:
+    agent = processes.dev()
+    names = [f"k/{n:02}" for n in range(80)]
+
+    def listed(token: str, index: int = 0, wait: str = "10s") -> tuple[list[str], int]:
+        answer = agent.api.get(f"/v1/kv/k/?recurse&token={token}" + (f"&index={index}&wait={wait}" if index else ""))
+        return [row["Key"] for row in answer.json()], int(answer.headers["X-Consul-Index"])
+
+    agent.api.done(f"/v1/kv/{names[40]}", "x")
+    listed("first", listed("first")[1], wait="10ms")  # from here on a server keeps the list
+    for name in reversed(names):
+        agent.api.done(f"/v1/kv/{name}", "x")
+    seen, index = listed("second")
+    assert seen == names
+    assert listed("third", index, wait="10ms")[0] == names
+    for name in names[::2]:
+        assert agent.api.request("DELETE", f"/v1/kv/{name}").status == 200
+    while len(seen) > len(names) / 2:
+        seen, index = listed("third", index)
+    assert seen == names[1::2]
+    assert "Traceback" not in agent.process.log
+
+
 def test_ctrl_c_to_the_whole_group_ends_everything_in_order(processes: Processes) -> None:
     agent = processes.dev()
     tree = agent.process.tree()

@@ -5,8 +5,8 @@ import gc
 
 import pytest
 
-from rostra.agent.results import Live, Results, RowSet, View
-from rostra.agent.servers_port import Delta, Key, Row
+from rostra.agent.results import Entry, Live, Results, RowSet, View
+from rostra.agent.servers_port import Answer, Delta, Key, Row
 from rostra.runtime.steps import LoopSteps
 from rostra.server.state.catalog import Register
 from rostra.server.state.health import ServiceInstances
@@ -315,6 +315,21 @@ async def test_many_changes_at_once_are_applied_like_few(servers, results):
     assert live.keys == [key for key, _ in rows]
     live._take(Delta(6, False, True, (), [], [key for key, _ in rows[::2]]))
     assert live.keys == [key for key, _ in rows[1::2]]
+
+
+async def test_rows_are_kept_in_key_order_in_whatever_order_a_server_sends_them(results):
+    def row(key: str) -> tuple[Key, Row]:
+        return key, (key, b"x", 0, 0, "", 2, 2)
+
+    assert Entry(Answer(5, (), [row("kb"), row("kc"), row("ka")])).keys == ["ka", "kb", "kc"]
+    live = results.live(ListKeys("k"))
+    await live.ready(5)
+    live._take(Delta(5, True, True, (), [row("kb"), row("kd"), row("ka"), row("kc")], []))
+    assert live.keys == ["ka", "kb", "kc", "kd"]
+    live._take(Delta(6, False, True, (), [row("kd")], ["kd", "ka", "ka"]))  # gone, and back before we were told
+    assert live.keys == sorted(live.rows) == ["kb", "kc", "kd"]
+    live._take(Delta(7, False, True, (), [], ["kd"]))
+    assert live.keys == sorted(live.rows) == ["kb", "kc"]
 
 
 async def test_users_of_one_question_share_its_watch(servers, results):
