@@ -215,7 +215,7 @@ class SharedWatch:
             group = groups.get(subscriber.can)
             if group is None:
                 shown, gone = self._seen(subscriber.can, changed, removed)
-                group = groups[subscriber.can] = shown, gone, list(self._delta(shown, gone))
+                group = groups[subscriber.can] = shown, gone, list(self._delta(shown, gone, self.index))
             shown, gone, chunks = group
             if not chunks:
                 continue
@@ -256,12 +256,14 @@ class SharedWatch:
         row = self.rows.get(key)
         return row is not None and (can is EVERYTHING or self.query.visible(can, key, row))
 
-    def _delta(self, changed: list[tuple[Any, Any]], removed: list[Any], *, done: bool = True) -> Iterator[bytes]:
+    def _delta(
+        self, changed: list[tuple[Any, Any]], removed: list[Any], index: int, *, done: bool = True
+    ) -> Iterator[bytes]:
         hashes = tuple(map(granule_hash, self.granules))
         parts: list[tuple[Any, Any]] = [(part, ()) for part in _slices(changed)]
         parts += [((), [key for key, _ in part]) for part in _slices([(key, ()) for key in removed])]
         for i, (rows, gone) in enumerate(parts, 1):
-            yield pack_rows(DONE if done and i == len(parts) else 0, self.index, hashes, rows, gone)
+            yield pack_rows(DONE if done and i == len(parts) else 0, index, hashes, rows, gone)
 
     def _send_some(self) -> None:
         assert self._sending is not None
@@ -319,6 +321,7 @@ class SharedWatch:
         while missed := subscriber.missed:
             subscriber.missed = set()  # a key comes once in a delta: what it misses meanwhile is for the next
             keys = list(missed)
+            index = self.index  # not that of the last part: a change that comes meanwhile is for the next delta
             for at in range(0, len(keys), SLICE_ROWS):
                 if not await stream.more():
                     return
@@ -326,7 +329,7 @@ class SharedWatch:
                 shown = {key for key in part if self._shows(subscriber.can, key)}
                 changed = [(key, self.rows[key]) for key in part if key in shown]
                 removed = [key for key in part if key not in shown]
-                for chunk in self._delta(changed, removed, done=at + SLICE_ROWS >= len(keys)):
+                for chunk in self._delta(changed, removed, index, done=at + SLICE_ROWS >= len(keys)):
                     stream.send(chunk)
                 await self._hub.turns.turn()
         subscriber.missed = None

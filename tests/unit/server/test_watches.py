@@ -184,6 +184,48 @@ async def test_a_first_answer_is_complete_although_what_it_reads_changes_all_the
     await server.settled()
 
 
+async def test_an_index_is_told_with_all_rows_that_it_stands_for() -> None:
+    server, chance = Server(), random.Random(11)
+    changed_at: dict[str, list[int]] = {}
+    stale: list[tuple[str, int, int]] = []
+    checked = 0
+
+    class Checking(Wire):
+        def send(self, payload: bytes) -> None:
+            nonlocal checked
+            super().send(payload)
+            _, _, flags, index, _, _, _ = unpack(payload)
+            if flags & DONE:
+                checked += 1
+                for key, row in self.views[number].items():
+                    if row[-1] < max((at for at in changed_at[key] if at <= index), default=0):
+                        stale.append((key, row[-1], index))
+
+    def change(key: str) -> None:
+        server.do(SetKey(key, b"%d" % chance.getrandbits(32)))
+        changed_at.setdefault(key, []).append(server.store.index)
+
+    server.wire = Checking()
+    keys = [f"k/{i}" for i in range(SLICE_ROWS * 3)]
+    for key in keys:
+        change(key)
+    number = server.watch(ListKeys("k/"))
+    await server.settled()
+    server.wire.reads = False
+    for _ in range(5):
+        for _ in range(CREDIT_CHUNKS + LAG_CHUNKS):  # until it gets no more
+            change(keys[0])
+            await server.settled()
+        for key in keys:
+            change(key)
+        for _ in range(400):
+            change(chance.choice(keys))
+            server.wire.take(number)
+            await asyncio.sleep(0)
+    assert checked > 10
+    assert stale == []
+
+
 @pytest.mark.parametrize("rows", [1, SLICE_ROWS * 20])
 async def test_a_subscriber_that_takes_nothing_fills_no_memory_and_misses_nothing(rows: int) -> None:
     server = Server()
