@@ -37,11 +37,11 @@ Removals = list[tuple[Any, Any]]
 
 
 class _Subscriber:
-    __slots__ = ("called", "can", "missed", "once", "started", "stream")
+    __slots__ = ("can", "missed", "once", "started", "stream")
 
     def __init__(self, stream: ServedStream, can: Authorizer, once: bool) -> None:
         self.stream, self.can, self.once = stream, can, once
-        self.called = self.started = False  # its first answer has been ordered; has begun
+        self.started = False  # its first answer has been taken
         #: keys that changed while the first answer went out, or while it took nothing; None: it gets every change
         self.missed: set[Any] | None = set()
 
@@ -55,6 +55,7 @@ class SharedWatch:
     def __init__(self, hub: Watches, query: Any) -> None:
         self._hub, self.query = hub, query
         self.rows: dict[Any, tuple[Any, ...]] = {}
+        self._copy: list[tuple[Any, Any]] | None = None  # of `rows`, for those who get their first answer
         self.granules: tuple[str, ...] = ()
         self.index = 0
         self._touched_index = 0
@@ -173,6 +174,7 @@ class SharedWatch:
         return rows
 
     def _answer_waiting(self) -> None:
+        self._copy = None
         for subscriber in self.subscribers:
             self._call(subscriber)
 
@@ -285,18 +287,23 @@ class SharedWatch:
         return None if can is EVERYTHING else partial(self.query.visible, can)
 
     def _call(self, subscriber: _Subscriber) -> None:
-        if not subscriber.called:
-            subscriber.called = True
-            self._hub.spawn(self._first_answer(subscriber))
-
-    async def _first_answer(self, subscriber: _Subscriber) -> None:
-        await self._hub.turns.turn()
-        if subscriber.stream.cancelled:
+        """Now, before anything changes: a refresh in slices leaves `rows` between two moments."""
+        if subscriber.started:
             return
         subscriber.started = True
-        stream, index = subscriber.stream, self.index
+        if self._copy is None:
+            self._copy = list(self.rows.items())
         hashes = tuple(map(granule_hash, self.granules))
-        slices = iter(_slices(list(self.rows.items()), self._filter(subscriber.can)))
+        self._hub.spawn(self._first_answer(subscriber, self._copy, self.index, hashes))
+
+    async def _first_answer(
+        self, subscriber: _Subscriber, rows: list[tuple[Any, Any]], index: int, hashes: tuple[int, ...]
+    ) -> None:
+        await self._hub.turns.turn()
+        stream = subscriber.stream
+        if stream.cancelled:
+            return
+        slices = iter(_slices(rows, self._filter(subscriber.can)))
         part, flags = next(slices, []), FULL
         while True:
             following = next(slices, None)
@@ -310,6 +317,8 @@ class SharedWatch:
                 break
             part, flags = following, 0
             await self._hub.turns.turn()
+        del rows, slices
+        self._copy = None
         if subscriber.once:
             self._unsubscribe(subscriber)
         else:

@@ -21,7 +21,7 @@ from rostra.server.watches import LAG_CHUNKS, SLICE_ROWS, SLICE_SUBSCRIBERS, Sha
 from rostra.wire.codec import encode_value
 from rostra.wire.frames import pack, unpack
 from rostra.wire.rpc import CREDIT_CHUNKS, DONE, END, FULL, ServedStream
-from rostra.wire.turns import TURN_S
+from rostra.wire.turns import TURN_S, Turns
 from tests.support.authorizers import Nothing, Only
 
 
@@ -182,6 +182,28 @@ async def test_a_first_answer_is_complete_although_what_it_reads_changes_all_the
     finally:
         stop = True
     await server.settled()
+
+
+async def test_an_answer_is_of_one_moment_also_while_the_loop_is_busy() -> None:
+    server = Server()
+    loop = asyncio.get_running_loop()
+    busy = server.watches.turns = Turns(loop.call_soon, turn_s=0, rest_s=60, slice_s=0)
+    for i in range(SLICE_ROWS * 3):
+        server.do(SetKey(f"k/{i}", b"0"))
+    server.watch(ListKeys("k/"))
+    await server.settled()
+    numbers = []
+    for begin_late in (False, True):
+        loop.call_soon(busy.begin)  # so that nobody else begins in that turn
+        numbers.append(server.watch(ListKeys("k/"), once=True))
+        if begin_late:
+            await asyncio.sleep(0)
+        server.do(DeleteTree("k/"))
+        await server.settled()
+        for i in range(SLICE_ROWS * 3):
+            server.do(SetKey(f"k/{i}", b"0"))
+        await server.settled()
+    assert {len(server.wire.views[number]) for number in numbers} <= {0, SLICE_ROWS * 3}
 
 
 async def test_an_index_is_told_with_all_rows_that_it_stands_for() -> None:
