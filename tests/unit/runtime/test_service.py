@@ -133,7 +133,7 @@ async def test_the_end_of_kept_work_that_was_steady_is_said_each_time_and_its_pa
 
     async with Tasks("owner") as tasks:
         tasks.keep("steady", work, first_s=0.001, most_s=60.0, steady_s=0.001)
-        await eventually(lambda: len(lives) == 12)  # the pause before the 12th would be seconds
+        await eventually(lambda: len(lives) >= 12)  # the pause before the 12th would be seconds
     assert capsys.readouterr().err.count("reason=again") >= 11
 
 
