@@ -4,8 +4,8 @@
 and whether a reload may change it, and nothing else has to be edited for a new one. Keys that Consul knows and Rostra
 has no use for are accepted with one warning (`UNUSED`); keys that nobody knows are errors. Service and check
 definitions are checked as the running agent checks them (`agent/file_definitions.py`) and handed on as plain maps
-(`Definition`). null is "not set", and "" in lists and maps of strings. Imports the standard library, and where a file
-asks for it `agent/hcl.py` and `agent/file_definitions.py`; `wire/bounds.py`. It runs before anything heavy is loaded.
+(`Definition`). null is "not set", and "" in lists and maps of strings. Imports the standard library, `wire.durations` and
+`wire.bounds`, and `agent/hcl.py` and `agent/file_definitions.py` only where a file asks for them: it runs first of all.
 """
 
 # ruff: noqa: RUF009  (setting() returns a dataclass field)
@@ -19,6 +19,8 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from rostra.wire.durations import SECOND, parse_duration
 
 if TYPE_CHECKING:
     from rostra.agent import hcl  # imported where a file is read: an agent that is told all by flags needs no parser
@@ -90,9 +92,6 @@ class Definition(NamedTuple):
 
 # ── kinds of values ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-_DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+|[+-]?0")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _BOOLEANS = {
     **dict.fromkeys(("1", "t", "T", "true", "TRUE", "True"), True),
     **dict.fromkeys(("0", "f", "F", "false", "FALSE", "False"), False),
@@ -102,13 +101,11 @@ _LOG_LEVEL_ALIASES = {"err": "error", "warning": "warn"}
 _ANY_ADDRESS = ("0.0.0.0", "::")
 
 
-def duration_s(text: str) -> float:
-    """Seconds of a Go duration such as `90s`, `1h30m` or `1.5s`. Raises ValueError."""
-    found = _DURATION.fullmatch(text)
-    if not found:
-        raise ValueError(f'invalid duration "{text}": write it like "30s", "5m" or "1h30m"')
-    total = sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION_PART.findall(text))
-    return -total if text.startswith("-") else total
+def _seconds(text: str) -> float:
+    try:
+        return parse_duration(text) / SECOND
+    except ValueError:
+        raise ValueError(f'invalid duration "{text}": write it like "30s", "5m" or "1h30m"') from None
 
 
 class Kind(NamedTuple):
@@ -162,7 +159,7 @@ def _text_map(value: Any) -> dict[str, str]:
 
 
 def _duration(value: Any) -> float:
-    seconds = duration_s(cast(str, _only(str)(value)))
+    seconds = _seconds(cast(str, _only(str)(value)))
     if seconds < 0:
         raise ValueError("a duration cannot be negative")
     return seconds
@@ -277,7 +274,7 @@ def _between(low: int, high: int) -> Kind:
 
 
 def _durations(value: Any) -> dict[str, float]:
-    return {key: duration_s(text) if text else 0.0 for key, text in _text_map(value).items()}
+    return {key: _seconds(text) if text else 0.0 for key, text in _text_map(value).items()}
 
 
 def _append(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:

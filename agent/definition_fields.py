@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rostra.agent.http.durations import SECOND, parse_duration
 from rostra.wire.bounds import DEPTH_MAX
+from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
 
 _JSON_NAMES = {

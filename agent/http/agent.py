@@ -25,7 +25,6 @@ from rostra.agent.definition import SIDECAR_SUFFIX, STATUSES, ScriptsDisabled
 from rostra.agent.definition_fields import DecodeError
 from rostra.agent.http import permissions
 from rostra.agent.http.declared import Body, parameters, read_parameters
-from rostra.agent.http.durations import SECOND, format_duration
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
 from rostra.agent.http.machine import describe
 from rostra.agent.http.reads import hash_wait_s
@@ -38,6 +37,7 @@ from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
 from rostra.server.state.cluster import Members
 from rostra.server.state.health import sees_check
 from rostra.server.state.rows import MemberRow, ServiceRow
+from rostra.wire.durations import SECOND, format_duration
 from rostra.wire.errors import BadRequest, Denied, NoLeader, NotFound, RostraError
 
 Json = dict[str, Any]

@@ -9,7 +9,6 @@ import orjson
 
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import Body, MapOf, parameters, read_parameters
-from rostra.agent.http.durations import format_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields, plain
 from rostra.agent.http.health import all_of, meta_filter, node_filter, tag_filter
@@ -22,6 +21,7 @@ from rostra.agent.servers_port import Key, Row
 from rostra.server.state.catalog import NAME_RESERVED, Deregister, Nodes, NodeServices, Register, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
 from rostra.server.state.rows import ServiceRow
+from rostra.wire.durations import format_duration
 from rostra.wire.errors import Conflict
 
 #: How many nodes `services?node-meta=` looks into at once.

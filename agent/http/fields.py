@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rostra.agent.http.durations import SECOND, parse_duration
 from rostra.agent.http.routing import JsonObject
+from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
 
 

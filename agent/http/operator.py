@@ -14,7 +14,6 @@ from typing import Any
 
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import Body, parameters, read_parameters
-from rostra.agent.http.durations import MILLISECOND, format_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.permissions import at_servers
@@ -23,6 +22,7 @@ from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.server.state.catalog import Nodes
 from rostra.server.state.operator import COUNT_MAX, MILLISECONDS_MAX, Autopilot, SetAutopilot
 from rostra.server.state.rows import AutopilotRow, NodeRow
+from rostra.wire.durations import MILLISECOND, format_duration
 from rostra.wire.errors import BadRequest, NoLeader, NotFound, RostraError, Timeout
 
 #: What Consul says of servers that speak today's Raft; a text, as its clients decode it.

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rostra.agent.context import Agent
-from rostra.agent.http.durations import SECOND, parse_duration
 from rostra.agent.http.errors import HttpError
 from rostra.agent.http.routing import JSON_TYPE, Request, Response
 from rostra.agent.results import Entry, Live, Rendered, RowSet, View
 from rostra.agent.servers_port import Barrier, Mode
+from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
 
 WAIT_DEFAULT_S = 300.0

@@ -6,7 +6,6 @@ import uuid
 
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import Body, parameters, read_parameters
-from rostra.agent.http.durations import HOUR, MILLISECOND, SECOND, format_duration, parse_duration
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.permissions import at_servers
@@ -23,6 +22,7 @@ from rostra.server.state.session import (
     SessionInfo,
     Sessions,
 )
+from rostra.wire.durations import HOUR, MILLISECOND, SECOND, format_duration, parse_duration
 
 TTL_MAX_NS = 24 * HOUR
 #: A LockDelay given as a number below this is seconds, else nanoseconds.

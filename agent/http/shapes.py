@@ -14,9 +14,9 @@ from typing import Any
 
 import orjson
 
-from rostra.agent.http.durations import format_duration
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.rows import CheckRow, IntentionRow, KVRow, NodeRow, RootRow, ServiceRow, session_row
+from rostra.wire.durations import format_duration
 
 Json = dict[str, Any]
 

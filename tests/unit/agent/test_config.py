@@ -448,15 +448,6 @@ def test_the_help_text_names_every_flag() -> None:
         assert not s.flag or f"  -{s.flag}" in text
 
 
-def test_durations_are_gos() -> None:
-    cases = {"0": 0, "90s": 90, "1h30m": 5400, "1.5s": 1.5, "250ms": 0.25, "2h3m4s": 7384, ".5m": 30, "100us": 1e-4}
-    for text, seconds in cases.items():
-        assert config.duration_s(text) == pytest.approx(seconds)
-    for text in ("", "5", "x", "5 s", "1d", "s", "1h-3m"):
-        with pytest.raises(ValueError, match="invalid duration"):
-            config.duration_s(text)
-
-
 def test_argv_alone_is_read_in_less_than_ten_milliseconds_and_a_file_in_less_than_fifty(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(
         json.dumps({"ports": {"http": 1}, "services": [{"name": f"s{i}"} for i in range(50)]})

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rostra.agent.http.durations import MILLISECOND, SECOND, format_duration, parse_duration
+from rostra.wire.durations import MILLISECOND, SECOND, format_duration, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,9 @@ from rostra.agent.http.durations import MILLISECOND, SECOND, format_duration, pa
         ("-10s", -10 * SECOND),
         ("1us", 1000),
         ("1µs", 1000),
+        ("1h30m", 5400 * SECOND),
+        ("250ms", 250 * MILLISECOND),
+        ("2h3m4s", 7384 * SECOND),
     ],
 )
 def test_durations_are_read_as_go_reads_them(text, ns):
@@ -32,6 +35,10 @@ def test_durations_are_read_as_go_reads_them(text, ns):
         ("abc", 'time: invalid duration "abc"'),
         ("", 'time: invalid duration ""'),
         ("10", 'time: missing unit in duration "10"'),
+        ("5 s", 'time: unknown unit " s" in duration "5 s"'),
+        ("1d", 'time: unknown unit "d" in duration "1d"'),
+        ("s", 'time: invalid duration "s"'),
+        ("1h-3m", 'time: unknown unit "h-" in duration "1h-3m"'),
         ("1x", 'time: unknown unit "x" in duration "1x"'),
         ("99999999999h", 'time: invalid duration "99999999999h"'),
     ],

@@ -1,4 +1,4 @@
-"""Go's durations, which the API speaks everywhere: `10s`, `1.5h`, `300ms`, `1h2m3s`, in nanoseconds here.
+"""Go's durations, which the API, definitions and configuration files speak: `10s`, `1.5h`, `1h2m3s`; nanoseconds here.
 
 `format_duration` writes the canonical form that Go prints (`90s` becomes `1m30s`).
 """
