@@ -4,7 +4,7 @@
 and whether a reload may change it, and nothing else has to be edited for a new one. Keys that Consul knows and Rostra
 has no use for are accepted with one warning (`UNUSED`); keys that nobody knows are errors. Service and check
 definitions are checked as the running agent checks them (`agent/file_definitions.py`) and handed on as plain maps
-(`Definition`). null is "not set", and "" in lists and maps of strings. Imports the standard library, `wire.durations` and
+(`Definition`). null is "not set", and "" in lists and maps of strings. Imports the standard library, `wire.durations`,
 `wire.bounds`, and `agent/hcl.py` and `agent/file_definitions.py` only where a file asks for them: it runs first of all.
 """
 
