@@ -20,13 +20,14 @@ from rostra.acl.identity import ServiceIdentity
 from rostra.server.autopilot import Autopilot
 from rostra.server.endpoint import Act, Peer
 from rostra.server.leader import LeaderDuties
-from rostra.server.node import HOLD_S, ServerNode, on_behalf_of
+from rostra.server.node import ServerNode
 from rostra.server.raft.members import Member
 from rostra.server.requests import about_node
 from rostra.server.roster import Roster, address_of
 from rostra.server.state.cluster import CLUSTER_CA_KEY, NodeReports
 from rostra.server.state.rows import MemberRow
 from rostra.server.state.tables import Tables
+from rostra.server.writes import HOLD_S, on_behalf_of
 from rostra.wire.caller import Caller
 from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout
 from rostra.wire.rpc import Lost

@@ -23,17 +23,18 @@ from rostra.acl.authorizer import DENIED, EVERYTHING, Authorizer
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
 from rostra.server.agents import Agents
-from rostra.server.node import UNKNOWN, ServerNode
+from rostra.server.node import ServerNode
 from rostra.server.requests import caller_of_peer, index_in, origin_in, text_in
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.operator import SetAutopilot
 from rostra.server.state.tables import Tables
 from rostra.server.watches import bytes_of
+from rostra.server.writes import Write
 from rostra.wire.bounds import NAME_CHARS_MAX, NODE_NAME_RULE, check_arguments, is_node_name
 from rostra.wire.caller import Caller, read_caller
 from rostra.wire.connection import FrameConnection
-from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, Timeout, TooLarge
+from rostra.wire.errors import BadRequest, Denied, Internal, NoLeader, RostraError, TooLarge
 from rostra.wire.frames import PEER_FRAME_BYTES_MAX, RPC_FRAME_BYTES_MAX
 from rostra.wire.rpc import CHUNK_BYTES, DONE, END, FULL, Served, check_hello, hello, hello_error, pack_rows
 
@@ -407,7 +408,7 @@ class Endpoint:
         if verb == "propose":
             origin, kind, args, actor, source, *caller = arguments
             proposed = _Proposed(served, request_id)
-            self._node.propose_for(proposed, origin_in(origin), kind, args, actor, source, caller_of_peer(caller))
+            self._node.append(proposed, origin_in(origin), kind, args, actor, source, caller_of_peer(caller))
         elif verb == "index":
             (mode,) = arguments
             self._spawn(self._settle(served, request_id, partial(self._node.leader_index, mode)))
@@ -439,43 +440,7 @@ class Endpoint:
             if len(clients) >= CLIENTS_OF_A_CONNECTION_MAX:
                 raise Denied(f"more than {CLIENTS_OF_A_CONNECTION_MAX} clients write on one connection")
             clients.add(origin[0])
-        # The common case without a task: validate, append, answer when it is applied.
-        write = _Write(self, served, request_id, origin, kind, args, caller)
-        node = self._node
-        try:
-            node.propose_for(write, origin, kind, args, peer.name, peer.address, caller)
-        except NoLeader:
-            write.go_on()
-        else:
-            node.counts["writes"] += 1
-
-    def write_elsewhere(
-        self,
-        served: Served,
-        request_id: int,
-        origin: Any,
-        kind: str,
-        args: Any,
-        caller: Caller,
-        *,
-        is_unknown: bool,
-    ) -> None:
-        """Through the next leader, or the one that this server follows."""
-        peer = served.peer
-        write = partial(
-            self._node.write,
-            origin,
-            kind,
-            args,
-            actor=peer.name,
-            source=peer.address,
-            caller=caller,
-            is_unknown=is_unknown,
-        )
-        try:
-            self._spawn(self._settle(served, request_id, write))
-        except RostraError as e:  # this server is stopping
-            served.fail(request_id, Timeout(UNKNOWN) if is_unknown else e)
+        AgentWrite(self._node, origin, kind, args, peer.name, peer.address, caller).answer(served, request_id)
 
     def _read(self, served: Served, request_id: int, query: Any, can: Authorizer, min_index: int) -> None:
         self._node.counts["reads"] += 1
@@ -594,48 +559,23 @@ class _Proposed:
         self._served.fail(self._request_id, error if isinstance(error, RostraError) else NoLeader())
 
 
-class _Write:
-    """An agent. Where this server ceases to lead, the write goes on under the same origin to the next leader."""
+class AgentWrite(Write):
+    """An agent's, answered on its connection."""
 
-    __slots__ = ("_args", "_caller", "_endpoint", "_kind", "_origin", "_request_id", "_served")
+    __slots__ = ("_request_id", "_served")
 
-    def __init__(
-        self, endpoint: Endpoint, served: Served, request_id: int, origin: Any, kind: str, args: Any, caller: Caller
-    ) -> None:
-        self._endpoint = endpoint
-        self._served = served
-        self._request_id = request_id
-        self._origin = origin
-        self._kind = kind
-        self._args = args
-        self._caller = caller
+    def answer(self, served: Served, request_id: int) -> None:
+        self._served, self._request_id = served, request_id
+        self.submit()
 
-    def done(self) -> bool:
-        return False
-
-    def set_result(self, result: Any) -> None:
+    def ended(self, result: Any) -> None:
         if result[0] == "ok":
             self._served.reply(self._request_id, result[1])
         else:
             self._served.refuse(self._request_id, result[1], result[2])
 
-    def set_exception(self, error: Exception) -> None:
-        if isinstance(error, (NoLeader, Timeout)):
-            self.go_on(is_unknown=isinstance(error, Timeout))
-        else:
-            self._served.fail(self._request_id, error)  # type: ignore[arg-type]
-
-    def go_on(self, *, is_unknown: bool = False) -> None:
-        """Ask whoever leads next. `is_unknown`: it may have been done already."""
-        self._endpoint.write_elsewhere(
-            self._served,
-            self._request_id,
-            self._origin,
-            self._kind,
-            self._args,
-            self._caller,
-            is_unknown=is_unknown,
-        )
+    def failed(self, error: RostraError) -> None:
+        self._served.fail(self._request_id, error)
 
 
 # -- what a peer may say ---------------------------------------------------------------------------------------------

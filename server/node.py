@@ -1,8 +1,8 @@
 """One server: the log, the state, and the three things that are asked of them: write, read, how new is new enough.
 
-Leader forwarding, exactly-once writes, barriers and lock-delay are decided here, once, for every command and query;
-`endpoint.py` brings requests in, `raft/` makes entries durable, `state/` says what they mean. Runs on one loop; no
-step of it may take longer than 2 ms.
+What an entry is, barriers and lock-delay are decided here, once, for every command and query. `writes.py` brings a
+write to the leader, `endpoint.py` brings requests in, `raft/` makes entries durable, `state/` says what they mean. Runs
+on one loop; no step of it may take longer than 2 ms.
 """
 
 from __future__ import annotations
@@ -21,22 +21,15 @@ from rostra.server.state.capture import Loader
 from rostra.server.state.commands import COMMAND_VOCABULARY
 from rostra.server.state.entry import FORMAT as ENTRY_FORMAT
 from rostra.server.state.entry import pack_entry
-from rostra.server.state.kv import SetKey
 from rostra.server.state.store import Store
 from rostra.server.watches import Watches
+from rostra.server.writes import HOLD_S, AwaitedWrite, Origin, Writes
 from rostra.wire.caller import Caller
 from rostra.wire.codec import encode_value
-from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout, from_wire
-from rostra.wire.rpc import Lost
+from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout
 
 log = get("server")
 
-#: How long a request waits for a leader before it is refused (Consul's rpc_hold_timeout).
-HOLD_S = 7.0
-#: What is said of a write of which nobody here will learn what became of it.
-UNKNOWN = "the leader was lost before it answered: the write may or may not have been done"
-#: No row has this modify_index, so a compare-and-set with it writes nothing.
-NEVER = (1 << 63) - 1
 #: So many lock-delays are noted before those that are over are looked for.
 LOCK_DELAYS_MIN = 1024
 
@@ -71,7 +64,7 @@ class ServerNode:
         #: (server id) -> caller to that server, or None while it is down. Set by the composition root.
         self.peer: Callable[[str], Any] = lambda server_id: None
         self.on_effects: Callable[[Sequence[tuple[Any, ...]]], None] = lambda effects: None
-        self._loop = asyncio.get_running_loop()
+        self.writes = Writes(spawn)
         self._client_id = client_id or str(uuid.uuid4())
         self._sequence = 0
         self._outstanding: dict[int, None] = {}
@@ -152,6 +145,7 @@ class ServerNode:
     def role_changed(self, is_leader: bool, leader_id: str | None, term: int) -> None:
         self._leader_changed.set()
         self._leader_changed = asyncio.Event()
+        self.writes.leader_changed()
         if not is_leader:
             self.store.expect_nothing()
         else:
@@ -203,7 +197,7 @@ class ServerNode:
 
     async def write(
         self,
-        origin: tuple[str, int, int],
+        origin: Origin,
         kind: str,
         args: dict[str, Any],
         *,
@@ -211,120 +205,11 @@ class ServerNode:
         source: str = "",
         caller: Caller | None = None,
         hold_s: float = HOLD_S,
-        is_unknown: bool = False,
     ) -> Any:
-        """The result of applying the command, once for each `origin` (client id, sequence, first outstanding).
-
-        The outcome is told apart: the value, the state machine's refusal, NoLeader (certainly not done), or Timeout
-        (it may have been done, or may still be). `is_unknown`: an attempt under this origin has ended so before. Every
-        attempt has the same origin, so a result is the result, whichever of them was applied.
-        """
-        self.counts["writes"] += 1
-        deadline = self.clock() + hold_s
-        while True:
-            result = None
-            try:
-                result = await self._attempt(origin, kind, args, actor, source, caller, deadline)
-            except Timeout:
-                is_unknown = True
-            except NoLeader as e:
-                if self.clock() >= deadline and not is_unknown:
-                    raise NoLeader(e.message) from None
-            except RostraError:
-                if not is_unknown:
-                    raise
-                raise Timeout(UNKNOWN) from None  # this one was refused at the door; what became of the other?
-            if result is not None:
-                return unwrap(result)
-            try:
-                await self._leader_settled(deadline)
-            except NoLeader:
-                if is_unknown:
-                    raise Timeout(UNKNOWN) from None
-                raise
-
-    async def _attempt(
-        self,
-        origin: tuple[str, int, int],
-        kind: str,
-        args: dict[str, Any],
-        actor: str,
-        source: str,
-        caller: Caller | None,
-        deadline: float,
-    ) -> Any:
-        """The result tuple, or None where there is no leader to ask. Raises NoLeader (not done), Timeout (unknown)."""
-        if self.is_leader:
-            return await self.propose(origin, kind, args, actor, source, caller)
-        leader_id = self.leader_id
-        peer = self.peer(leader_id) if leader_id else None
-        if peer is None or not peer.open:
-            return None
-        self.counts["writes_forwarded"] += 1
-        call = peer.call("propose", origin, kind, args, actor, source, *on_behalf_of(caller, peer))
-        try:
-            return await self._while_leader(call, leader_id, deadline)
-        except Lost as e:
-            if e.was_sent:
-                raise Timeout(UNKNOWN) from None
-            raise
-        except NoLeader:
-            if call.cancelled():  # it is another leader now, and the one that was asked may never answer
-                raise Timeout(UNKNOWN) from None
-            raise
-
-    def propose(
-        self,
-        origin: tuple[str, int, int],
-        kind: str,
-        args: dict[str, Any],
-        actor: str,
-        source: str,
-        caller: Caller | None = None,
-    ) -> asyncio.Future[Any]:
-        """On the leader: validate, decide what must be decided before the log, append. Resolves to a result tuple.
-
-        Raises NoLeader, or the refusal of what must not get into the log.
-        """
-        future: asyncio.Future[Any] = self._loop.create_future()
-        self.propose_for(future, origin, kind, args, actor, source, caller)
-        return future
-
-    def propose_for(
-        self,
-        outcome: Outcome,
-        origin: tuple[str, int, int],
-        kind: str,
-        args: dict[str, Any],
-        actor: str,
-        source: str,
-        caller: Caller | None = None,
-    ) -> None:
-        """As `propose`; the result goes to `outcome`. `origin` is one that `origin_in` in requests.py lets pass."""
-        raft, store = self.raft, self.store
-        if raft is None or not raft.is_leader or not (store.cluster_id or kind == "cluster.bootstrap"):
-            raise NoLeader
-        command = COMMAND_VOCABULARY.decode(kind, args)
-        can = self.can(caller)
-        if can is not EVERYTHING and not command.allowed(can, store.tables):
-            raise Denied(f"{DENIED}: {kind}")
-        if self.lock_delays and kind == "kv.set" and command.acquire and self._lock_delayed(command):
-            # Refused through the log: an earlier attempt of the same origin may be under way, and one answer holds.
-            command = SetKey(command.key, b"", cas=NEVER)
-            args = {"key": command.key, "value": b"", "cas": NEVER}
-        cluster_id, at_ms = self.cluster_id, int(self._wall() * 1000)
-        entry = pack_entry((ENTRY_FORMAT, cluster_id, origin, at_ms, actor, source, kind, args))
-        raft.propose_for(outcome, entry)
-        store.expect(entry, cluster_id, origin, at_ms, actor, kind, command)
-
-    def _lock_delayed(self, command: SetKey) -> bool:
-        until = self.lock_delays.get(command.key)
-        if until is None:
-            return False
-        if self.clock() >= until:
-            del self.lock_delays[command.key]
-            return False
-        return True
+        """The value that applying the command gave, once for each `origin`. Raises as `Write` in writes.py says."""
+        write = AwaitedWrite(self, origin, kind, args, actor, source, caller, hold_s)
+        write.submit()
+        return await write.result
 
     async def own_write(self, command: Any, *, hold_s: float = HOLD_S) -> Any:
         """A write of this server itself (leader duties, enrolment)."""
@@ -339,6 +224,46 @@ class ServerNode:
             )
         finally:
             del self._outstanding[sequence]
+
+    def append(
+        self,
+        outcome: Outcome,
+        origin: Origin,
+        kind: str,
+        args: dict[str, Any],
+        actor: str,
+        source: str,
+        caller: Caller | None,
+    ) -> None:
+        """On the leader: validate, decide what must be decided before the log, append. `outcome` gets a result tuple.
+
+        Raises NoLeader, or the refusal of what must not get into the log.
+        """
+        raft, store = self.raft, self.store
+        if raft is None or not raft.is_leader or not (store.cluster_id or kind == "cluster.bootstrap"):
+            raise NoLeader
+        command = COMMAND_VOCABULARY.decode(kind, args)
+        can = self.can(caller)
+        if can is not EVERYTHING and not command.allowed(can, store.tables):
+            raise Denied(f"{DENIED}: {kind}")
+        if (before_log := getattr(command, "before_log", None)) is not None:
+            logged = before_log(self)
+            if logged is not command:
+                command, args = logged, encode_value(logged)[1]
+        cluster_id, at_ms = self.cluster_id, int(self._wall() * 1000)
+        entry = pack_entry((ENTRY_FORMAT, cluster_id, origin, at_ms, actor, source, kind, args))
+        raft.propose_for(outcome, entry)
+        store.expect(entry, cluster_id, origin, at_ms, actor, kind, command)
+
+    def is_lock_delayed(self, key: str) -> bool:
+        """Whether the lock-delay of the session that held `key` is not over."""
+        until = self.lock_delays.get(key)
+        if until is None:
+            return False
+        if self.clock() >= until:
+            del self.lock_delays[key]
+            return False
+        return True
 
     # -- reads ------------------------------------------------------------------------------------------------
 
@@ -491,15 +416,3 @@ class _Rounds:
                 raise
             else:
                 future.set_result(None)
-
-
-def on_behalf_of(caller: Caller | None, peer: Any) -> tuple[Any, ...]:
-    """The last argument of what is asked of another server: nothing where that one does not know it."""
-    return () if peer.level < 2 else (None if caller is None else caller.packed(),)
-
-
-def unwrap(result: Any) -> Any:
-    """The value of a result tuple of the state machine; raises its refusal."""
-    if result[0] == "ok":
-        return result[1]
-    raise from_wire(result[1], result[2])

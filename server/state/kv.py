@@ -12,10 +12,12 @@ from typing import ClassVar
 from rostra.acl.authorizer import Authorizer
 from rostra.server.state.rows import KVRow
 from rostra.server.state.tables import Tables
-from rostra.server.state.transaction import Tx, View
+from rostra.server.state.transaction import Leader, Tx, View
 from rostra.wire.errors import BadRequest
 
 FLAGS_MAX = (1 << 64) - 1
+#: No row has this modify_index, so a compare-and-set with it writes nothing.
+NEVER = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,12 @@ class SetKey:
 
     def allowed(self, can: Authorizer, tables: Tables) -> bool:
         return can.key_write(self.key)
+
+    def before_log(self, leader: Leader) -> SetKey:
+        """Refused through the log: an earlier attempt of the same origin may be under way, and one answer holds."""
+        if self.acquire and leader.is_lock_delayed(self.key):
+            return SetKey(self.key, b"", cas=NEVER)
+        return self
 
     def apply(self, tx: Tx) -> bool:
         """True when written; False when the version or the lock does not permit it."""

@@ -7,7 +7,7 @@ commit only.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rostra.server.state.granules import FLOOR_OF, directory_of
 from rostra.server.state.rows import KVRow
@@ -17,6 +17,16 @@ K = TypeVar("K")
 R = TypeVar("R")
 
 Key = str | tuple[str, ...]
+
+
+class Leader(Protocol):
+    """What the leader knows that is not in the state, for commands with a `before_log(leader)`.
+
+    That gives the command that goes into the log: itself, or another of its kind where something must be decided
+    before. A command that is made of commands asks each of them.
+    """
+
+    def is_lock_delayed(self, key: str) -> bool: ...
 
 
 class Tx:
