@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
@@ -25,6 +26,7 @@ from rostra.wire.codec import encode_value
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Conflict, Denied, NoLeader, RostraError, Timeout
 from rostra.wire.frames import ANSWER_FRAME_BYTES_MAX
+from rostra.wire.rounds import Rounds
 from rostra.wire.rpc import DONE, END, FULL, Lost, RpcClient, check_hello, hello
 
 log = get("servers")
@@ -83,7 +85,7 @@ class ServerSession:
         self._sequence = 0
         self._outstanding: dict[int, None] = {}
         self._since = 0
-        self._barriers = {m: _SharedBarrier(self, m) for m in ("default", "consistent", "stale")}
+        self._barriers = {m: Rounds(partial(self._barrier, m), self._spawn) for m in ("default", "consistent", "stale")}
         self._touched: list[Callable[[int, frozenset[int] | None], None]] = []
         self.on_connected: list[Callable[[], None]] = []
         self.server_hello: dict[str, Any] = {}
@@ -363,8 +365,10 @@ class ServerSession:
         for callback in self._touched:
             callback(0, None)
 
-    async def ask_barrier(self, mode: str, deadline: float) -> Barrier:
-        """One barrier of its own; `_SharedBarrier` shares it. NoLeader at `deadline` (monotonic seconds)."""
+    async def _barrier(self, mode: str, first_came: float) -> Barrier:
+        """For all who wait, the first of them since `first_came`. NoLeader when its time is over."""
+        # A request that waited for the end of the last round has used up that part of its time.
+        deadline = max(first_came + HOLD_S, time.monotonic() + ASK_MIN_S)
         while True:
             client = await self._connected_by(deadline)
             since = self._since
@@ -386,41 +390,6 @@ class ServerSession:
             for callback in self._touched:
                 callback(index, touched)
             return Barrier(index, known, contact_ms)
-
-
-class _SharedBarrier:
-    """Barriers of one mode: at most one asked and one waiting to be asked."""
-
-    def __init__(self, session: ServerSession, mode: str) -> None:
-        self._session, self._mode = session, mode
-        self._next: asyncio.Future[Barrier] | None = None
-        self._next_since = 0.0  # when the first of those who wait for it came
-        self._task: asyncio.Task[Any] | None = None
-
-    def join(self) -> asyncio.Future[Barrier]:
-        future = self._next
-        if future is None:
-            future = self._next = asyncio.get_running_loop().create_future()
-            self._next_since = time.monotonic()
-            future.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
-            if self._task is None or self._task.done():
-                self._task = self._session._spawn(self._work())
-        return asyncio.shield(future)
-
-    async def _work(self) -> None:
-        while self._next is not None:
-            future, self._next = self._next, None
-            # A request that waited for the end of the last round has used up that part of its time.
-            deadline = max(self._next_since + HOLD_S, time.monotonic() + ASK_MIN_S)
-            try:
-                barrier = await self._session.ask_barrier(self._mode, deadline)
-            except RostraError as e:
-                future.set_exception(e)
-            except BaseException:
-                future.set_exception(NoLeader())
-                raise
-            else:
-                future.set_result(barrier)
 
 
 async def _by(work: Awaitable[Any], deadline: float) -> Any:

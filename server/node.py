@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rostra.acl.authorizer import DENIED, EVERYTHING, Authorizer
@@ -26,7 +26,8 @@ from rostra.server.watches import Watches
 from rostra.server.writes import HOLD_S, AwaitedWrite, Origin, Writes
 from rostra.wire.caller import Caller
 from rostra.wire.codec import encode_value
-from rostra.wire.errors import BadRequest, Denied, NoLeader, RostraError, Timeout
+from rostra.wire.errors import BadRequest, Denied, NoLeader, Timeout
+from rostra.wire.rounds import Rounds
 
 log = get("server")
 
@@ -72,8 +73,8 @@ class ServerNode:
         #: who waits until the state has come to an index, and the first of these indexes
         self._ahead: dict[asyncio.Future[None], int] = {}
         self._ahead_first: float = math.inf
-        self._default_round: _Rounds = _Rounds(lambda: self._round("default"), spawn)
-        self._consistent_round: _Rounds = _Rounds(lambda: self._round("consistent"), spawn)
+        self._default_round: Rounds[None] = Rounds(lambda _: self._round("default"), spawn)
+        self._consistent_round: Rounds[None] = Rounds(lambda _: self._round("consistent"), spawn)
         #: key -> monotonic time until which it may not be acquired again; outside the state, see architecture 'Time'
         self.lock_delays: dict[str, float] = {}
         self._lock_delays_room = LOCK_DELAYS_MIN
@@ -383,36 +384,3 @@ class Loading:
         """The short step that swaps the states. Raises ValueError where the end is missing."""
         self._loader.finish()
         return lambda: self._node.adopt(self._loader)
-
-
-class _Rounds:
-    """Requests share a round, but a request only joins one that starts after it arrived."""
-
-    def __init__(self, run: Callable[[], Awaitable[None]], spawn: Callable[..., asyncio.Task[Any]]) -> None:
-        self._run, self._spawn = run, spawn
-        self._next: asyncio.Future[None] | None = None
-        self._task: asyncio.Task[Any] | None = None
-
-    async def join(self) -> None:
-        if self._next is None:
-            self._next = asyncio.get_running_loop().create_future()
-            self._next.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody may be left to look
-        joined = self._next
-        if self._task is None or self._task.done():
-            self._task = self._spawn(self._work())
-        await asyncio.shield(joined)
-
-    async def _work(self) -> None:
-        while self._next is not None:
-            # Requests of one turn of the loop share a round.
-            await asyncio.sleep(0)
-            future, self._next = self._next, None
-            try:
-                await self._run()
-            except RostraError as e:
-                future.set_exception(e)
-            except BaseException:
-                future.set_exception(NoLeader())
-                raise
-            else:
-                future.set_result(None)

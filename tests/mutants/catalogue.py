@@ -1015,9 +1015,9 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "READINDEX.4",
         "barriers of a server share a round that began before them",
-        "server/node.py",
+        "wire/rounds.py",
         ("            future, self._next = self._next, None\n", "            future = self._next\n"),
-        by="tests/unit/server/test_rounds.py test_a_request_never_joins_a_round_that_has_begun",
+        by="tests/unit/wire/test_rounds.py test_a_request_never_joins_a_round_that_has_begun",
     ),
     _mutant(
         "READINDEX.5",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rostra.server.node import _Rounds
 from rostra.wire.errors import NoLeader
+from rostra.wire.rounds import Rounds as SharedRounds
 
 
 class Rounds:
@@ -16,14 +16,14 @@ class Rounds:
 
     def __init__(self) -> None:
         self.begun: list[asyncio.Future[None]] = []
-        self.rounds = _Rounds(self._run, asyncio.ensure_future)
+        self.rounds = SharedRounds(self._run, asyncio.ensure_future)
 
-    async def _run(self) -> None:
+    async def _run(self, since: float) -> None:
         self.begun.append(asyncio.get_running_loop().create_future())
         await self.begun[-1]
 
-    def join(self) -> asyncio.Task[None]:
-        return asyncio.ensure_future(self.rounds.join())
+    def join(self) -> asyncio.Future[None]:
+        return self.rounds.join()
 
     async def turns(self) -> None:
         for _ in range(5):
