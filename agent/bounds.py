@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rostra.agent.definition import CheckSpec
+from rostra.agent.checks.spec import CheckSpec
 from rostra.server.state.catalog import Register
 from rostra.server.state.rows import CheckRow, ServiceRow
 from rostra.wire.bounds import INSTANCE_BYTES_MAX, ITEMS_MAX, check_arguments

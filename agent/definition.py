@@ -11,18 +11,17 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from rostra.agent.checks import kinds
+from rostra.agent.checks.spec import OUTPUT_BYTES_MAX, CheckSpec
 from rostra.agent.definition_fields import DefinitionFields
 from rostra.server.state.rows import ServiceRow
 from rostra.wire.errors import BadRequest, Denied
 
 INTERVAL_MIN_S = 1.0
 DEREGISTER_AFTER_MIN_S = 60.0
-TIMEOUT_DEFAULT_S = 10.0
-SCRIPT_TIMEOUT_DEFAULT_S = 30.0
-OUTPUT_BYTES_MAX = 4096
 STATUSES = ("passing", "warning", "critical")
 SIDECAR_SUFFIX = "-sidecar-proxy"
 
@@ -37,37 +36,6 @@ class ScriptsDisabled(Denied):
 
 
 @dataclass(frozen=True, slots=True)
-class CheckSpec:
-    """What to run, how often, and how many results it takes to change the status."""
-
-    id: str
-    name: str
-    type: str  # http | tcp | ttl | script | alias
-    status: str = "critical"  # until the first result
-    notes: str = ""
-    service_id: str = ""
-    token: str = ""
-    interval_s: float = 0.0
-    timeout_s: float = TIMEOUT_DEFAULT_S
-    ttl_s: float = 0.0
-    http: str = ""
-    method: str = ""
-    header: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    body: str = ""
-    tls_skip_verify: bool = False
-    tls_server_name: str = ""
-    tcp: str = ""
-    args: tuple[str, ...] = ()
-    alias_node: str = ""
-    alias_service: str = ""
-    success_before_passing: int = 0
-    failures_before_warning: int = 0
-    failures_before_critical: int = 0
-    deregister_after_s: float = 0.0  # 0: never
-    output_bytes_max: int = OUTPUT_BYTES_MAX
-
-
-@dataclass(frozen=True, slots=True)
 class Scripts:
     """Whose script checks are run."""
 
@@ -76,7 +44,7 @@ class Scripts:
 
     def allow(self, spec: CheckSpec, from_file: bool) -> None:
         """Raises ScriptsDisabled."""
-        if spec.type != "script" or self.remote or (from_file and self.local):
+        if not kinds.of(spec).runs_programs or self.remote or (from_file and self.local):
             return
         if from_file:
             raise ScriptsDisabled(
@@ -120,8 +88,6 @@ def parse_check(raw: Any, *, from_file: bool = False) -> CheckSpec:
         raise BadRequest("Missing check name")
     spec = _read_check(fields, id=check_id, name=name, service_id=service_id, bad_status="Bad check status")
     fields.end()
-    if spec is None:
-        raise BadRequest("Invalid check: TTL must be > 0 for TTL checks")
     return spec
 
 
@@ -303,12 +269,11 @@ def _read_service_checks(
             bad_status="Status for checks must 'passing', 'warning', 'critical'",
         )
         check.end()
-        if spec is not None:
-            yield replace(spec, token=spec.token or token)
+        yield replace(spec, token=spec.token or token)
 
 
-def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str, bad_status: str) -> CheckSpec | None:
-    """The spec of one check object; None for an object that asks for nothing at all."""
+def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str, bad_status: str) -> CheckSpec:
+    """The spec of one check object."""
     status = fields.text("status")
     notes = fields.text("notes")
     token = fields.text("token")
@@ -316,35 +281,23 @@ def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str
     http, tcp = fields.text("http"), fields.text("tcp")
     method, body = fields.text("method"), fields.text("body")
     header = fields.header("header")
-    grpc, docker = fields.text("grpc"), fields.text("docker_container_id")
+    given: dict[str, Any] = {"args": args, "http": http, "tcp": tcp}
+    given |= {name: fields.text(name) for name in ("grpc", "docker_container_id", "alias_node", "alias_service")}
     fields.refuse_namespace()
     fields.ignore("shell", "grpc_use_tls", "proxy_http", "proxy_grpc", "partition", "type", "output")
     interval_s, timeout_s = fields.duration("interval"), fields.duration("timeout")
     ttl_s = fields.duration("ttl")
     tls_skip_verify, tls_server_name = fields.boolean("tls_skip_verify"), fields.text("tls_server_name")
-    alias_node, alias_service = fields.text("alias_node"), fields.text("alias_service")
+    given |= {"interval": interval_s, "ttl": ttl_s}
     success_before_passing = fields.integer("success_before_passing")
     failures_before_critical = fields.integer("failures_before_critical")
     failures_before_warning = fields.integer("failures_before_warning") or failures_before_critical
     deregister_after_s = fields.duration("deregister_critical_service_after")
     output_bytes_max = fields.integer("output_max_size") or OUTPUT_BYTES_MAX
 
-    is_alias = bool(alias_node or alias_service)
-    is_periodic = bool(args or http or tcp)
     if status and status not in STATUSES:
         raise BadRequest(bad_status)
-    if grpc or docker:
-        raise BadRequest(f"Invalid check: {'gRPC' if grpc else 'Docker'} checks are not available")
-    if interval_s > 0 and ttl_s > 0:
-        raise BadRequest("Invalid check: Interval and TTL cannot both be specified")
-    if is_periodic and interval_s <= 0:
-        raise BadRequest("Invalid check: Interval must be > 0 for Script, HTTP, or TCP checks")
-    if is_periodic and is_alias:
-        raise BadRequest("Invalid check: Interval cannot be set for Alias checks")
-    if is_alias and ttl_s > 0:
-        raise BadRequest("Invalid check: TTL must be not be set for Alias checks")
-    if not is_periodic and not is_alias and ttl_s <= 0:
-        raise BadRequest("Invalid check: TTL must be > 0 for TTL checks")
+    kind = kinds.asked_for(given)
     if min(success_before_passing, failures_before_critical, failures_before_warning) < 0:
         raise BadRequest("Invalid check: SuccessBeforePassing and FailuresBefore* must not be negative")
     if failures_before_warning > failures_before_critical:
@@ -355,18 +308,16 @@ def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str
         raise BadRequest("Invalid check: OutputMaxSize must be positive")
     _check_id("check ID", id)
 
-    kind = "http" if http else "ttl" if ttl_s else "tcp" if tcp else "alias" if is_alias else "script"
-    default_timeout_s = SCRIPT_TIMEOUT_DEFAULT_S if kind == "script" else TIMEOUT_DEFAULT_S
     return CheckSpec(
         id=id,
         name=name,
-        type=kind,
+        type=kind.name,
         status=status or "critical",
         notes=notes,
         service_id=service_id,
         token=token,
-        interval_s=max(interval_s, INTERVAL_MIN_S) if is_periodic else 0.0,
-        timeout_s=timeout_s or default_timeout_s,
+        interval_s=max(interval_s, INTERVAL_MIN_S) if kind.probe else 0.0,
+        timeout_s=timeout_s or kind.timeout_s,
         ttl_s=ttl_s,
         http=http,
         method=method,
@@ -376,8 +327,8 @@ def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str
         tls_server_name=tls_server_name,
         tcp=tcp,
         args=args,
-        alias_node=alias_node,
-        alias_service=alias_service,
+        alias_node=given["alias_node"],
+        alias_service=given["alias_service"],
         success_before_passing=success_before_passing,
         failures_before_warning=failures_before_warning,
         failures_before_critical=failures_before_critical,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rostra.agent.bounds import refuse_too_large
-from rostra.agent.definition import CheckSpec, Scripts, parse_check, parse_service
+from rostra.agent.checks.spec import CheckSpec
+from rostra.agent.definition import Scripts, parse_check, parse_service
 from rostra.agent.local_files import is_kept
 from rostra.wire.errors import NotFound, RostraError
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from rostra.agent.bounds import refuse_too_large
+from rostra.agent.checks import kinds
 from rostra.agent.checks.alias import alias_result, follow
 from rostra.agent.checks.check import (
     CRITICAL,
@@ -35,11 +36,10 @@ from rostra.agent.checks.check import (
     is_maintenance,
 )
 from rostra.agent.checks.periodic import run_periodically
+from rostra.agent.checks.spec import OUTPUT_BYTES_MAX, CheckSpec
 from rostra.agent.checks.ttl import Deadline
 from rostra.agent.definition import (
-    OUTPUT_BYTES_MAX,
     SIDECAR_SUFFIX,
-    CheckSpec,
     Scripts,
     ScriptsDisabled,
     ServiceDefinition,
@@ -438,13 +438,14 @@ class LocalAgent:
         self._start_check(check, spec, kept)
 
     def _start_check(self, check: LocalCheck, spec: CheckSpec, kept: Mapping[str, Any] | None) -> None:
-        if spec.type == "ttl":
+        kind = kinds.of(spec)
+        if kind is kinds.TTL:
             left_s = None
             if kept is not None and kept.get("expires_at"):
                 left_s = min(spec.ttl_s, max(0.0, kept["expires_at"] - self._wall()))
             check.ttl = Deadline(spec.ttl_s, lambda: self._expire(check), first_s=left_s)
             check.stop = check.ttl.stop
-        elif spec.type == "alias":
+        elif kind.probe is None:
             if spec.alias_node and spec.alias_node != self.node and self._results is not None:
                 check.stop = follow(spec, self._results, lambda result: self._observe(check, _capped(result, spec)))
         else:
@@ -454,6 +455,7 @@ class LocalAgent:
             work = partial(
                 run_periodically,
                 spec,
+                kind.probe,
                 observe=partial(self._observe, check),
                 is_critical=lambda: check.row.status == CRITICAL,
                 settles_s=SIDECAR_SETTLES_S if settles else 0.0,
@@ -565,7 +567,7 @@ class LocalAgent:
         for check in self.checks.values():
             rows.setdefault(check.row.service_id, []).append(check.row)
             spec = check.spec
-            if spec is None or spec.type != "alias" or (spec.alias_node and spec.alias_node != self.node):
+            if spec is None or spec.type != kinds.ALIAS.name or (spec.alias_node and spec.alias_node != self.node):
                 continue
             if targets is None or spec.alias_service in targets:
                 aliases.append((check, spec))
@@ -651,7 +653,7 @@ class LocalAgent:
             self._put_check(spec, from_file=False)
 
     def _may_restore(self, spec: CheckSpec) -> bool:
-        if spec.type != "script" or self._scripts.remote:
+        if not kinds.of(spec).runs_programs or self._scripts.remote:
             return True
         log.warn("a script check of an earlier run is not started: scripts are disabled now", check=spec.id)
         return False

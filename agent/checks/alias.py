@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from rostra.agent.checks.check import CRITICAL, PASSING, WARNING, Result
-from rostra.agent.definition import CheckSpec
+from rostra.agent.checks.spec import CheckSpec
 from rostra.server.state.rows import CheckRow
 
 if TYPE_CHECKING:

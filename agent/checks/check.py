@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rostra.agent.definition import CheckSpec
+from rostra.agent.checks.spec import CheckSpec
 from rostra.server.state.rows import CheckRow
 
 PASSING, WARNING, CRITICAL, MAINTENANCE = "passing", "warning", "critical", "maintenance"

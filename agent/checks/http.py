@@ -16,8 +16,8 @@ from functools import lru_cache
 from rostra.agent.checks import tcp
 from rostra.agent.checks.check import CRITICAL, PASSING, WARNING, Result
 from rostra.agent.checks.response import Malformed, Response
+from rostra.agent.checks.spec import CheckSpec
 from rostra.agent.checks.url import Url, joined, masked, parse
-from rostra.agent.definition import CheckSpec
 from rostra.wire.turns import turns
 
 _REDIRECTS_MAX = 10

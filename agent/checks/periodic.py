@@ -1,4 +1,4 @@
-"""When a check that the agent runs itself is due, and which probe runs it.
+"""When a check that the agent runs itself is due.
 
 `agent/local.py` keeps one such task per check and is told each result, and decides what a result changes.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from rostra.agent.checks import http, script, tcp
+from rostra.agent.checks import kinds
 from rostra.agent.checks.check import CRITICAL, Result
-from rostra.agent.definition import CheckSpec
+from rostra.agent.checks.spec import CheckSpec
 
 FIRST_RUN_WITHIN_S = 0.5
 FIRST_PAUSE_S = 0.25
@@ -18,6 +18,7 @@ FIRST_PAUSE_S = 0.25
 
 async def run_periodically(
     spec: CheckSpec,
+    probe: kinds.Probe,
     *,
     observe: Callable[[Result], None],
     is_critical: Callable[[], bool],
@@ -30,13 +31,13 @@ async def run_periodically(
     pause grows from a quarter of a second to the interval; a script is not run more often than it asks for.
     `is_critical`: whether the check is, whatever its last result was.
     """
-    loop = asyncio.get_running_loop()
+    loop, kind = asyncio.get_running_loop(), kinds.of(spec)
     await asyncio.sleep(settles_s + random() * min(spec.interval_s, FIRST_RUN_WITHIN_S))
     due = loop.time()
-    pause_s = spec.interval_s if spec.type == "script" else FIRST_PAUSE_S
+    pause_s = spec.interval_s if kind.runs_programs else FIRST_PAUSE_S
     while True:
         try:
-            result = await _probe(spec)
+            result = await probe(spec)
         except Exception as error:
             observe(Result(CRITICAL, f"the check could not be run: {error!r}"))
             raise
@@ -46,13 +47,3 @@ async def run_periodically(
         due = max(due + min(pause_s, spec.interval_s), loop.time())
         pause_s *= 2
         await asyncio.sleep(max(0.0, due - loop.time()))
-
-
-async def _probe(spec: CheckSpec) -> Result:
-    if spec.type == "http":
-        return await http.run(spec)
-    if spec.type == "tcp":
-        return await tcp.run(spec.tcp, spec.timeout_s)
-    if spec.type == "script":
-        return await script.run(spec)
-    raise ValueError(f"this version runs no check of type {spec.type!r}")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from rostra.agent.checks.check import CRITICAL, PASSING, WARNING, Result, cap_captured
-from rostra.agent.definition import CheckSpec
+from rostra.agent.checks.spec import CheckSpec
 
 _WRAPPER = Path(__file__).with_name("wrapper.py")
 _GRACE_S = 5.0  # the wrapper ends the script at the timeout; only a wrapper that hangs needs this

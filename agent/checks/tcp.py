@@ -9,10 +9,12 @@ import re
 import socket
 
 from rostra.agent.checks.check import CRITICAL, PASSING, Result
+from rostra.agent.checks.spec import CheckSpec
 
 
-async def run(address: str, timeout_s: float) -> Result:
+async def run(spec: CheckSpec) -> Result:
     """One attempt to connect. Never raises for what the other side does."""
+    address = spec.tcp
     try:
         host, name = split_address(address)
         number = port_number(name)
@@ -20,7 +22,7 @@ async def run(address: str, timeout_s: float) -> Result:
     except ValueError as error:
         return Result(CRITICAL, str(error))
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(spec.timeout_s):
             _, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError) as error:
         return Result(CRITICAL, describe(error, host, port))

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from rostra.agent.checks import kinds
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import Body, MapOf, parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
@@ -263,7 +264,7 @@ def check_map(given: Fields) -> dict[str, Any]:
         "notes": given.text("Notes"),
         "output": given.text("Output"),
         "service_id": given.text("ServiceID"),
-        "type": given.text("Type") or _check_type(definition),
+        "type": given.text("Type") or kinds.shown_as(_asked(definition)),
         "definition": definition,
     }
 
@@ -280,20 +281,9 @@ def _definition(given: Fields) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if value}
 
 
-def _check_type(definition: dict[str, Any]) -> str:
-    has, is_timed = definition.__contains__, "Interval" in definition
-    for kind, is_it in (
-        ("grpc", is_timed and has("GRPC")),
-        ("http", is_timed and has("HTTP")),
-        ("ttl", has("TTL")),
-        ("tcp", is_timed and has("TCP")),
-        ("alias", has("AliasNode") or has("AliasService")),
-        ("docker", is_timed and has("ScriptArgs") and has("DockerContainerID")),
-        ("script", has("ScriptArgs")),
-    ):
-        if is_it:
-            return kind
-    return ""
+def _asked(definition: dict[str, Any]) -> dict[str, Any]:
+    """As a definition of the agent names it."""
+    return {_snake(name): value for name, value in definition.items()} | {"args": definition.get("ScriptArgs")}
 
 
 def snake_names(value: Any) -> Any:

@@ -19,7 +19,7 @@ import pytest
 
 from rostra.agent.checks import http, script, tcp, wrapper
 from rostra.agent.checks.response import BODY_BYTES_MAX, Response
-from rostra.agent.definition import CheckSpec
+from rostra.agent.checks.spec import CheckSpec
 from tests.support.waiting import eventually
 
 
@@ -307,16 +307,16 @@ async def test_a_refused_connection_is_told_in_consuls_words() -> None:
         "critical",
         f'Get "http://127.0.0.1:{port}/": {dial}',
     )
-    assert await tcp.run(f"127.0.0.1:{port}", 5.0) == ("critical", dial)
+    assert await tcp.run(spec(tcp=f"127.0.0.1:{port}")) == ("critical", dial)
 
 
 async def test_a_tcp_check_passes_where_something_listens() -> None:
     async with server(b"") as (port, _):
-        assert await tcp.run(f"127.0.0.1:{port}", 5.0) == ("passing", f"TCP connect 127.0.0.1:{port}: Success")
+        assert await tcp.run(spec(tcp=f"127.0.0.1:{port}")) == ("passing", f"TCP connect 127.0.0.1:{port}: Success")
 
 
 async def test_a_tcp_check_without_a_port_is_critical() -> None:
-    assert await tcp.run("foo", 5.0) == ("critical", "dial tcp: address foo: missing port in address")
+    assert await tcp.run(spec(tcp="foo")) == ("critical", "dial tcp: address foo: missing port in address")
 
 
 @pytest.mark.parametrize(
@@ -330,13 +330,13 @@ async def test_a_tcp_check_without_a_port_is_critical() -> None:
     ],
 )
 async def test_a_port_that_is_none_is_critical_and_said(address: str, says: str) -> None:
-    assert await tcp.run(address, 5.0) == ("critical", says)
+    assert await tcp.run(spec(tcp=address)) == ("critical", says)
 
 
 async def test_the_port_of_a_tcp_check_may_be_the_name_of_a_service() -> None:
     # A reserved address of the loopback network: nobody listens there.
     for name in ("ssh", "SSH"):
-        assert await tcp.run(f"127.255.255.254:{name}", 5.0) == (
+        assert await tcp.run(spec(tcp=f"127.255.255.254:{name}")) == (
             "critical",
             "dial tcp 127.255.255.254:22: connect: connection refused",
         )
