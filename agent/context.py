@@ -5,25 +5,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rostra.acl.authorizer import EVERYTHING, Authorizer
+from rostra.agent.config import Config
 from rostra.agent.metrics import Metrics
 from rostra.wire.caller import Caller
 
 if TYPE_CHECKING:
+    from rostra.agent.core_process import CoreProcess
+    from rostra.agent.leaf import Leaves
+    from rostra.agent.local import LocalAgent
+    from rostra.agent.proxycfg import ProxyConfigs
     from rostra.agent.results import Results
     from rostra.agent.servers_port import Servers
+    from rostra.agent.sync import Sync
+
+#: What every agent has, and a test leaves out that asks for none of it.
+_LEFT_OUT: Any = cast(Any, None)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
+class CoreNumbers:
+    """What the core of this host said of itself last, and when (monotonic seconds)."""
+
+    asked_at: float = -1.0
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Agent:
-    """`config`, `local`, `leaves` and `members` belong to other modules and are typed there.
-
-    The names that `agent/http` itself reads are repeated here, so that a test needs no configuration.
-    """
+    """`core`: of this host, None on a client. `force_leave(node, prune)` takes a node out of the cluster by hand."""
 
     servers: Servers
     results: Results
@@ -31,11 +45,13 @@ class Agent:
     node_name: str = ""
     node_id: str = ""
     datacenter: str = "dc1"
-    config: Any = None
-    local: Any = None  # LocalAgent
-    leaves: Any = None  # Leaves
-    members: Any = None
+    config: Config = field(default_factory=Config)
+    local: LocalAgent = _LEFT_OUT
+    leaves: Leaves = _LEFT_OUT
+    proxies: ProxyConfigs = _LEFT_OUT
+    sync: Sync | None = None
+    core: CoreProcess | None = None
+    force_leave: Callable[[str, bool], Awaitable[Any]] = _LEFT_OUT
     #: What a caller may do with what this agent answers by itself. Servers ask for the rest.
     authorize: Callable[[Caller], Authorizer] = lambda caller: EVERYTHING
-    #: What other modules hang here by name, when it has no field of its own.
-    parts: dict[str, Any] = field(default_factory=dict)
+    core_numbers: CoreNumbers = field(default_factory=CoreNumbers)

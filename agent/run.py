@@ -367,14 +367,9 @@ class RunningAgent:
             config=config,
             local=local,
             leaves=leaves,
-        )
-        agent.parts.update(
             proxies=proxies,
             sync=sync,
-            steps=steps,
-            session=session,
-            started=time.time(),
-            default_allow=config.intentions_default_allow,
+            core=self._core,
             force_leave=self._force_leave,
         )
         self._gauges(metrics, session, results)
@@ -394,7 +389,6 @@ class RunningAgent:
             await self._open_join_port()
         if self._core is not None:
             self._tasks.keep("core", self._core.live)
-            agent.parts["core"] = self._core
         self._tasks.keep("session with a server", session.run)
         session.on_connected.append(self._connected)
         self._tasks.keep("follow the servers", self._known.keep)
@@ -444,7 +438,6 @@ class RunningAgent:
         self._ends.append(("proxy snapshots", proxies.stop))
         self._ends.append(("leaves", leaves.stop))
         sidecars = Sidecars(local, http_addr=own_address, log_level=config.log_level)
-        agent.parts["sidecars"] = sidecars
         await sidecars.start()
         self._ends.append(("sidecars", sidecars.stop))
         if self._core is not None and not config.dev and (config.retry_join or config.start_join):

@@ -45,7 +45,7 @@ async def disabled(request: Request, agent: Agent) -> Response:
 
 
 ROUTES = tuple(
-    Route(method, path, disabled, anybody, query=parameters())
+    Route(method, path, disabled, anybody, query=parameters(), datacenter=False)
     for methods, path in (line.split() for line in _ROUTES.strip().splitlines())
     for method in methods.split(",")
 )

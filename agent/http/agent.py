@@ -3,8 +3,7 @@
 Statuses and texts are Consul's 1.8, also where they are odd: deregistering what is not there succeeds, a check that is
 no TTL check is a 500. A change is answered when the catalog has it, or after a bounded wait with a header that says why
 it has not. Long polls on one service or one proxy wait for another content hash (`?hash=`), the leaf for
-another index. Parts that have no field in `Agent` hang in `agent.parts`: `proxies` (ProxyConfigs), `default_allow`, and
-the coroutine functions `leave()`, `reload()`, `join(address)`, `force_leave(node, prune)`.
+another index.
 """
 
 from __future__ import annotations
@@ -27,12 +26,11 @@ from rostra.agent.http import permissions
 from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.errors import SYNC_ERROR_HEADER, SYNCED_HEADER, HttpError
 from rostra.agent.http.machine import describe
-from rostra.agent.http.reads import hash_wait_s
+from rostra.agent.http.reads import how_long
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response, text_response
 from rostra.agent.http.shapes import check_json, proxy_json, tagged_json
 from rostra.agent.local import LocalAgent
 from rostra.agent.metrics import Metrics
-from rostra.agent.sync import Sync
 from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
 from rostra.server.state.cluster import Members
 from rostra.server.state.health import sees_check
@@ -59,7 +57,7 @@ _HEALTH_STATUS = {PASSING: 200, WARNING: 429, CRITICAL: 503, MAINTENANCE: 503}
 
 async def register_service(request: Request, agent: Agent) -> Response:
     service_id = await _changed(
-        _local(agent).register_service(
+        agent.local.register_service(
             request.json_object(),
             replace_existing_checks=request.query.flag("replace-existing-checks"),
             token=request.token,
@@ -73,14 +71,14 @@ async def deregister_service(request: Request, agent: Agent) -> Response:
     if not service_id:
         raise HttpError(500, "ServiceID missing")
     try:
-        await _local(agent).deregister_service(service_id)
+        await agent.local.deregister_service(service_id)
     except NotFound:
         pass
     return await _settled(agent, service_id)
 
 
 async def register_check(request: Request, agent: Agent) -> Response:
-    service_id = await _changed(_local(agent).register_check(request.json_object(), token=request.token))
+    service_id = await _changed(agent.local.register_check(request.json_object(), token=request.token))
     return await _settled(agent, service_id)
 
 
@@ -90,7 +88,7 @@ async def deregister_check(request: Request, agent: Agent) -> Response:
         raise HttpError(500, "CheckID missing")
     service_id = _service_of(agent, check_id)
     try:
-        await _local(agent).deregister_check(check_id)
+        await agent.local.deregister_check(check_id)
     except NotFound:
         pass
     return await _settled(agent, service_id)
@@ -121,7 +119,7 @@ async def update_check(request: Request, agent: Agent) -> Response:
 
 async def _set_ttl(agent: Agent, check_id: str, status: str, output: str) -> Response:
     try:
-        await _local(agent).set_ttl_status(check_id, status, output)
+        await agent.local.set_ttl_status(check_id, status, output)
     except NotFound as error:
         raise HttpError(500, error.message) from None
     return await _settled(agent, _service_of(agent, check_id))
@@ -130,12 +128,12 @@ async def _set_ttl(agent: Agent, check_id: str, status: str, output: str) -> Res
 async def service_maintenance(request: Request, agent: Agent) -> Response:
     service_id = request.require("id", "Missing service ID")
     enable = _enable(request)
-    await _local(agent).service_maintenance(service_id, enable, request.query.get("reason"), token=request.token)
+    await agent.local.service_maintenance(service_id, enable, request.query.get("reason"), token=request.token)
     return await _settled(agent, service_id)
 
 
 async def node_maintenance(request: Request, agent: Agent) -> Response:
-    await _local(agent).node_maintenance(_enable(request), request.query.get("reason"), token=request.token)
+    await agent.local.node_maintenance(_enable(request), request.query.get("reason"), token=request.token)
     return await _settled(agent, "")
 
 
@@ -159,7 +157,7 @@ async def _changed(change: Awaitable[str]) -> str:
 
 async def _settled(agent: Agent, service_id: str) -> Response:
     """200 once the catalog has what was changed, or says why it has not: the change is kept here and tried again."""
-    sync: Sync | None = agent.parts.get("sync")
+    sync = agent.sync
     why = await sync.settled(service_id, service_id + SIDECAR_SUFFIX) if sync is not None else ""
     if not why:
         return Response()
@@ -168,7 +166,7 @@ async def _settled(agent: Agent, service_id: str) -> Response:
 
 
 def _service_of(agent: Agent, check_id: str) -> str:
-    check = _local(agent).checks.get(check_id)
+    check = agent.local.checks.get(check_id)
     return check.row.service_id if check is not None else ""
 
 
@@ -177,14 +175,14 @@ def _service_of(agent: Agent, check_id: str) -> str:
 
 async def services(request: Request, agent: Agent) -> Response:
     _no_filter(request)
-    local = _local(agent)
+    local = agent.local
     rows = (local.services[i].row for i in sorted(local.services))
     return json_response({row.id: service_json(row) for row in rows if request.can.service_read(row.name)})
 
 
 async def service(request: Request, agent: Agent) -> Response:
     """One service; with `?hash=` it waits until the service differs from what had that hash."""
-    local, service_id = _local(agent), request.params["id"]
+    local, service_id = agent.local, request.params["id"]
 
     def now() -> tuple[Json, str]:
         found = local.services.get(service_id)
@@ -200,7 +198,7 @@ async def service(request: Request, agent: Agent) -> Response:
         changed = asyncio.Event()
         remove = local.on_change(changed.set)
         try:
-            async with asyncio.timeout(hash_wait_s(request)):
+            async with asyncio.timeout(how_long(request, agent)):
                 while digest == known:
                     await changed.wait()
                     changed.clear()
@@ -214,13 +212,13 @@ async def service(request: Request, agent: Agent) -> Response:
 
 async def checks(request: Request, agent: Agent) -> Response:
     _no_filter(request)
-    local = _local(agent)
+    local = agent.local
     rows = (local.checks[i].row for i in sorted(local.checks))
     return json_response({row.id: check_json(row) for row in rows if sees_check(request.can, row)})
 
 
 async def health_by_id(request: Request, agent: Agent) -> Response:
-    local = _local(agent)
+    local = agent.local
     service_id = request.require("id", "Missing serviceID")
     found = local.services.get(service_id)
     if found is None or not request.can.service_read(found.row.name):
@@ -234,7 +232,7 @@ async def health_by_id(request: Request, agent: Agent) -> Response:
 
 
 async def health_by_name(request: Request, agent: Agent) -> Response:
-    local = _local(agent)
+    local = agent.local
     name = request.require("name", "Missing service Name")
     named = [i for i in sorted(local.services) if local.services[i].row.name == name]
     shown = [_health_json(local, i) for i in named] if request.can.service_read(name) else []
@@ -310,7 +308,7 @@ async def self_(request: Request, agent: Agent) -> Response:
     row, leader, core = await asyncio.gather(
         _own_member(agent, is_server), _ask(agent, "status.leader", ""), _core_metrics(agent, is_server)
     )
-    ttl_min_ns = int(float(getattr(config, "session_ttl_min_s", 10.0)) * SECOND)
+    ttl_min_ns = int(config.session_ttl_min_s * SECOND)
     return json_response(
         {
             "Config": {
@@ -326,7 +324,7 @@ async def self_(request: Request, agent: Agent) -> Response:
             "Coord": {"Vec": [0, 0, 0, 0, 0, 0, 0, 0], "Error": 1.5, "Adjustment": 0, "Height": 1e-05},
             "Member": member_json(row, agent.datacenter),
             "Stats": _stats(agent, is_server, leader, core.get("raft") or {}),
-            "Meta": dict(getattr(config, "node_meta", None) or {}),
+            "Meta": dict(config.node_meta),
         }
     )
 
@@ -389,12 +387,11 @@ def add_gauges(metrics: Metrics, name: str, value: Any) -> None:
 
 
 def _is_server(agent: Agent) -> bool:
-    return bool(getattr(agent.config, "server", False) or getattr(agent.config, "dev", False))
+    return agent.config.server or agent.config.dev
 
 
 async def host(request: Request, agent: Agent) -> Response:
-    data_dir = str(getattr(agent.config, "data_dir", "") or "/")
-    return json_response(await asyncio.to_thread(describe, data_dir))
+    return json_response(await asyncio.to_thread(describe, agent.config.data_dir or "/"))
 
 
 def _wan_member_json(row: MemberRow, datacenter: str) -> Json:
@@ -459,11 +456,11 @@ async def _core_metrics(agent: Agent, is_server: bool) -> Json:
     if not is_server:
         return {}
     now = time.monotonic()
-    asked_at, numbers = agent.parts.get("core_metrics", (-1.0, {}))
-    if now - asked_at >= CORE_METRICS_EVERY_S:
-        numbers = await _ask(agent, "server.metrics", {})
-        agent.parts["core_metrics"] = (now, numbers)
-    return numbers  # type: ignore[no-any-return]
+    core = agent.core_numbers
+    if now - core.asked_at >= CORE_METRICS_EVERY_S:
+        core.numbers = await _ask(agent, "server.metrics", {})
+        core.asked_at = now
+    return core.numbers
 
 
 def _stats(agent: Agent, is_server: bool, leader: str, raft: Json) -> Json:
@@ -491,7 +488,7 @@ def _stats(agent: Agent, is_server: bool, leader: str, raft: Json) -> Json:
             "version": f"python{platform.python_version()}",
         },
     }
-    core = agent.parts.get("core")
+    core = agent.core
     if core is not None:
         is_up = agent.servers.connected if core.attached else core.is_up
         stats["core"] = {"state": "up" if is_up else "away", "pid": str(core.pid)}
@@ -501,30 +498,29 @@ def _stats(agent: Agent, is_server: bool, leader: str, raft: Json) -> Json:
 
 
 def _own_address(agent: Agent) -> str:
-    config = agent.config
-    return str(getattr(config, "advertise_addr", "") or getattr(config, "bind_addr", "") or "")
+    return agent.config.advertise_addr or agent.config.bind_addr
 
 
 def _debug_config(agent: Agent, is_server: bool, ttl_min_ns: int) -> Json:
     config = agent.config
     return {
-        "BindAddr": str(getattr(config, "bind_addr", "")),
-        "AdvertiseAddrLAN": str(getattr(config, "advertise_addr", "")),
-        "ClientAddrs": list(getattr(config, "client_addrs", ())),
+        "BindAddr": config.bind_addr,
+        "AdvertiseAddrLAN": config.advertise_addr,
+        "ClientAddrs": list(config.client_addrs),
         "Datacenter": agent.datacenter,
-        "DataDir": str(getattr(config, "data_dir", "")),
-        "DevMode": bool(getattr(config, "dev", False)),
-        "DNSDomain": f"{getattr(config, 'domain', 'consul')}.",
-        "DNSPort": getattr(config, "dns_port", 8600),
-        "HTTPPort": getattr(config, "http_port", 8500),
+        "DataDir": config.data_dir,
+        "DevMode": config.dev,
+        "DNSDomain": f"{config.domain}.",
+        "DNSPort": config.dns_port,
+        "HTTPPort": config.http_port,
         "NodeID": agent.node_id,
         "NodeName": agent.node_name,
         "ServerMode": is_server,
-        "ServerPort": getattr(config, "server_port", 8300),
-        "SerfPortLAN": getattr(config, "join_port", 8301),
+        "ServerPort": config.server_port,
+        "SerfPortLAN": config.join_port,
         "SessionTTLMin": format_duration(ttl_min_ns),
-        "EnableRemoteScriptChecks": bool(getattr(config, "enable_script_checks", False)),
-        "EnableLocalScriptChecks": bool(getattr(config, "enable_local_script_checks", False)),
+        "EnableRemoteScriptChecks": config.enable_script_checks,
+        "EnableLocalScriptChecks": config.enable_local_script_checks,
         "Version": CONSUL_API_VERSION,
         "VersionPrerelease": "",
         "RostraVersion": __version__,
@@ -535,39 +531,32 @@ def _debug_config(agent: Agent, is_server: bool, ttl_min_ns: int) -> Json:
 
 
 async def join(request: Request, agent: Agent) -> Response:
-    return await _by_hand(agent, "join", request.require("address", "Missing address"))
+    request.require("address", "Missing address")
+    raise _not_yet("join")
 
 
 async def force_leave(request: Request, agent: Agent) -> Response:
     node = request.require("node", "Missing node name")
     try:
-        return await _by_hand(agent, "force_leave", node, request.query.has("prune"))
+        await agent.force_leave(node, request.query.has("prune"))
     except NotFound:
         raise HttpError(500, f"agent: No node found with name '{node}'") from None
-
-
-async def leave(request: Request, agent: Agent) -> Response:
-    return await _by_hand(agent, "leave")
-
-
-async def reload(request: Request, agent: Agent) -> Response:
-    return await _by_hand(agent, "reload")
-
-
-async def _by_hand(agent: Agent, what: str, *args: Any) -> Response:
-    action: Callable[..., Awaitable[Any]] | None = agent.parts.get(what)
-    if action is None:
-        raise HttpError(500, f"{what.replace('_', '-')} is not yet available on this agent")
-    await action(*args)
     return Response()
 
 
+async def leave(request: Request, agent: Agent) -> Response:
+    raise _not_yet("leave")
+
+
+async def reload(request: Request, agent: Agent) -> Response:
+    raise _not_yet("reload")
+
+
+def _not_yet(what: str) -> HttpError:
+    return HttpError(500, f"{what} is not yet available on this agent")
+
+
 # -- parameters ---------------------------------------------------------------------------------------------------
-
-
-def _local(agent: Agent) -> LocalAgent:
-    local: LocalAgent = agent.local
-    return local
 
 
 def _no_filter(request: Request) -> None:
@@ -610,6 +599,7 @@ ROUTES = tuple(
         handler,
         may,
         query=(read_parameters if method == "GET" else parameters)(names),
+        datacenter=False,
     )
     for path, (method, handler, names, may) in _TABLE.items()
 )

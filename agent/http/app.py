@@ -36,7 +36,6 @@ from rostra.agent.http.errors import OUTCOME_HEADER, HttpError, error_response, 
 from rostra.agent.http.gate import READS, Gate
 from rostra.agent.http.hot import HotReads, StoredAnswer, key_of
 from rostra.agent.http.indent import indented
-from rostra.agent.http.reads import WAIT_MAX_S
 from rostra.agent.http.routing import (
     JSON_TYPE,
     TEXT_TYPE,
@@ -54,7 +53,6 @@ from rostra.wire.turns import turns
 CONNECTIONS_PER_CLIENT = 200
 KEEPALIVE_S = 300.0
 REQUEST_S = 30.0
-BLOCKING_S = WAIT_MAX_S * 17 / 16 + REQUEST_S
 WRITE_S = 60.0
 WRITE_BYTES = 32 << 10
 TURN_BYTES = 128 << 10
@@ -98,6 +96,8 @@ class HttpServer:
         self._clients: dict[str, int] = {}
         self.turns = WriteTurns()
         self._deadlines = Deadlines()
+        longest_s = max(agent.config.default_query_time_s, agent.config.max_query_time_s)
+        self._blocking_s = longest_s * 17 / 16 + REQUEST_S  # a sixteenth is added so that clients spread
         self.hot = HotReads(agent.servers, agent.metrics, _date_line)
         self._attention = Attention()
         self._compression = Compression()
@@ -261,8 +261,8 @@ class HttpServer:
             method, target, headers=base.headers, body=body, remote=base.remote or "", params=match.params
         )
         if request.query and any(request.query.has(name) for name in _BLOCKS):
-            self._deadlines.extend(BLOCKING_S)
-        check_parameters(request, route)
+            self._deadlines.extend(self._blocking_s)
+        check_parameters(request, route, self._agent.datacenter)
         request.can = can = self._agent.authorize(request.caller)
         if can is not EVERYTHING and not route.may(can, request, self._agent):
             raise HttpError(403, f"{DENIED}: {method} {route.path}")

@@ -14,7 +14,7 @@ from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields, plain
 from rostra.agent.http.health import all_of, meta_filter, node_filter, tag_filter
 from rostra.agent.http.permissions import anybody, at_servers
-from rostra.agent.http.reads import answer, check_datacenter, read_options
+from rostra.agent.http.reads import answer, read_options
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, as_object, catalog_service_json, node_json, service_json
 from rostra.agent.results import View
@@ -170,7 +170,6 @@ _DEREGISTRATION = Body("Datacenter Node Address ServiceID CheckID Token")
 
 async def register(request: Request, agent: Agent) -> Response:
     body = _REGISTRATION.read(request)
-    check_datacenter(request, agent)
     _check_dc(body, agent)
     node_name = body.text("Node")
     if not node_name:
@@ -209,7 +208,6 @@ async def register(request: Request, agent: Agent) -> Response:
 
 async def deregister(request: Request, agent: Agent) -> Response:
     body = _DEREGISTRATION.read(request)
-    check_datacenter(request, agent)
     _check_dc(body, agent)
     node_name = body.text("Node")
     if not node_name:
@@ -304,7 +302,7 @@ ROUTES = (
     Route("GET", "/v1/catalog/connect/{service}", connect, at_servers, query=read_parameters("tag node-meta ns")),
     Route("GET", "/v1/catalog/node/{node}", node, at_servers, query=read_parameters("ns")),
     Route("GET", "/v1/catalog/node-services/{node}", node_services, at_servers, query=read_parameters("ns")),
-    Route("GET", "/v1/catalog/datacenters", datacenters, anybody, query=read_parameters()),
+    Route("GET", "/v1/catalog/datacenters", datacenters, anybody, query=read_parameters(), datacenter=False),
     Route("PUT", "/v1/catalog/register", register, at_servers, query=parameters("ns")),
     Route("PUT", "/v1/catalog/deregister", deregister, at_servers, query=parameters("ns")),
 )

@@ -259,11 +259,7 @@ async def check(request: Request, agent: Agent) -> Response:
     options = read_options(request, agent)
     entry = await agent.results.fetch(IntentionsFor(destination), mode=options.mode, token=request.token)
     rows = [IntentionRow(*row) for row in entry.rows.values()]
-    return json_response({"Allowed": decide(source, destination, rows, _default_allow(agent)).allowed})
-
-
-def _default_allow(agent: Agent) -> bool:
-    return bool(getattr(agent.config, "intentions_default_allow", True))
+    return json_response({"Allowed": decide(source, destination, rows, agent.config.intentions_default_allow).allowed})
 
 
 def _pair(request: Request) -> tuple[str, str]:

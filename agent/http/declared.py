@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rostra.agent.http.errors import HttpError
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.routing import JsonObject, Request, Route
 from rostra.wire.errors import BadRequest
@@ -35,8 +36,10 @@ def read_parameters(names: str = "") -> frozenset[str]:
     return _READ.union(names.split())
 
 
-def check_parameters(request: Request, route: Route) -> None:
-    """Refuse namespaces, and note what the route does not read. Raises BadRequest."""
+def check_parameters(request: Request, route: Route, datacenter: str) -> None:
+    """Refuse namespaces and other datacenters, and note what the route does not read. Raises BadRequest, HttpError."""
+    if route.datacenter and request.query and request.query.get("dc", datacenter) not in ("", datacenter):
+        raise HttpError(500, "No path to datacenter")
     declared = route.query
     if declared is None:
         return

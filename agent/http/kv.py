@@ -10,7 +10,7 @@ from rostra.agent.context import Agent
 from rostra.agent.http.declared import parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.permissions import at_servers
-from rostra.agent.http.reads import answer, check_datacenter
+from rostra.agent.http.reads import answer
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route
 from rostra.agent.http.shapes import as_array, kv_fragment
 from rostra.agent.results import View
@@ -44,7 +44,6 @@ async def read(request: Request, agent: Agent) -> Response:
 
 async def put(request: Request, agent: Agent) -> Response:
     key = request.require("key", "Missing key name")
-    check_datacenter(request, agent)
     query = request.query
     _refuse_together(request, "acquire", "cas", "release")
     command = SetKey(
@@ -59,7 +58,6 @@ async def put(request: Request, agent: Agent) -> Response:
 
 
 async def delete(request: Request, agent: Agent) -> Response:
-    check_datacenter(request, agent)
     query = request.query
     if query.has("recurse"):
         _refuse_together(request, "cas", "recurse")

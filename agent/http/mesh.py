@@ -10,10 +10,9 @@ from rostra.acl.intention import Intention, decide
 from rostra.agent.context import Agent
 from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.permissions import at_servers, holds_key_of_proxy, holds_key_of_service
-from rostra.agent.http.reads import hash_wait_s
+from rostra.agent.http.reads import how_long
 from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.agent.http.shapes import rfc3339
-from rostra.agent.proxycfg import ProxyConfigs
 from rostra.server.state.ca import Roots
 from rostra.server.state.intention import IntentionsFor
 from rostra.server.state.rows import IntentionRow
@@ -23,7 +22,7 @@ from rostra.wire.errors import BadRequest
 async def leaf(request: Request, agent: Agent) -> Response:
     name = request.require("service", "Missing service name")
     index = _index(request)
-    held = await agent.leaves.wait(name, index, hash_wait_s(request) if index else 10.0, token=request.token)
+    held = await agent.leaves.wait(name, index, how_long(request, agent) if index else 10.0, token=request.token)
     shown = {
         "SerialNumber": held.serial,
         "CertPEM": held.cert_pem,
@@ -62,7 +61,7 @@ async def authorize(request: Request, agent: Agent) -> Response:
         return json_response({"Authorized": False, "Reason": reason})
     rows = (await agent.results.fetch(IntentionsFor(target), token=request.token)).rows
     intentions: list[Intention] = [IntentionRow(*row) for row in rows.values()]
-    decision = decide(client.service, target, intentions, agent.parts.get("default_allow", True))
+    decision = decide(client.service, target, intentions, agent.config.intentions_default_allow)
     if isinstance(decision.winner, IntentionRow):
         i = decision.winner
         reason = (
@@ -76,10 +75,9 @@ async def authorize(request: Request, agent: Agent) -> Response:
 
 async def proxy(request: Request, agent: Agent) -> Response:
     """A proxy's snapshot; with `?hash=` it waits for another one."""
-    proxies: ProxyConfigs = agent.parts["proxies"]
     known = request.query.get("hash")
     proxy_id = request.require("id", "Missing proxy ID")
-    body, digest = await proxies.wait_encoded(proxy_id, known, hash_wait_s(request) if known else 10.0)
+    body, digest = await agent.proxies.wait_encoded(proxy_id, known, how_long(request, agent) if known else 10.0)
     return Response(200, body, {"Content-Type": "application/json", "X-Consul-ContentHash": digest})
 
 
@@ -92,6 +90,13 @@ def _index(request: Request) -> int:
 
 ROUTES = (
     Route("GET", "/v1/agent/connect/ca/leaf/{service}", leaf, holds_key_of_service, query=read_parameters("ns")),
-    Route("POST", "/v1/agent/connect/authorize", authorize, at_servers, query=parameters("")),
-    Route("GET", "/v1/agent/connect/proxy/{id}", proxy, holds_key_of_proxy, query=read_parameters("hash")),
+    Route("POST", "/v1/agent/connect/authorize", authorize, at_servers, query=parameters(), datacenter=False),
+    Route(
+        "GET",
+        "/v1/agent/connect/proxy/{id}",
+        proxy,
+        holds_key_of_proxy,
+        query=read_parameters("hash"),
+        datacenter=False,
+    ),
 )

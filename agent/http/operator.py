@@ -17,7 +17,7 @@ from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.permissions import at_servers
-from rostra.agent.http.reads import check_datacenter, read_options
+from rostra.agent.http.reads import read_options
 from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.server.state.catalog import Nodes
 from rostra.server.state.operator import COUNT_MAX, MILLISECONDS_MAX, Autopilot, SetAutopilot
@@ -79,7 +79,6 @@ async def remove_peer(request: Request, agent: Agent) -> Response:
         )
     if len(given) > 1:
         raise BadRequest("Bad request: Must specify only one of ?id or ?address")
-    check_datacenter(request, agent)
     ((name, value),) = given.items()
     answer = await _configuration(request, agent)
     members = list(answer["members"])
@@ -127,7 +126,6 @@ async def _change(
     request: Request, agent: Agent, kind: str, args: dict[str, Any], done: Callable[[Members], Any]
 ) -> Any:
     """The act's answer, or what `done` makes of the list of servers where that shows that it was done."""
-    check_datacenter(request, agent)
     try:
         return await agent.servers.act(kind, args, caller=request.caller, timeout_s=CHANGE_S, once=True)
     except (NotFound, Timeout) as e:
@@ -268,7 +266,6 @@ async def configuration(request: Request, agent: Agent) -> Response:
 
 async def set_configuration(request: Request, agent: Agent) -> Response:
     """true, or false where `?cas=` is not the present ModifyIndex. What is not given gets its default."""
-    check_datacenter(request, agent)
     command = _configuration_of(request, _cas(request))
     return json_response(bool(await write(agent.servers, command, request.caller)))
 

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rostra.agent.context import Agent
-from rostra.agent.http.errors import HttpError
 from rostra.agent.http.routing import JSON_TYPE, Request, Response
 from rostra.agent.results import Entry, Live, Rendered, RowSet, View
 from rostra.agent.servers_port import Barrier, Mode
 from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
 
-WAIT_DEFAULT_S = 300.0
-WAIT_MAX_S = 600.0
 #: The stored answers of larger bodies would crowd out the others, and their cost is in the writing anyway.
 HOT_BODY_BYTES_MAX = 256 << 10
 
@@ -46,7 +43,7 @@ class Hot:
     mode: Mode
 
 
-_PLAIN = ReadOptions("default", 0, WAIT_DEFAULT_S, False)
+_PLAIN = ReadOptions("default", 0, 0.0, False)
 
 
 def read_options(request: Request, agent: Agent) -> ReadOptions:
@@ -59,30 +56,25 @@ def read_options(request: Request, agent: Agent) -> ReadOptions:
         raise BadRequest("Cannot specify ?stale with ?consistent, conflicting semantics.")
     if cached and consistent:
         raise BadRequest("Cannot specify ?cached with ?consistent, conflicting semantics.")
-    check_datacenter(request, agent)
     if query.get("filter"):
         raise BadRequest("?filter is not supported yet: filter the answer, or use ?tag, ?node-meta, ?passing")
-    index, wait = query.get("index"), query.get("wait")
-    config = agent.config
-    wait_default_s = getattr(config, "default_query_time_s", WAIT_DEFAULT_S)
-    wait_max_s = getattr(config, "max_query_time_s", WAIT_MAX_S)
-    wait_s = wait_default_s
-    if wait:
-        try:
-            wait_s = parse_duration(wait) / SECOND
-        except ValueError:
-            raise BadRequest("Invalid wait time") from None
-        wait_s = min(wait_s, wait_max_s) if wait_s > 0 else wait_default_s
+    index, wait_s = query.get("index"), how_long(request, agent)
     if index and (not _DIGITS.fullmatch(index) or int(index) >= 2**64):
         raise BadRequest("Invalid index")
     mode: Mode = "stale" if stale else "consistent" if consistent else "default"
     return ReadOptions(mode, int(index or 0), wait_s, cached)
 
 
-def check_datacenter(request: Request, agent: Agent) -> None:
-    dc = request.query.get("dc")
-    if dc and dc != agent.datacenter:
-        raise HttpError(500, "No path to datacenter")
+def how_long(request: Request, agent: Agent) -> float:
+    """Seconds that a question waits for a change, as its `?wait` and the agent's settings say. Raises BadRequest."""
+    wait, config = request.query.get("wait"), agent.config
+    if not wait:
+        return config.default_query_time_s
+    try:
+        wait_s = parse_duration(wait) / SECOND
+    except ValueError:
+        raise BadRequest("Invalid wait time") from None
+    return min(wait_s, config.max_query_time_s) if wait_s > 0 else config.default_query_time_s
 
 
 async def answer(
@@ -180,15 +172,3 @@ async def _block(
 def _shared(entry: Entry, live: Live | None) -> RowSet:
     """Equal index, equal rows: then the watch's fragments, which are encoded already, serve as well."""
     return live if live is not None and live.is_ready and live.index == entry.index else entry
-
-
-def hash_wait_s(request: Request) -> float:
-    """How long an answer of the agent itself waits for something else than `?hash=`. Raises BadRequest."""
-    wait = request.query.get("wait")
-    if not wait:
-        return WAIT_DEFAULT_S
-    try:
-        wait_s = parse_duration(wait) / SECOND
-    except ValueError:
-        raise BadRequest("Invalid wait time") from None
-    return min(wait_s, WAIT_MAX_S) if wait_s > 0 else WAIT_DEFAULT_S

@@ -46,7 +46,8 @@ class Route:
     """`path` has literal segments and `{placeholders}`. `may(can, request, agent)`: what it asks of its caller,
     see permissions.py. `body_bytes_max`: larger bodies are 413 before the handler.
 
-    `query`: the parameters that the handler reads, see declared.py; None: whatever there is.
+    `query`: the parameters that the handler reads, see declared.py; None: whatever there is. `datacenter`: it answers
+    for this one, so that `?dc=` with another one is refused; else it answers for this agent, and `?dc=` says nothing.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Route:
     may: Callable[[Authorizer, Request, Any], bool]
     body_bytes_max: int = BODY_BYTES_MAX
     query: frozenset[str] | None = None
+    datacenter: bool = True
 
 
 @dataclass(slots=True, eq=False)

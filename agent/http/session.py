@@ -9,7 +9,7 @@ from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.permissions import at_servers
-from rostra.agent.http.reads import answer, check_datacenter
+from rostra.agent.http.reads import answer
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, session_json, ttl_text
 from rostra.agent.results import View
@@ -37,7 +37,6 @@ _SESSIONS = View("session", "session", lambda key, row: dump_json(session_json(r
 
 
 async def create(request: Request, agent: Agent) -> Response:
-    check_datacenter(request, agent)
     body = _SESSION.read(request, empty=True)
     if body.text("Datacenter") not in ("", agent.datacenter):
         raise HttpError(500, "No path to datacenter")
@@ -75,13 +74,11 @@ def _checks(body: Fields) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 async def destroy(request: Request, agent: Agent) -> Response:
-    check_datacenter(request, agent)
     command = DestroySession(_session_id(request))
     return json_response(bool(await write(agent.servers, command, request.caller)))
 
 
 async def renew(request: Request, agent: Agent) -> Response:
-    check_datacenter(request, agent)
     session_id = _session_id(request)
     row = await agent.servers.act("session.renew", {"id": session_id}, caller=request.caller)
     if row is None:
@@ -115,7 +112,7 @@ def _ttl_ms(text: str, agent: Agent) -> int:
         ns = parse_duration(text)
     except ValueError as e:
         raise HttpError(500, f"Session TTL '{text}' invalid: {e}") from None
-    min_ns = int(float(getattr(agent.config, "session_ttl_min_s", 10.0)) * SECOND)
+    min_ns = int(agent.config.session_ttl_min_s * SECOND)
     if ns and not min_ns <= ns <= TTL_MAX_NS:
         allowed = f"[{format_duration(min_ns)}={format_duration(TTL_MAX_NS)}]"
         raise HttpError(500, f"Invalid Session TTL '{ns}', must be between {allowed}")

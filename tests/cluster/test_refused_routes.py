@@ -74,8 +74,9 @@ async def test_a_walk_over_all_routes_gets_nothing(tmp_path: Path) -> None:
         proxies = ProxyConfigs(local, leaves, results, datacenter="dc1", bind_address="127.0.0.1")
         await local.start()
         await local.register_service({"Name": f"{MARK}-web", "Tags": [MARK], "Check": {"TTL": "10m", "Notes": MARK}})
-        agent = Agent(session, results, node_name=f"{MARK}-node", local=local, leaves=leaves, authorize=refuse)
-        agent.parts["proxies"] = proxies
+        agent = Agent(
+            session, results, node_name=f"{MARK}-node", local=local, leaves=leaves, proxies=proxies, authorize=refuse
+        )
         server = HttpServer(agent, routes=all_routes())
         await server.start()
         api = Api(*await server.listen_tcp("127.0.0.1", 0), servers=session, agent=agent, server=server)  # type: ignore[arg-type]

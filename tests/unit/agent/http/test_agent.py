@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -35,9 +36,14 @@ class Api:
         self.leaves = Leaves(self.servers, self.results, datacenter="dc1")
         self.proxies = ProxyConfigs(self.local, self.leaves, self.results, datacenter="dc1", bind_address="127.0.0.1")
         self.agent = Agent(
-            self.servers, self.results, node_name="o", node_id="id-o", local=self.local, leaves=self.leaves
+            self.servers,
+            self.results,
+            node_name="o",
+            node_id="id-o",
+            local=self.local,
+            leaves=self.leaves,
+            proxies=self.proxies,
         )
-        self.agent.parts["proxies"] = self.proxies
         self.router = Router(ROUTES + mesh.ROUTES)
 
     async def call(self, method: str, target: str, body: Any = None) -> Response:
@@ -200,8 +206,7 @@ async def test_force_leave_passes_the_node_on_and_says_when_there_is_none() -> N
             raise Conflict("node 'alive' is alive: stop its agent first")
 
     async with api() as a:
-        assert await a.put("/v1/agent/force-leave/c1") == (500, "force-leave is not yet available on this agent")
-        a.agent.parts["force_leave"] = force_leave
+        a.agent = replace(a.agent, force_leave=force_leave)
         assert await a.put("/v1/agent/force-leave/c1") == (200, "")
         assert await a.put("/v1/agent/force-leave/c%2F1?prune") == (200, "")
         assert told == [("c1", False), ("c/1", True)]

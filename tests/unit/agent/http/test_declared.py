@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from rostra.agent.http.app import all_routes
@@ -142,3 +144,27 @@ def test_a_body_finds_its_fields_in_lists_and_maps_and_whatever_their_case():
     unread: list[str] = []
     body.look({"a": {"x": 1}, "b": [{"c": 1, "z": 1}, 7, None], "D": {"any": {"e": 1}, "other": 2}}, unread)
     assert unread == ["z"]
+
+
+OF_THE_CLUSTER = [route for route in all_routes() if route.datacenter]
+
+
+@pytest.mark.parametrize(
+    "route",
+    [r for r in OF_THE_CLUSTER if not r.path.startswith("/v1/agent/")],
+    ids=lambda route: f"{route.method} {route.path}",
+)
+async def test_what_is_of_the_cluster_is_refused_for_another_datacenter(api, route):
+    path = re.sub(r"{\w+}", "x", route.path)
+    index = api.servers.store.index
+    reply = await api.call(route.method, f"{path}?dc=elsewhere", b"{}" if route.method != "GET" else b"")
+    assert (reply.status, reply.text) == (500, "No path to datacenter")
+    assert api.servers.store.index == index
+
+
+def test_what_is_of_this_agent_alone_says_nothing_about_datacenters():
+    of_the_agent = {route.path for route in all_routes() if not route.datacenter}
+    served_by_servers = {"/v1/agent/connect/ca/roots", "/v1/agent/connect/ca/leaf/{service}"}
+    acl = ("/v1/acl/", "/v1/internal/acl/")
+    assert {path for path in of_the_agent if not path.startswith(("/v1/agent/", *acl))} == {"/v1/catalog/datacenters"}
+    assert {route.path for route in OF_THE_CLUSTER if route.path.startswith("/v1/agent/")} == served_by_servers

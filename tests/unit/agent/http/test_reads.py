@@ -7,8 +7,14 @@ import time
 
 import pytest
 
+from rostra.agent.config import Config
+from rostra.agent.context import Agent
+from rostra.agent.http.reads import how_long
+from rostra.agent.http.routing import Request
+from rostra.agent.results import Results
 from rostra.server.state.catalog import Register
 from rostra.server.state.kv import DeleteKey, SetKey
+from tests.support.store_servers import StoreServers
 
 
 def instance(i, status="passing", output=""):
@@ -206,3 +212,13 @@ async def test_reads_see_every_write_that_was_acknowledged_before(api):
     for i in range(50):
         await api.put("/v1/kv/counter", b"%d" % i)
         assert (await api.get("/v1/kv/counter?raw")).body == b"%d" % i
+
+
+@pytest.mark.parametrize(
+    ("wait", "seconds"), [("", 20), ("?wait=30m", 1800), ("?wait=2h", 3600), ("?wait=0s", 20), ("?wait=5s", 5)]
+)
+def test_how_long_a_question_waits_is_bounded_by_the_settings_alone(wait, seconds):
+    servers = StoreServers()
+    config = Config(default_query_time_s=20.0, max_query_time_s=3600.0)
+    agent = Agent(servers, Results(servers), config=config)
+    assert how_long(Request("GET", f"/v1/kv/a{wait}", headers={}), agent) == seconds
