@@ -3,7 +3,7 @@
 Called by `agent/local.py` for definitions from HTTP and from configuration files. Pure: it knows no clock, no sockets
 and no registered services, so a sidecar without a port keeps port 0 until `local.py` picks one. Maps whose keys belong
 to the user (meta, header, tagged addresses, proxy config) are taken as they are. Error texts are Consul's where it has
-one. How a field is spelled and read is `definition_fields.py`'s.
+one. Which fields there are is `schema.py`'s, and how they are read `definition_fields.py`'s.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rostra.agent.checks import kinds
 from rostra.agent.checks.spec import OUTPUT_BYTES_MAX, CheckSpec
-from rostra.agent.definition_fields import DefinitionFields
+from rostra.agent.definition_fields import read
+from rostra.agent.schema import CHECK, PROXY, SERVICE, Many, Table, Type
 from rostra.server.state.rows import ServiceRow
+from rostra.wire.durations import SECOND
 from rostra.wire.errors import BadRequest, Denied
 
 INTERVAL_MIN_S = 1.0
@@ -25,6 +27,7 @@ DEREGISTER_AFTER_MIN_S = 60.0
 STATUSES = ("passing", "warning", "critical")
 SIDECAR_SUFFIX = "-sidecar-proxy"
 
+_COUNTS = ("success_before_passing", "failures_before_critical", "failures_before_warning")
 _META_PAIRS_MAX = 64
 _META_KEY_MAX = 128
 _META_VALUE_MAX = 512
@@ -69,10 +72,7 @@ class ServiceDefinition:
 
 def parse_service(raw: Any, *, node: str) -> ServiceDefinition:
     """The service that `raw` defines for `node`. Raises DecodeError or BadRequest."""
-    fields = DefinitionFields(raw, "")
-    definition = _read_service(fields, node)
-    fields.end()
-    return definition
+    return _service(read(SERVICE, raw), node)
 
 
 def parse_check(raw: Any, *, from_file: bool = False) -> CheckSpec:
@@ -80,15 +80,11 @@ def parse_check(raw: Any, *, from_file: bool = False) -> CheckSpec:
 
     Raises as above.
     """
-    fields = DefinitionFields(raw, "")
-    name = fields.text("name")
-    check_id = fields.text("id") or fields.text("check_id") or name
-    service_id = fields.text("service_id")
-    if not name and not (from_file and check_id):
+    given = read(CHECK, raw)
+    given["id"] = given["id"] or given["check_id"] or given["name"]
+    if not given["name"] and not (from_file and given["id"]):
         raise BadRequest("Missing check name")
-    spec = _read_check(fields, id=check_id, name=name, service_id=service_id, bad_status="Bad check status")
-    fields.end()
-    return spec
+    return _check(given, bad_status="Bad check status")
 
 
 def expand_sidecar_checks(sidecar: ServiceDefinition, *, listener: str, parent_id: str) -> ServiceDefinition:
@@ -136,287 +132,134 @@ def frozen(value: Any) -> Any:
     return value
 
 
-def _read_service(fields: DefinitionFields, node: str) -> ServiceDefinition:
-    name = fields.text("name") or fields.text("service")
-    service_id = fields.text("id") or name
-    kind = fields.text("kind")
-    address = fields.text("address")
-    port = fields.integer("port")
-    tags = fields.texts("tags")
-    meta = fields.text_map("meta")
-    tagged_addresses = _read_tagged_addresses(fields)
-    weight_passing, weight_warning, weights_given = _read_weights(fields)
-    enable_tag_override = fields.boolean("enable_tag_override")
-    token = fields.text("token")
-    fields.refuse_namespace()
-    fields.ignore("partition", "locality")
-    checks = tuple(_read_service_checks(fields, service_id, name, token))
-    proxy = _read_proxy(fields.object("proxy"))
-    connect = fields.object("connect")
-    native, sidecar_fields = False, None
-    if connect is not None:
-        native = connect.boolean("native")
-        sidecar_fields = connect.object("sidecar_service")
-        connect.end()
-
+def _service(given: dict[str, Any], node: str, *, parent: ServiceRow | None = None) -> ServiceDefinition:
+    """`parent`: the service whose sidecar this is."""
+    if parent is not None:
+        _complete_sidecar(given, parent)
+    name = given["name"] or given["service"]
+    service_id, kind, port, meta = given["id"] or name, given["kind"], given["port"], given["meta"]
+    weights, connect = given["weights"] or {"passing": 1, "warning": 1}, given["connect"] or {}
+    proxy = _stored(given["proxy"], PROXY) if given["proxy"] is not None else None
+    checks = tuple(_service_checks(given, service_id, name))
     if not name:
         raise BadRequest("Missing service name")
-    _check_id("service ID", service_id)
-    if address in {"0.0.0.0", "::", "[::]"}:
+    if parent is None:
+        _check_id("service ID", service_id)
+    if given["address"] in {"0.0.0.0", "::", "[::]"}:
         raise BadRequest("Invalid service address")
     _check_port("Port", port)
-    if weights_given:
-        _check_weights(weight_passing, weight_warning)
+    _check_port("Proxy.LocalServicePort", (proxy or {}).get("local_service_port", 0))
+    _check_weights(weights["passing"], weights["warning"])
     _check_meta(meta)
-    _check_proxy(kind, port, native, proxy)
+    _check_proxy(kind, port, proxy, is_native=bool(connect.get("native")), gets_port=parent is not None)
 
     row = ServiceRow(
         node=node,
         id=service_id,
         name=name,
-        address=address,
+        address=given["address"],
         port=port,
-        tags=tags,
+        tags=given["tags"],
         meta=meta,
-        tagged_addresses=tagged_addresses,
-        weight_passing=weight_passing,
-        weight_warning=weight_warning,
-        enable_tag_override=enable_tag_override,
+        tagged_addresses=given["tagged_addresses"],
+        weight_passing=weights["passing"],
+        weight_warning=weights["warning"],
+        enable_tag_override=given["enable_tag_override"],
         kind=kind,
         proxy=proxy,
-        native=native,
+        native=bool(connect.get("native")),
     )
-    sidecar = _read_sidecar(sidecar_fields, row, token) if sidecar_fields is not None else None
-    return ServiceDefinition(row, checks, token, sidecar)
+    sidecar = connect.get("sidecar_service")
+    if sidecar is not None:
+        sidecar["token"] = sidecar["token"] or given["token"]
+        sidecar = _service(sidecar, node, parent=row)
+    default_checks = parent is not None and given["check"] is None and given["checks"] is None
+    return ServiceDefinition(row, checks, given["token"], sidecar, default_checks)
 
 
-def _read_sidecar(fields: DefinitionFields, parent: ServiceRow, token: str) -> ServiceDefinition:
+def _complete_sidecar(given: dict[str, Any], parent: ServiceRow) -> None:
     """Name, tags and meta come from the parent unless given; ID, kind and destination are the agent's to choose."""
-    if fields.text("id"):
+    if given["id"]:
         raise _errors("A SidecarService cannot specify an ID as this is managed by the agent")
-    nested = fields.object("connect")
-    if nested is not None:
-        if nested.object("sidecar_service") is not None:
-            raise _errors("A SidecarService cannot have a nested SidecarService")
-        nested.boolean("native")
-        nested.end()
-    sidecar_id = parent.id + SIDECAR_SUFFIX
-    name = fields.text("name") or parent.name + SIDECAR_SUFFIX
-    kind = fields.text("kind") or "connect-proxy"
-    address = fields.text("address")
-    port = fields.integer("port")
-    tags = fields.texts("tags") or parent.tags
-    meta = fields.text_map("meta") or dict(parent.meta)
-    tagged_addresses = _read_tagged_addresses(fields)
-    weight_passing, weight_warning, weights_given = _read_weights(fields)
-    enable_tag_override = fields.boolean("enable_tag_override")
-    token = fields.text("token") or token
-    fields.refuse_namespace()
-    fields.ignore("partition", "locality")
-    own_checks = fields.has("check") or fields.has("checks")
-    checks = tuple(_read_service_checks(fields, sidecar_id, name, token))
-    proxy = dict(_read_proxy(fields.object("proxy")) or {})
-    fields.end()
+    if given["connect"] and given["connect"]["sidecar_service"] is not None:
+        raise _errors("A SidecarService cannot have a nested SidecarService")
+    proxy = given["proxy"] or {}
+    given |= {
+        "id": parent.id + SIDECAR_SUFFIX,
+        "name": given["name"] or parent.name + SIDECAR_SUFFIX,
+        "kind": given["kind"] or "connect-proxy",
+        "tags": given["tags"] or parent.tags,
+        "meta": given["meta"] or dict(parent.meta),
+        "connect": None,
+        "proxy": proxy
+        | {
+            "destination_service_name": proxy.get("destination_service_name") or parent.name,
+            "destination_service_id": proxy.get("destination_service_id") or parent.id,
+            "local_service_address": proxy.get("local_service_address") or "127.0.0.1",
+            "local_service_port": proxy.get("local_service_port") or max(0, parent.port),
+        },
+    }
 
-    proxy.setdefault("destination_service_name", parent.name)
-    proxy.setdefault("destination_service_id", parent.id)
-    proxy.setdefault("local_service_address", "127.0.0.1")
-    if not proxy.get("local_service_port") and parent.port > 0:
-        proxy["local_service_port"] = parent.port
-    if address in {"0.0.0.0", "::", "[::]"}:
-        raise BadRequest("Invalid service address")
-    _check_port("Port", port)
-    if weights_given:
-        _check_weights(weight_passing, weight_warning)
-    _check_meta(meta)
-    _check_proxy(kind, port or 1, False, proxy)
-    row = ServiceRow(
-        node=parent.node,
-        id=sidecar_id,
-        name=name,
-        address=address,
-        port=port,
-        tags=tags,
-        meta=meta,
-        tagged_addresses=tagged_addresses,
-        weight_passing=weight_passing,
-        weight_warning=weight_warning,
-        enable_tag_override=enable_tag_override,
-        kind=kind,
-        proxy=proxy,
+
+def _service_checks(given: dict[str, Any], service_id: str, service_name: str) -> Iterator[CheckSpec]:
+    single, several = given["check"], given["checks"] or []
+    checks = [single, *several] if single and any(single.values()) else several
+    for position, check in enumerate(checks, start=1):
+        default_id = f"service:{service_id}" if len(checks) == 1 else f"service:{service_id}:{position}"
+        check |= {
+            "id": check["check_id"] or check["id"] or default_id,
+            "name": check["name"] or f"Service '{service_name}' check",
+            "service_id": service_id,
+            "token": check["token"] or given["token"],
+        }
+        yield _check(check, bad_status="Status for checks must 'passing', 'warning', 'critical'")
+
+
+def _check(given: dict[str, Any], *, bad_status: str) -> CheckSpec:
+    given["args"] = given["args"] or given["script_args"]
+    given["failures_before_warning"] = given["failures_before_warning"] or given["failures_before_critical"]
+    interval_s, timeout_s, ttl_s, deregister_after_s = (
+        given[name] / SECOND for name in ("interval", "timeout", "ttl", "deregister_critical_service_after")
     )
-    return ServiceDefinition(row, checks, token, None, default_sidecar_checks=not own_checks)
-
-
-def _read_service_checks(
-    fields: DefinitionFields, service_id: str, service_name: str, token: str
-) -> Iterator[CheckSpec]:
-    given: list[DefinitionFields] = []
-    single = fields.object("check")
-    if single is not None and not single.is_empty():
-        given.append(single)
-    given.extend(fields.objects("checks"))
-    for position, check in enumerate(given, start=1):
-        default_id = f"service:{service_id}" if len(given) == 1 else f"service:{service_id}:{position}"
-        check_id = check.text("check_id") or check.text("id") or default_id
-        name = check.text("name") or f"Service '{service_name}' check"
-        check.ignore("service_id")
-        spec = _read_check(
-            check,
-            id=check_id,
-            name=name,
-            service_id=service_id,
-            bad_status="Status for checks must 'passing', 'warning', 'critical'",
-        )
-        check.end()
-        yield replace(spec, token=spec.token or token)
-
-
-def _read_check(fields: DefinitionFields, *, id: str, name: str, service_id: str, bad_status: str) -> CheckSpec:
-    """The spec of one check object."""
-    status = fields.text("status")
-    notes = fields.text("notes")
-    token = fields.text("token")
-    args = fields.texts("args") or fields.texts("script_args")
-    http, tcp = fields.text("http"), fields.text("tcp")
-    method, body = fields.text("method"), fields.text("body")
-    header = fields.header("header")
-    given: dict[str, Any] = {"args": args, "http": http, "tcp": tcp}
-    given |= {name: fields.text(name) for name in ("grpc", "docker_container_id", "alias_node", "alias_service")}
-    fields.refuse_namespace()
-    fields.ignore("shell", "grpc_use_tls", "proxy_http", "proxy_grpc", "partition", "type", "output")
-    interval_s, timeout_s = fields.duration("interval"), fields.duration("timeout")
-    ttl_s = fields.duration("ttl")
-    tls_skip_verify, tls_server_name = fields.boolean("tls_skip_verify"), fields.text("tls_server_name")
-    given |= {"interval": interval_s, "ttl": ttl_s}
-    success_before_passing = fields.integer("success_before_passing")
-    failures_before_critical = fields.integer("failures_before_critical")
-    failures_before_warning = fields.integer("failures_before_warning") or failures_before_critical
-    deregister_after_s = fields.duration("deregister_critical_service_after")
-    output_bytes_max = fields.integer("output_max_size") or OUTPUT_BYTES_MAX
-
-    if status and status not in STATUSES:
+    output_bytes_max = given["output_max_size"] or OUTPUT_BYTES_MAX
+    if given["status"] and given["status"] not in STATUSES:
         raise BadRequest(bad_status)
     kind = kinds.asked_for(given)
-    if min(success_before_passing, failures_before_critical, failures_before_warning) < 0:
+    if min(given[count] for count in _COUNTS) < 0:
         raise BadRequest("Invalid check: SuccessBeforePassing and FailuresBefore* must not be negative")
-    if failures_before_warning > failures_before_critical:
+    if given["failures_before_warning"] > given["failures_before_critical"]:
         raise BadRequest("Invalid check: FailuresBeforeWarning can't be higher than FailuresBeforeCritical")
     if timeout_s < 0:
         raise BadRequest("Invalid check: Timeout must not be negative")
     if output_bytes_max < 1:
         raise BadRequest("Invalid check: OutputMaxSize must be positive")
-    _check_id("check ID", id)
-
-    return CheckSpec(
-        id=id,
-        name=name,
-        type=kind.name,
-        status=status or "critical",
-        notes=notes,
-        service_id=service_id,
-        token=token,
-        interval_s=max(interval_s, INTERVAL_MIN_S) if kind.probe else 0.0,
-        timeout_s=timeout_s or kind.timeout_s,
-        ttl_s=ttl_s,
-        http=http,
-        method=method,
-        header=header,
-        body=body,
-        tls_skip_verify=tls_skip_verify,
-        tls_server_name=tls_server_name,
-        tcp=tcp,
-        args=args,
-        alias_node=given["alias_node"],
-        alias_service=given["alias_service"],
-        success_before_passing=success_before_passing,
-        failures_before_warning=failures_before_warning,
-        failures_before_critical=failures_before_critical,
-        deregister_after_s=max(deregister_after_s, DEREGISTER_AFTER_MIN_S) if deregister_after_s > 0 else 0.0,
-        output_bytes_max=min(output_bytes_max, OUTPUT_BYTES_MAX),
-    )
-
-
-def _read_proxy(fields: DefinitionFields | None) -> dict[str, Any] | None:
-    """The proxy part of a row: snake_case keys, empty ones left out, upstreams with their defaults filled in."""
-    if fields is None:
-        return None
-    proxy = {
-        "destination_service_name": fields.text("destination_service_name"),
-        "destination_service_id": fields.text("destination_service_id"),
-        "local_service_address": fields.text("local_service_address"),
-        "local_service_port": fields.integer("local_service_port"),
-        "mode": fields.text("mode"),
-        "config": frozen(fields.free_map("config")),
-        "upstreams": tuple(_read_upstream(upstream) for upstream in fields.objects("upstreams")),
-        "mesh_gateway": _mode_map(fields.object("mesh_gateway")),
-        "expose": _read_expose(fields.object("expose")),
+    _check_id("check ID", given["id"])
+    settled = {
+        "type": kind.name,
+        "status": given["status"] or "critical",
+        "interval_s": max(interval_s, INTERVAL_MIN_S) if kind.probe else 0.0,
+        "timeout_s": timeout_s or kind.timeout_s,
+        "ttl_s": ttl_s,
+        "deregister_after_s": max(deregister_after_s, DEREGISTER_AFTER_MIN_S) if deregister_after_s > 0 else 0.0,
+        "output_bytes_max": min(output_bytes_max, OUTPUT_BYTES_MAX),
     }
-    fields.end()
-    _check_port("Proxy.LocalServicePort", proxy["local_service_port"])
-    return {key: value for key, value in proxy.items() if value}
+    return CheckSpec(**{f.name: given[f.name] for f in fields(CheckSpec) if f.name in given} | settled)
 
 
-def _read_expose(fields: DefinitionFields | None) -> dict[str, Any]:
-    """Paths that the proxy serves without mTLS, for checks of others."""
-    if fields is None:
-        return {}
-    checks, paths = fields.boolean("checks"), tuple(_read_path(path) for path in fields.objects("paths"))
-    fields.end()
-    return {**({"checks": True} if checks else {}), **({"paths": paths} if paths else {})}
-
-
-def _read_path(fields: DefinitionFields) -> dict[str, Any]:
-    path = {
-        "listener_port": fields.integer("listener_port"),
-        "path": fields.text("path"),
-        "local_path_port": fields.integer("local_path_port"),
-        "protocol": fields.text("protocol"),
-        "parsed_from_check": fields.boolean("parsed_from_check"),
-    }
-    fields.end()
-    return path
-
-
-def _read_upstream(fields: DefinitionFields) -> dict[str, Any]:
-    upstream = {
-        "destination_type": fields.text("destination_type") or "service",
-        "destination_namespace": fields.text("destination_namespace"),
-        "destination_name": fields.text("destination_name"),
-        "datacenter": fields.text("datacenter"),
-        "local_bind_address": fields.text("local_bind_address"),
-        "local_bind_port": fields.integer("local_bind_port"),
-        "config": frozen(fields.free_map("config")),
-        "mesh_gateway": _mode_map(fields.object("mesh_gateway")),
-    }
-    fields.end()
-    return {key: value for key, value in upstream.items() if value}
-
-
-def _mode_map(fields: DefinitionFields | None) -> dict[str, str]:
-    if fields is None:
-        return {}
-    mode = fields.text("mode")
-    fields.end()
-    return {"mode": mode} if mode else {}
-
-
-def _read_tagged_addresses(fields: DefinitionFields) -> dict[str, dict[str, Any]]:
-    addresses: dict[str, dict[str, Any]] = {}
-    for name, value in fields.free_map("tagged_addresses").items():
-        entry = DefinitionFields({} if value is None else value, f"TaggedAddresses.{name}.")
-        addresses[name] = {"address": entry.text("address"), "port": entry.integer("port")}
-        entry.end()
-    return addresses
-
-
-def _read_weights(fields: DefinitionFields) -> tuple[int, int, bool]:
-    weights = fields.object("weights")
-    if weights is None:
-        return 1, 1, False
-    passing, warning = weights.integer("passing"), weights.integer("warning")
-    weights.end()
-    return passing, warning, True
+def _stored(given: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """What is set of it, as rows keep it."""
+    stored: dict[str, Any] = {}
+    for name, value in given.items():
+        field = table.in_bodies[name]
+        if field.form is Type.MAP:
+            stored[name] = frozen(value)
+        elif isinstance(field.form, Table) and value is not None:
+            stored[name] = _stored(value, field.form)
+        elif isinstance(field.form, Many):
+            stored[name] = tuple(_stored(one, field.form.table) for one in value or ())
+        else:
+            stored[name] = value or field.default
+    return {name: value for name, value in stored.items() if value}
 
 
 def _check_weights(passing: int, warning: int) -> None:
@@ -459,7 +302,7 @@ def _pair_problem(key: str, value: str) -> str:
     return ""
 
 
-def _check_proxy(kind: str, port: int, native: bool, proxy: Mapping[str, Any] | None) -> None:
+def _check_proxy(kind: str, port: int, proxy: Mapping[str, Any] | None, *, is_native: bool, gets_port: bool) -> None:
     if kind != "connect-proxy":
         return
     problems: list[str] = []
@@ -468,9 +311,9 @@ def _check_proxy(kind: str, port: int, native: bool, proxy: Mapping[str, Any] | 
         problems.append("Proxy.DestinationServiceName must be non-empty for Connect proxy services")
     elif proxy["destination_service_name"] == "*":
         problems.append("Proxy.DestinationServiceName must not be a wildcard for Connect proxy services")
-    if port == 0:
+    if port == 0 and not gets_port:
         problems.append("Port must be set for a Connect proxy")
-    if native:
+    if is_native:
         problems.append("A Proxy cannot also be Connect Native, only typical services")
     listeners: set[str] = set()
     destinations: set[tuple[str, str, str]] = set()
@@ -482,19 +325,20 @@ def _check_proxy(kind: str, port: int, native: bool, proxy: Mapping[str, Any] | 
 
 
 def _expose_problems(paths: tuple[dict[str, Any], ...]) -> Iterator[str]:
-    if len({path["path"] for path in paths}) < len(paths):
+    if len({path.get("path", "") for path in paths}) < len(paths):
         yield "expose.paths: duplicate paths exposed"
-    if len({path["listener_port"] for path in paths}) < len(paths):
+    if len({path.get("listener_port", 0) for path in paths}) < len(paths):
         yield "expose.paths: duplicate listener ports exposed"
     for path in paths:
-        if not path["path"]:
+        listener, local, protocol = path.get("listener_port", 0), path.get("local_path_port", 0), path.get("protocol")
+        if "path" not in path:
             yield "expose.paths: empty path exposed"
-        if not 0 < path["listener_port"] <= 65535:
-            yield f"expose.paths: invalid listener port: {path['listener_port']}"
-        if not 0 <= path["local_path_port"] <= 65535:
-            yield f"expose.paths: invalid local path port: {path['local_path_port']}"
-        if path["protocol"] not in ("", "http", "http2"):
-            yield f"protocol '{path['protocol']}' not supported for path: {path['path']}, must be in: [http http2]"
+        if not 0 < listener <= 65535:
+            yield f"expose.paths: invalid listener port: {listener}"
+        if not 0 <= local <= 65535:
+            yield f"expose.paths: invalid local path port: {local}"
+        if protocol not in (None, "http", "http2"):
+            yield f"protocol '{protocol}' not supported for path: {path.get('path', '')}, must be in: [http http2]"
 
 
 def _upstream_problems(

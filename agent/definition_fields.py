@@ -1,17 +1,17 @@
-"""Takes the fields of one object of a definition, each once and with its type; what nobody took is refused.
+"""Reads the fields of an object of a request's body by its table (`agent/schema.py`); errors are those of Go's decoder.
 
-Called by `agent/definition.py`. CamelCase in any case and snake_case name the same field; null means absent. A list of
-one object is an object, as HCL writes its blocks. Error texts are those of Go's decoder. It does not know which fields
-there are.
+Called by `agent/definition.py` and `agent/http/catalog.py`. Each field is there afterwards, with an empty value where
+nothing or null was given. A list of one object is an object, as HCL writes its blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from rostra.agent.schema import Form, MapOf, Table, Type
 from rostra.wire.bounds import DEPTH_MAX
-from rostra.wire.durations import SECOND, parse_duration
+from rostra.wire.durations import parse_duration
 from rostra.wire.errors import BadRequest
 
 _JSON_NAMES = {
@@ -21,7 +21,7 @@ _JSON_NAMES = {
     float: "number",
     list: "array",
     tuple: "array",
-    dict: "object",
+    type(None): "null",
 }
 
 
@@ -29,151 +29,121 @@ class DecodeError(BadRequest):
     """The definition has an unknown field or a value of the wrong type. HTTP adds `Request decode failed: `."""
 
 
-class DefinitionFields:
-    """The fields of one object: each is taken by its name once, and `end` refuses what nobody took."""
+def read(table: Table, raw: Any, path: str = "", *, strict: bool = True) -> dict[str, Any]:
+    """The value of every field by its name; durations in nanoseconds. `strict`: an unknown field is refused."""
+    raw = _block(raw)
+    if not isinstance(raw, Mapping):
+        what = path.rstrip(".") or "a definition"
+        raise DecodeError(f"json: cannot unmarshal {_json_name(raw)} into {what}: an object is needed")
+    found: dict[str, Any] = {}
+    for given, value in raw.items():
+        field = table.in_body(str(given))
+        if field is None:
+            if strict:
+                raise DecodeError(f'json: unknown field "{path}{given}"')
+        elif value is not None:
+            found[field.name] = _value(field.form, value, path + field.api, strict)
+    return {name: found[name] if name in found else _empty(field.form) for name, field in table.in_bodies.items()}
 
-    __slots__ = ("_left", "_path")
 
-    def __init__(self, raw: Any, path: str) -> None:
-        if isinstance(raw, list | tuple) and len(raw) == 1:  # an HCL block
-            raw = raw[0]
-        if not isinstance(raw, Mapping):
-            kind = _JSON_NAMES.get(type(raw), "null")
-            raise DecodeError(
-                f"json: cannot unmarshal {kind} into {path.rstrip('.') or 'a definition'}: an object is needed"
-            )
-        self._path = path
-        self._left: dict[str, tuple[str, Any]] = {_fold(str(k)): (str(k), v) for k, v in raw.items()}
+def _value(form: Form, value: Any, where: str, strict: bool) -> Any:
+    if isinstance(form, Type):
+        return _READ[form][0](value, where)
+    if isinstance(form, Table):
+        return None if value == [] else read(form, value, f"{where}.", strict=strict)
+    if isinstance(form, MapOf):
+        return {
+            name: read(form.table, {} if one is None else one, f"{where}.{name}.", strict=strict)
+            for name, one in _free_map(value, where).items()
+        }
+    many = [value] if isinstance(value, Mapping) else value
+    if not isinstance(many, list | tuple):
+        raise _wrong(value, where, "array")
+    return [read(form.table, one, f"{where}.", strict=strict) for one in many if one is not None]
 
-    def is_empty(self) -> bool:
-        return not any(value not in (None, "", [], {}, (), 0, False) for _, value in self._left.values())
 
-    def has(self, name: str) -> bool:
-        found = self._left.get(_fold(name))
-        return found is not None and found[1] is not None
+def _empty(form: Form) -> Any:
+    if isinstance(form, Type):
+        return _READ[form][1]()
+    return {} if isinstance(form, MapOf) else None
 
-    def ignore(self, *names: str) -> None:
-        for name in names:
-            self._left.pop(_fold(name), None)
 
-    def refuse_namespace(self) -> None:
-        """There is one, which an empty name and its own stand for."""
-        if self.text("namespace") not in ("", "default"):
-            raise DecodeError(
-                f'json: unknown field "{self._path}Namespace" - Namespaces are a Consul Enterprise feature'
-            )
+def _block(raw: Any) -> Any:
+    return raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else raw
 
-    def end(self) -> None:
-        for given, _ in self._left.values():
-            raise DecodeError(f'json: unknown field "{self._path}{given}"')
 
-    def text(self, name: str) -> str:
-        value = self._take(name)
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value
-        raise self._wrong(name, value, "string")
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong(value, where, "string")
+    return value
 
-    def integer(self, name: str) -> int:
-        value = self._take(name)
-        if value is None:
-            return 0
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        raise self._wrong(name, value, "int")
 
-    def boolean(self, name: str) -> bool:
-        value = self._take(name)
-        if value is None:
-            return False
-        if isinstance(value, bool):
-            return value
-        raise self._wrong(name, value, "bool")
+def _switch(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(value, where, "bool")
+    return value
 
-    def duration(self, name: str) -> float:
-        """Seconds. A number is nanoseconds, as Go writes its durations."""
-        value = self._take(name)
-        if value is None or value == "":
-            return 0.0
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value) / SECOND
-        if not isinstance(value, str):
-            raise self._wrong(name, value, "duration")
-        try:
-            return parse_duration(value) / SECOND
-        except ValueError as error:
-            raise DecodeError(str(error)) from None
 
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self._take(name)
-        if value is None:
-            return ()
-        if not isinstance(value, list | tuple):
-            raise self._wrong(name, value, "[]string")
-        for item in value:
-            if not isinstance(item, str | None):
-                raise self._wrong(name, item, "string")
-        return tuple(item or "" for item in value)
+def _integer(value: Any, where: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise _wrong(value, where, "int")
 
-    def text_map(self, name: str) -> dict[str, str]:
-        pairs = self.free_map(name)
-        for value in pairs.values():
-            if not isinstance(value, str | None):
-                raise self._wrong(name, value, "string")
-        return {key: value or "" for key, value in pairs.items()}
 
-    def header(self, name: str) -> dict[str, tuple[str, ...]]:
-        header: dict[str, tuple[str, ...]] = {}
-        for key, value in self.free_map(name).items():
-            values = (value,) if isinstance(value, str) else value or ()
-            if isinstance(values, list | tuple):
-                values = [v or "" if isinstance(v, str | None) else v for v in values]
-            if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-                raise self._wrong(name, value, "[]string")
-            if any(c in text for text in (key, *values) for c in "\r\n"):
-                raise DecodeError(f"json: a line break in {self._path}Header")
-            header[key] = tuple(values)
-        return header
+def _duration(value: Any, where: str) -> int:
+    if value == "":
+        return 0
+    if isinstance(value, int | float) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return int(value)
+    if not isinstance(value, str):
+        raise _wrong(value, where, "duration")
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
 
-    def free_map(self, name: str) -> dict[str, Any]:
-        """A map whose keys belong to the user."""
-        value = self._take(name)
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise self._wrong(name, value, "map")
-        if _is_deeper(value, DEPTH_MAX):
-            raise DecodeError(f"json: {self._path}{name} is nested more than {DEPTH_MAX} deep")
-        return {str(k): v for k, v in value.items()}
 
-    def object(self, name: str) -> DefinitionFields | None:
-        given, value = self._left.pop(_fold(name), (name, None))
-        if value is None or value == []:
-            return None
-        return DefinitionFields(value, f"{self._path}{given}.")
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, where, "[]string")
+    return tuple(_text_or_null(item, where) for item in value)
 
-    def objects(self, name: str) -> list[DefinitionFields]:
-        given, value = self._left.pop(_fold(name), (name, None))
-        if value is None:
-            return []
-        if isinstance(value, Mapping):
-            value = [value]
-        if not isinstance(value, list | tuple):
-            raise self._wrong(name, value, "array")
-        return [DefinitionFields(item, f"{self._path}{given}.") for item in value if item is not None]
 
-    def _take(self, name: str) -> Any:
-        return self._left.pop(_fold(name), (name, None))[1]
+def _text_or_null(value: Any, where: str) -> str:
+    if not isinstance(value, str | None):
+        raise _wrong(value, where, "string")
+    return value or ""
 
-    def _wrong(self, name: str, value: Any, wanted: str) -> DecodeError:
-        field_name = "".join(word.capitalize() for word in name.split("_"))
-        kind = _JSON_NAMES.get(type(value), type(value).__name__)
-        return DecodeError(f"json: cannot unmarshal {kind} into field {self._path}{field_name} of type {wanted}")
+
+def _free_map(value: Any, where: str) -> dict[str, Any]:
+    value = _block(value)
+    if not isinstance(value, Mapping):
+        raise _wrong(value, where, "map")
+    if _is_deeper(value, DEPTH_MAX):
+        raise DecodeError(f"json: {where} is nested more than {DEPTH_MAX} deep")
+    return {str(k): v for k, v in value.items()}
+
+
+def _text_map(value: Any, where: str) -> dict[str, str]:
+    return {key: _text_or_null(one, where) for key, one in _free_map(value, where).items()}
+
+
+def _header(value: Any, where: str) -> dict[str, tuple[str, ...]]:
+    header: dict[str, tuple[str, ...]] = {}
+    for key, given in _free_map(value, where).items():
+        header[key] = _texts((given,) if isinstance(given, str) else given or (), where)
+        if any(c in text for text in (key, *header[key]) for c in "\r\n"):
+            raise DecodeError(f"json: a line break in {where}")
+    return header
+
+
+def _namespace(value: Any, where: str) -> str:
+    """There is one, which an empty name and its own stand for."""
+    if _text(value, where) not in ("", "default"):
+        raise DecodeError(f'json: unknown field "{where}" - Namespaces are a Consul Enterprise feature')
+    return ""
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -186,5 +156,23 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return bool(level)
 
 
-def _fold(key: str) -> str:
-    return key.replace("_", "").lower()
+def _wrong(value: Any, where: str, wanted: str) -> DecodeError:
+    return DecodeError(f"json: cannot unmarshal {_json_name(value)} into field {where} of type {wanted}")
+
+
+def _json_name(value: Any) -> str:
+    return "object" if isinstance(value, Mapping) else _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+_READ: dict[Type, tuple[Callable[[Any, str], Any], Callable[[], Any]]] = {  # and what stands for nothing
+    Type.TEXT: (_text, str),
+    Type.STATUS: (_text, str),
+    Type.NAMESPACE: (_namespace, str),
+    Type.WHOLE: (_integer, int),
+    Type.SWITCH: (_switch, bool),
+    Type.DURATION: (_duration, int),
+    Type.TEXTS: (_texts, tuple),
+    Type.TEXT_MAP: (_text_map, dict),
+    Type.HEADER: (_header, dict),
+    Type.MAP: (_free_map, dict),
+}

@@ -1,6 +1,6 @@
 """Finds faults in the services and checks of configuration files, before anything is started with them.
 
-`agent/config.py` calls it for `rostra agent` and `rostra validate` alike, with the rules that the running agent applies
+`agent/config/rules.py` calls it for `rostra agent` and `rostra validate` alike, with the rules of the running agent
 (`agent/definition.py`); so both say the same, and where.
 """
 

@@ -1,7 +1,7 @@
 """HCL1 and JSON text → plain dicts and lists that remember where each key stood.
 
 One scanner serves both: `parse_hcl` and `parse_json` give a `Document`, whose `where(container, key)` is the
-`file:line:column` that an error message needs. Called by `agent/config.py` and by nothing at run time; it knows no
+`file:line:column` that an error message needs. Called by `agent/config/loading.py`, at no other time; it knows no
 configuration key. HCL1 as Consul reads it. A block that occurs once is a dict, one that is repeated is a list of dicts.
 A label is one more level: `service "web" { … }` is {"service": {"web": {…}}}. `${…}` is kept as written.
 """

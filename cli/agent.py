@@ -1,4 +1,4 @@
-"""`rostra agent`: the door to the agent's program, which reads its own flags (`agent/config.py`)."""
+"""`rostra agent`: the door to the agent's program, which reads its own flags (`agent/config/`)."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _address_port(text: str) -> dict[str, Any]:
 
 def _from_files(files: list[str]) -> list[dict[str, Any]]:
     """The service definitions of all files, in the API's spelling; none is registered while one is wrong."""
-    from rostra.agent import config
+    from rostra.agent import config, schema
 
     services: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -87,51 +87,27 @@ def _from_files(files: list[str]) -> list[dict[str, Any]]:
             continue
         if not found:
             problems.append(f"{file}: no service definition in it")
-        services += [api_form(d.value, config.SERVICE_SHAPE) for d in found]
+        services += [api_form(d.value, schema.SERVICE) for d in found]
     if problems:
         raise Failed("\n".join(problems))
     return services
 
 
-_SPELLINGS = {
-    "id": "ID",
-    "check_id": "CheckID",
-    "service_id": "ServiceID",
-    "docker_container_id": "DockerContainerID",
-    "destination_service_id": "DestinationServiceID",
-    "http": "HTTP",
-    "tcp": "TCP",
-    "udp": "UDP",
-    "ttl": "TTL",
-    "grpc": "GRPC",
-    "h2ping": "H2PING",
-    "grpc_use_tls": "GRPCUseTLS",
-    "h2ping_use_tls": "H2PingUseTLS",
-    "tcp_use_tls": "TCPUseTLS",
-    "tls_server_name": "TLSServerName",
-    "tls_skip_verify": "TLSSkipVerify",
-    "os_service": "OSService",
-}
-
-
-def api_form(value: Mapping[str, Any], shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition with the API's CamelCase keys; what is inside meta, config and header stays as written."""
-    return {
-        _SPELLINGS.get(k, "".join(part.capitalize() for part in k.split("_"))): _api_value(v, shape[k])
-        for k, v in value.items()
-    }
+def api_form(value: Mapping[str, Any], table: Any) -> dict[str, Any]:
+    """A definition with the API's names; what is inside meta, config and header stays as written."""
+    return {table.in_files[name].api: _api_value(one, table.in_files[name].form) for name, one in value.items()}
 
 
 def _api_value(value: Any, form: Any) -> Any:
-    from rostra.agent import config
+    from rostra.agent import schema
 
-    if isinstance(form, config.Kind):
-        return value
-    if isinstance(form, config.Many):
-        return [api_form(one, form.shape) for one in value]
-    if isinstance(form, config.MapOf):
-        return {name: api_form(one, form.shape) for name, one in value.items()}
-    return api_form(value, form)
+    if isinstance(form, schema.Table):
+        return api_form(value, form)
+    if isinstance(form, schema.Many):
+        return [api_form(one, form.table) for one in value]
+    if isinstance(form, schema.MapOf):
+        return {name: api_form(one, form.table) for name, one in value.items()}
+    return value
 
 
 COMMANDS = {

@@ -1,7 +1,7 @@
 """What servers take from agents, known at both ends: a server checks it, an agent refuses what would not be taken.
 
 The log is for ever, and every server has to live with what is in it. Called by `server/endpoint.py` for what comes in,
-and by `agent/bounds.py` and `agent/config.py` for what is accepted from users.
+and by `agent/bounds.py` and `agent/config/rules.py` for what is accepted from users.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import pytest
 import rostra
 from rostra.agent import config
 from rostra.agent.config import Config, ConfigErrors, Secret, load, pick_address
+from rostra.agent.config.loading import Loading
 
 KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 BASE = ["-data-dir=/nonexistent/rostra", "-bind=127.0.0.1", "-node=n1"]
@@ -517,7 +518,7 @@ def test_every_key_of_consul_is_known() -> None:
             document: Any = None
             for key in reversed(path.split(".")):
                 document = {key: document}
-            loading = config._Loading()
+            loading = Loading()
             loading.read_text("f", json.dumps(document), "json")
             if path not in other:
                 unknown += [p for p in map(str, loading.problems) if "unknown configuration key" in p]
