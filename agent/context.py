@@ -1,6 +1,6 @@
 """The agent as its HTTP handlers see it: every part that a request may need, in one value.
 
-`agent/run.py` builds it once; tests build it with the parts they exercise. It has no behaviour of its own.
+`agent/running.py` builds it once; tests build it with the parts they exercise. It has no behaviour of its own.
 """
 
 from __future__ import annotations
