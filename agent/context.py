@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from rostra.acl.authorizer import EVERYTHING, Authorizer
-from rostra.agent.config import Config
+from rostra.agent.config.settings import Config
 from rostra.agent.metrics import Metrics
 from rostra.wire.caller import Caller
 
