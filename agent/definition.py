@@ -16,8 +16,8 @@ from typing import Any
 
 from rostra.agent.checks import kinds
 from rostra.agent.checks.spec import OUTPUT_BYTES_MAX, CheckSpec
-from rostra.agent.definition_fields import read
-from rostra.agent.schema import CHECK, PROXY, SERVICE, Many, Table, Type
+from rostra.agent.definition_fields import read, stored
+from rostra.agent.schema import CHECK, PROXY, SERVICE
 from rostra.server.state.rows import ServiceRow
 from rostra.wire.durations import SECOND
 from rostra.wire.errors import BadRequest, Denied
@@ -121,17 +121,6 @@ def with_ip_addresses(row: ServiceRow) -> ServiceRow:
     return row._replace(tagged_addresses={name: tagged[name] for name in sorted(tagged)})
 
 
-def frozen(value: Any) -> Any:
-    """`value` with its lists as tuples, which is what comes back from the wire; so local and catalog rows compare."""
-    if isinstance(value, Mapping):
-        return {str(k): frozen(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(frozen(v) for v in value)
-    if isinstance(value, int) and not -(2**63) <= value < 2**64:
-        return float(value)  # as any JSON reader would take it; the wire has no such integer
-    return value
-
-
 def _service(given: dict[str, Any], node: str, *, parent: ServiceRow | None = None) -> ServiceDefinition:
     """`parent`: the service whose sidecar this is."""
     if parent is not None:
@@ -139,7 +128,9 @@ def _service(given: dict[str, Any], node: str, *, parent: ServiceRow | None = No
     name = given["name"] or given["service"]
     service_id, kind, port, meta = given["id"] or name, given["kind"], given["port"], given["meta"]
     weights, connect = given["weights"] or {"passing": 1, "warning": 1}, given["connect"] or {}
-    proxy = _stored(given["proxy"], PROXY) if given["proxy"] is not None else None
+    proxy = stored(given["proxy"], PROXY) if given["proxy"] is not None else None
+    for upstream in (proxy or {}).get("upstreams", ()):
+        upstream.setdefault("destination_type", "service")
     checks = tuple(_service_checks(given, service_id, name))
     if not name:
         raise BadRequest("Missing service name")
@@ -244,22 +235,6 @@ def _check(given: dict[str, Any], *, bad_status: str) -> CheckSpec:
         "output_bytes_max": min(output_bytes_max, OUTPUT_BYTES_MAX),
     }
     return CheckSpec(**{f.name: given[f.name] for f in fields(CheckSpec) if f.name in given} | settled)
-
-
-def _stored(given: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    """What is set of it, as rows keep it."""
-    stored: dict[str, Any] = {}
-    for name, value in given.items():
-        field = table.in_bodies[name]
-        if field.form is Type.MAP:
-            stored[name] = frozen(value)
-        elif isinstance(field.form, Table) and value is not None:
-            stored[name] = _stored(value, field.form)
-        elif isinstance(field.form, Many):
-            stored[name] = tuple(_stored(one, field.form.table) for one in value or ())
-        else:
-            stored[name] = value or field.default
-    return {name: value for name, value in stored.items() if value}
 
 
 def _check_weights(passing: int, warning: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rostra.agent.schema import Form, MapOf, Table, Type
+from rostra.agent.schema import Form, Many, MapOf, Table, Type
 from rostra.wire.bounds import DEPTH_MAX
 from rostra.wire.durations import parse_duration
 from rostra.wire.errors import BadRequest
@@ -44,6 +44,33 @@ def read(table: Table, raw: Any, path: str = "", *, strict: bool = True) -> dict
         elif value is not None:
             found[field.name] = _value(field.form, value, path + field.api, strict)
     return {name: found[name] if name in found else _empty(field.form) for name, field in table.in_bodies.items()}
+
+
+def stored(given: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """What is set of an object that was read, as rows keep it."""
+    kept: dict[str, Any] = {}
+    for name, value in given.items():
+        form = table.in_bodies[name].form
+        if form is Type.MAP:
+            kept[name] = frozen(value)
+        elif isinstance(form, Table) and value is not None:
+            kept[name] = stored(value, form)
+        elif isinstance(form, Many):
+            kept[name] = tuple(stored(one, form.table) for one in value or ())
+        else:
+            kept[name] = value
+    return {name: value for name, value in kept.items() if value}
+
+
+def frozen(value: Any) -> Any:
+    """`value` with its lists as tuples, which is what comes back from the wire; so local and catalog rows compare."""
+    if isinstance(value, Mapping):
+        return {str(k): frozen(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(frozen(v) for v in value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return float(value)  # as any JSON reader would take it; the wire has no such integer
+    return value
 
 
 def _value(form: Form, value: Any, where: str, strict: bool) -> Any:

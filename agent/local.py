@@ -44,12 +44,12 @@ from rostra.agent.definition import (
     ScriptsDisabled,
     ServiceDefinition,
     expand_sidecar_checks,
-    frozen,
     join_host_port,
     parse_check,
     parse_service,
     with_ip_addresses,
 )
+from rostra.agent.definition_fields import frozen
 from rostra.agent.local_files import Files
 from rostra.agent.sidecar_ports import SidecarPorts, port_is_busy_here
 from rostra.runtime import log as _log

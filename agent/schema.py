@@ -27,7 +27,6 @@ class Field(NamedTuple):
     name: str  # as files and rows spell it
     form: Form
     known: Known = Known.EVERYWHERE
-    default: str = ""  # what a row has where nothing was given
 
     @property
     def api(self) -> str:
@@ -45,6 +44,9 @@ class Table:
 
     def in_body(self, name: str) -> Field | None:
         return self._folded.get(_fold(name))
+
+    def without(self, name: str) -> Table:
+        return self.only(" ".join(other for other in self.in_bodies if other != name))
 
     def only(self, names: str) -> Table:
         return Table(tuple(self.in_bodies[name] for name in names.split()))
@@ -106,8 +108,7 @@ ADDRESS = Table(fields(Type.TEXT, "address"), fields(Type.WHOLE, "port"))
 WEIGHTS = Table(fields(Type.WHOLE, "passing warning"))
 _GATEWAY = Table(fields(Type.TEXT, "mode"))
 _UPSTREAM = Table(
-    (Field("destination_type", Type.TEXT, default="service"),),
-    fields(Type.TEXT, "destination_namespace destination_name datacenter local_bind_address"),
+    fields(Type.TEXT, "destination_type destination_namespace destination_name datacenter local_bind_address"),
     fields(Type.WHOLE, "local_bind_port"),
     fields(Type.MAP, "config"),
     fields(_GATEWAY, "mesh_gateway"),

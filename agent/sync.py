@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rostra.agent.bounds import check_fields, in_commands, service_fields
-from rostra.agent.definition import frozen
+from rostra.agent.definition_fields import frozen
 from rostra.agent.servers_port import Key, Row, Servers
 from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks

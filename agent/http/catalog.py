@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 
 from rostra.agent.checks import kinds
 from rostra.agent.context import Agent
-from rostra.agent.http.declared import Body, MapOf, parameters, read_parameters
+from rostra.agent.definition_fields import DecodeError, read, stored
+from rostra.agent.http.declared import Body, parameters, read_parameters
 from rostra.agent.http.errors import HttpError, write
-from rostra.agent.http.fields import Fields, plain
+from rostra.agent.http.fields import Fields
 from rostra.agent.http.health import all_of, meta_filter, node_filter, tag_filter
 from rostra.agent.http.permissions import anybody, at_servers
 from rostra.agent.http.reads import answer, read_options
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, as_object, catalog_service_json, node_json, service_json
 from rostra.agent.results import View
+from rostra.agent.schema import ADDRESS, CHECK, PROXY, SERVICE, Table, Type
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.catalog import NAME_RESERVED, Deregister, Nodes, NodeServices, Register, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
 from rostra.server.state.rows import ServiceRow
 from rostra.wire.durations import format_duration
-from rostra.wire.errors import Conflict
+from rostra.wire.errors import BadRequest, Conflict
 
 #: How many nodes `services?node-meta=` looks into at once.
 _NODES_MAX = 5000
@@ -126,38 +128,21 @@ def _encode_instance(key: Key, row: Row) -> bytes:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-_ADDRESS = MapOf("Address Port")
-_PROXY = Body(
-    "DestinationServiceName destination_service_name DestinationServiceID destination_service_id "
-    "LocalServiceAddress local_service_address LocalServicePort local_service_port Config",
-    Upstreams=Body(
-        "DestinationType destination_type DestinationNamespace destination_namespace DestinationName destination_name "
-        "Datacenter LocalBindAddress local_bind_address LocalBindPort local_bind_port Config",
-        MeshGateway=Body("Mode"),
-    ),
-    MeshGateway=Body("Mode"),
-    Expose=Body(
-        "Checks",
-        Paths=Body(
-            "ListenerPort listener_port Path LocalPathPort local_path_port Protocol ParsedFromCheck",
-        ),
-    ),
+#: What Consul's catalog knows of a definition: it stands there as an agent would have registered it.
+_PROXY = PROXY.without("mode")
+_DEFINITION = CHECK.only(
+    "http method body tcp grpc alias_node alias_service docker_container_id shell tls_skip_verify grpc_use_tls "
+    "output_max_size script_args header ttl interval timeout deregister_critical_service_after"
 )
-_SERVICE = Body(
-    "Kind ID Service Tags Address Meta Port EnableTagOverride CreateIndex ModifyIndex",
-    TaggedAddresses=_ADDRESS,
-    Weights=Body("Passing Warning"),
-    Proxy=_PROXY,
+_SERVICE = Body.of(
+    SERVICE.only("kind id service tags address meta port enable_tag_override tagged_addresses weights"),
+    "CreateIndex ModifyIndex",
+    Proxy=Body.of(_PROXY, takes_snake=True),
     Connect=Body("Native", is_strict=False),
 )
-_TEXTS = ("HTTP", "Method", "Body", "TCP", "GRPC", "AliasNode", "AliasService", "DockerContainerID", "Shell")
 _CHECK = Body(
     "Node CheckID Name Status Notes Output ServiceID ServiceName ServiceTags Type CreateIndex ModifyIndex",
-    Definition=Body(
-        f"{' '.join(_TEXTS)} TLSSkipVerify GRPCUseTLS OutputMaxSize ScriptArgs Header TTL Interval Timeout "
-        "DeregisterCriticalServiceAfter",
-        is_strict=False,
-    ),
+    Definition=Body.of(_DEFINITION, is_strict=False),
 )
 _REGISTRATION = Body(
     "Datacenter ID Node Address TaggedAddresses NodeMeta SkipNodeUpdate Token CreateIndex ModifyIndex",
@@ -224,8 +209,9 @@ def _check_dc(body: Fields, agent: Agent) -> None:
 
 def service_map(given: Fields) -> dict[str, Any]:
     """The fields of ServiceRow, by name, that a catalog registration's Service describes."""
-    weights, connected, proxy = given.object("Weights"), given.object("Connect"), given.object("Proxy")
-    tagged = given.object("TaggedAddresses")
+    weights, connected, proxy = given.object("Weights"), given.object("Connect"), given.raw("Proxy")
+    tagged = given.plain_map("TaggedAddresses")
+    passing = weights.integer("Passing") if weights else 0
     return {
         "id": given.text("ID") or given.text("Service"),
         "name": given.text("Service"),
@@ -233,28 +219,31 @@ def service_map(given: Fields) -> dict[str, Any]:
         "port": given.integer("Port"),
         "tags": given.texts("Tags"),
         "meta": given.text_map("Meta"),
-        "tagged_addresses": {} if tagged is None else _tagged(given.plain_map("TaggedAddresses")),
-        "weight_passing": weights.integer("Passing", 1) if weights else 1,
-        "weight_warning": weights.integer("Warning") if weights else 1,
+        "tagged_addresses": {
+            name: _decoded(ADDRESS, {} if one is None else one, f"TaggedAddresses.{name}.")
+            for name, one in tagged.items()
+        },
+        "weight_passing": max(1, passing),
+        "weight_warning": weights.integer("Warning") if weights and passing >= 1 else 1,
         "enable_tag_override": given.flag("EnableTagOverride"),
         "kind": given.text("Kind"),
-        "proxy": snake_names(given.plain_map("Proxy")) if proxy else None,
+        "proxy": None if proxy is None else stored(_decoded(_PROXY, proxy, "Service.Proxy."), _PROXY),
         "native": connected.flag("Native") if connected else False,
     }
 
 
-def _tagged(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    out = {}
-    for name, value in given.items():
-        fields = Fields(value, f"TaggedAddresses.{name}")
-        out[name] = {"address": fields.text("Address"), "port": fields.integer("Port")}
-    return out
+def _decoded(table: Table, value: Any, path: str) -> dict[str, Any]:
+    try:
+        return read(table, value, path, strict=False)  # the body has been looked at
+    except DecodeError as error:
+        raise BadRequest(f"Request decode failed: {error.message}") from None
 
 
 def check_map(given: Fields) -> dict[str, Any]:
     """The fields of CheckRow, by name, that a catalog registration's Check describes."""
     described = given.object("Definition")
     definition = _definition(described) if described is not None else {}
+    asked = {name: definition.get(field.api) for name, field in _DEFINITION.in_bodies.items()}
     return {
         "id": given.text("CheckID") or given.text("Name"),
         "name": given.text("Name"),
@@ -262,37 +251,27 @@ def check_map(given: Fields) -> dict[str, Any]:
         "notes": given.text("Notes"),
         "output": given.text("Output"),
         "service_id": given.text("ServiceID"),
-        "type": given.text("Type") or kinds.shown_as(_asked(definition)),
+        "type": given.text("Type") or kinds.shown_as({**asked, "args": asked["script_args"]}),
         "definition": definition,
     }
 
 
 def _definition(given: Fields) -> dict[str, Any]:
     """What is set of it, in the names and forms in which it is shown."""
-    shown: dict[str, Any] = {name: given.text(name) for name in _TEXTS}
-    shown |= {name: given.flag(name) for name in ("TLSSkipVerify", "GRPCUseTLS")}
-    shown |= {"OutputMaxSize": given.integer("OutputMaxSize"), "ScriptArgs": list(given.texts("ScriptArgs"))}
-    shown |= {"Header": given.plain_map("Header"), "TTL": given.duration_ns("TTL")}
-    for name in ("Interval", "Timeout", "DeregisterCriticalServiceAfter"):
-        ns = given.duration_ns(name)
-        shown[name] = format_duration(ns) if ns else ""
+    readers: dict[Any, Callable[[str], Any]] = {
+        Type.TEXT: given.text,
+        Type.WHOLE: given.integer,
+        Type.SWITCH: given.flag,
+        Type.DURATION: given.duration_ns,
+        Type.TEXTS: lambda name: list(given.texts(name)),
+        Type.HEADER: given.plain_map,
+    }
+    shown = {field.api: readers[field.form](field.api) for field in _DEFINITION.in_bodies.values()}
+    shown |= {name: format_duration(shown[name]) for name in _SHOWN_AS_TEXT if shown[name]}
     return {name: value for name, value in shown.items() if value}
 
 
-def _asked(definition: dict[str, Any]) -> dict[str, Any]:
-    """As a definition of the agent names it."""
-    return {_snake(name): value for name, value in definition.items()} | {"args": definition.get("ScriptArgs")}
-
-
-def snake_names(value: Any) -> Any:
-    """API names as they are stored (`DestinationServiceName` → `destination_service_name`); users' maps untouched."""
-    if isinstance(value, dict):
-        return {_snake(k): (plain(v) if _snake(k) in ("config", "meta") else snake_names(v)) for k, v in value.items()}
-    return [snake_names(v) for v in value] if isinstance(value, list) else value
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+_SHOWN_AS_TEXT = ("Interval", "Timeout", "DeregisterCriticalServiceAfter")
 
 
 ROUTES = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rostra.agent import schema
 from rostra.agent.http.errors import HttpError
 from rostra.agent.http.fields import Fields
 from rostra.agent.http.routing import JsonObject, Request, Route
@@ -78,6 +79,23 @@ class Body:
         self._fields: dict[str, Body | MapOf | None] = {name.lower(): None for name in names.split()}
         self._fields |= {name.lower(): body for name, body in inside.items()}
         self._is_strict = is_strict
+
+    @classmethod
+    def of(
+        cls, table: schema.Table, names: str = "", *, is_strict: bool = True, takes_snake: bool = False, **inside: Body
+    ) -> Body:
+        """Of the fields of a definition. `takes_snake`: Consul knows the names of its plain values in files, too."""
+        nested: dict[str, Body | MapOf] = {**inside}
+        for name, field in table.in_bodies.items():
+            if isinstance(field.form, schema.MapOf):
+                nested[field.api] = MapOf(" ".join(f.api for f in field.form.table.in_bodies.values()))
+            elif isinstance(field.form, schema.Type):
+                is_plain = takes_snake and field.form in (schema.Type.TEXT, schema.Type.WHOLE)
+                names += f" {field.api} {name if is_plain else ''}"
+            else:
+                inner = field.form.table if isinstance(field.form, schema.Many) else field.form
+                nested[field.api] = cls.of(inner, takes_snake=takes_snake)
+        return cls(names, is_strict=is_strict, **nested)
 
     def read(self, request: Request, *, empty: bool = False) -> Fields:
         """The request's body. Raises BadRequest for what is no such object; `empty`: no body at all is {}."""

@@ -10,19 +10,18 @@ import base64
 import hashlib
 from binascii import b2a_base64
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
+from rostra.agent.schema import api_name
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.rows import CheckRow, IntentionRow, KVRow, NodeRow, RootRow, ServiceRow, session_row
 from rostra.wire.durations import format_duration
 
 Json = dict[str, Any]
 
-#: snake_case of stored proxy maps → the API's names, where capitalising the words is not enough.
-_IRREGULAR = {"destination_service_id": "DestinationServiceID", "path_prefix": "PathPrefix"}
-_ACRONYMS = {"id": "ID", "http": "HTTP", "tls": "TLS", "url": "URL", "ttl": "TTL", "sni": "SNI", "tcp": "TCP"}
 #: Keys of users' own data below these are never renamed.
 _OPAQUE = frozenset({"config", "Config", "meta", "Meta"})
 
@@ -167,15 +166,9 @@ def api_names(value: Any) -> Any:
     return [api_names(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+@lru_cache(4096)
 def _api_name(key: str) -> str:
-    found = _IRREGULAR.get(key)
-    if found is None:
-        found = key
-        if key and (key[0].islower() or "_" in key):
-            found = "".join(_ACRONYMS.get(w, w[:1].upper() + w[1:]) for w in key.split("_"))
-        if len(_IRREGULAR) < 4096:
-            _IRREGULAR[key] = found
-    return found
+    return api_name(key) if key and (key[0].islower() or "_" in key) else key
 
 
 def kv_fragment(key: Key, row: Row) -> bytes:

@@ -155,6 +155,18 @@ def refused_registrations(ask: Both) -> None:
         {"Service": {"Service": "s", "Connect": {"Foo": 1}}},
         {"Service": {"Service": "s", "Proxy": {"Foo": 1}}},
         {"Service": {"Service": "s", "Proxy": {"Upstreams": [{"IngressHosts": []}]}}},
+        {"Service": {"Service": "s", "Proxy": {"Mode": "x"}}},
+        {"Service": {"Service": "s", "Proxy": {"mesh_gateway": {"mode": "local"}}}},
+        {"Service": {"Service": "s", "Proxy": {"Upstreams": 5}}},
+        {"Service": {"Service": "s", "Proxy": {"Upstreams": [5]}}},
+        {"Service": {"Service": "s", "Proxy": {"Upstreams": [{"LocalBindPort": "x"}]}}},
+        {"Service": {"Service": "s", "Proxy": {"Config": 5}}},
+        {"Service": {"Service": "s", "Proxy": {"Expose": {"Paths": "x"}}}},
+        {"Service": {"Service": "s", "Proxy": {"local_service_port": 9, "destination_service_name": "x"}}},
+        {"Service": {"Service": "s", "Proxy": {"LocalServicePort": None, "Expose": {"Checks": True}}}},
+        {"Service": {"Service": "s", "Weights": {}}},
+        {"Service": {"Service": "s", "Weights": {"Warning": 3}}},
+        {"Service": {"Service": "s", "Weights": {"Passing": 3}}},
         {"Service": {"ID": "s"}},
         {"Check": {"Name": "c", "HTTP": "x"}},
         {"Check": {"Name": "c", "Definition": {"Foo": 1}}},
@@ -176,6 +188,7 @@ def refused_registrations(ask: Both) -> None:
     ):
         ask("PUT", REGISTER, node(**fields))
         ask("GET", "/v1/health/node/n9")
+        ask("GET", "/v1/catalog/service/s")
     for body in ({"Node": "n9", "Name": "s"}, {"Node": "n9", "Namespace": "t"}, {"Node": ""}, {}, "", "{"):
         ask("PUT", DEREGISTER, body)
     ask("GET", "/v1/catalog/node/n9")
