@@ -1,10 +1,12 @@
 """Flags, JSON and HCL → one Config, or every problem with its place."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ import rostra
 from rostra.agent import config
 from rostra.agent.config import Config, ConfigErrors, Secret, load, pick_address
 from rostra.agent.config.loading import Loading
+from rostra.agent.config.settings import DEFAULTS
 
 KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 BASE = ["-data-dir=/nonexistent/rostra", "-bind=127.0.0.1", "-node=n1"]
@@ -666,3 +669,44 @@ def test_script_checks_of_files_are_taken_where_they_are_allowed() -> None:
     text = 'service { name = "a" check { script_args = ["x"] interval = "10s" } }'
     for key in ("enable_script_checks", "enable_local_script_checks"):
         assert len(from_hcl(f"{key} = true {text}").services) == 1
+
+
+# ── the page ──
+
+DOCS = Path(__file__).parents[3] / "docs" / "configuration.md"
+
+
+def rows_of_the_page() -> list[tuple[list[str], list[str], list[str]]]:
+    """Keys, flags and defaults of each row; a dash, or prose, is no key and no flag."""
+    rows = []
+    for line in DOCS.read_text().split("## Accepted without effect")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4 and cells[0] not in ("key", "---"):
+            keys, flags = (re.findall(r"`-?([^`=]+)[^`]*`", cell) for cell in cells[:2])
+            rows.append((keys, flags, [part.strip("`") for part in re.split(r",\s*", cells[2])]))
+    return rows
+
+
+def test_the_page_on_configuration_has_every_key_and_flag_and_no_other() -> None:
+    keys = [key for row in rows_of_the_page() for key in row[0]]
+    flags = [flag for row in rows_of_the_page() for flag in row[1]]
+    known = {key: s for s in config.SETTINGS.values() for key in s.keys}
+    assert len(keys) == len(set(keys))
+    assert set(keys) - set(known) == {"service", "services", "check", "checks"}
+    assert [name for name, s in config.SETTINGS.items() if s.keys and s.keys[0] not in keys] == []
+    assert set(flags) == {s.flag for s in config.SETTINGS.values() if s.flag} | {"read-replica"}
+
+
+def test_the_page_on_configuration_says_the_defaults() -> None:
+    of_key = {key: name for name, s in config.SETTINGS.items() for key in s.keys}
+    wrong = []
+    for keys, flags, defaults in rows_of_the_page():
+        names = list(dict.fromkeys(of_key[key] for key in keys if key in of_key))
+        for name, said in zip(names, defaults * len(names) if len(defaults) == 1 else defaults, strict=False):
+            default, kind = DEFAULTS[name], config.SETTINGS[name].kind
+            with contextlib.suppress(TypeError, ValueError):
+                if kind.parse(said) == default:
+                    continue
+            if default:  # nothing, or what is chosen at the start, is told in words
+                wrong.append(f"{keys} {flags}: {name} is {default!r}, not {said}")
+    assert wrong == []
