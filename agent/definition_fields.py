@@ -7,9 +7,10 @@ nothing or null was given. A list of one object is an object, as HCL writes its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rostra.agent.schema import Form, Many, MapOf, Table, Type
+from rostra.agent.values import SWITCH, TEXT, TEXT_MAP, TEXTS, WHOLE
 from rostra.wire.bounds import DEPTH_MAX
 from rostra.wire.durations import parse_duration
 from rostra.wire.errors import BadRequest
@@ -75,13 +76,13 @@ def frozen(value: Any) -> Any:
 
 def _value(form: Form, value: Any, where: str, strict: bool) -> Any:
     if isinstance(form, Type):
-        return _READ[form][0](value, where)
+        return _plain(form, value, where)
     if isinstance(form, Table):
         return None if value == [] else read(form, value, f"{where}.", strict=strict)
     if isinstance(form, MapOf):
         return {
             name: read(form.table, {} if one is None else one, f"{where}.{name}.", strict=strict)
-            for name, one in _free_map(value, where).items()
+            for name, one in _plain(Type.MAP, value, where).items()
         }
     many = [value] if isinstance(value, Mapping) else value
     if not isinstance(many, list | tuple):
@@ -89,9 +90,19 @@ def _value(form: Form, value: Any, where: str, strict: bool) -> Any:
     return [read(form.table, one, f"{where}.", strict=strict) for one in many if one is not None]
 
 
+def _plain(form: Type, value: Any, where: str) -> Any:
+    reading = _READ[form]
+    try:
+        return reading.read(value)
+    except TypeError:
+        raise _wrong(value, where, reading.go) from None
+    except ValueError as error:
+        raise DecodeError(where.join(error.args)) from None
+
+
 def _empty(form: Form) -> Any:
     if isinstance(form, Type):
-        return _READ[form][1]()
+        return _READ[form].empty()
     return {} if isinstance(form, MapOf) else None
 
 
@@ -99,77 +110,33 @@ def _block(raw: Any) -> Any:
     return raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else raw
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _wrong(value, where, "string")
-    return value
-
-
-def _switch(value: Any, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(value, where, "bool")
-    return value
-
-
-def _integer(value: Any, where: str) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    raise _wrong(value, where, "int")
-
-
-def _duration(value: Any, where: str) -> int:
-    if value == "":
-        return 0
+def _duration(value: Any) -> int:
     if isinstance(value, int | float) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
         return int(value)
-    if not isinstance(value, str):
-        raise _wrong(value, where, "duration")
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise DecodeError(str(error)) from None
+    return parse_duration(TEXT.read(value)) if value != "" else 0
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(value, where, "[]string")
-    return tuple(_text_or_null(item, where) for item in value)
-
-
-def _text_or_null(value: Any, where: str) -> str:
-    if not isinstance(value, str | None):
-        raise _wrong(value, where, "string")
-    return value or ""
-
-
-def _free_map(value: Any, where: str) -> dict[str, Any]:
+def _free_map(value: Any) -> dict[str, Any]:
     value = _block(value)
     if not isinstance(value, Mapping):
-        raise _wrong(value, where, "map")
+        raise TypeError
     if _is_deeper(value, DEPTH_MAX):
-        raise DecodeError(f"json: {where} is nested more than {DEPTH_MAX} deep")
+        raise ValueError("json: ", f" is nested more than {DEPTH_MAX} deep")
     return {str(k): v for k, v in value.items()}
 
 
-def _text_map(value: Any, where: str) -> dict[str, str]:
-    return {key: _text_or_null(one, where) for key, one in _free_map(value, where).items()}
-
-
-def _header(value: Any, where: str) -> dict[str, tuple[str, ...]]:
-    header: dict[str, tuple[str, ...]] = {}
-    for key, given in _free_map(value, where).items():
-        header[key] = _texts((given,) if isinstance(given, str) else given or (), where)
-        if any(c in text for text in (key, *header[key]) for c in "\r\n"):
-            raise DecodeError(f"json: a line break in {where}")
+def _header(value: Any) -> dict[str, tuple[str, ...]]:
+    given = _free_map(value).items()
+    header = {key: TEXTS.read((v,) if isinstance(v, str) else () if v is None else v) for key, v in given}
+    if any(c in text for key, values in header.items() for text in (key, *values) for c in "\r\n"):
+        raise ValueError("json: a line break in ", "")
     return header
 
 
-def _namespace(value: Any, where: str) -> str:
+def _namespace(value: Any) -> str:
     """There is one, which an empty name and its own stand for."""
-    if _text(value, where) not in ("", "default"):
-        raise DecodeError(f'json: unknown field "{where}" - Namespaces are a Consul Enterprise feature')
+    if TEXT.read(value) not in ("", "default"):
+        raise ValueError('json: unknown field "', '" - Namespaces are a Consul Enterprise feature')
     return ""
 
 
@@ -191,15 +158,21 @@ def _json_name(value: Any) -> str:
     return "object" if isinstance(value, Mapping) else _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-_READ: dict[Type, tuple[Callable[[Any, str], Any], Callable[[], Any]]] = {  # and what stands for nothing
-    Type.TEXT: (_text, str),
-    Type.STATUS: (_text, str),
-    Type.NAMESPACE: (_namespace, str),
-    Type.WHOLE: (_integer, int),
-    Type.SWITCH: (_switch, bool),
-    Type.DURATION: (_duration, int),
-    Type.TEXTS: (_texts, tuple),
-    Type.TEXT_MAP: (_text_map, dict),
-    Type.HEADER: (_header, dict),
-    Type.MAP: (_free_map, dict),
+class _Reading(NamedTuple):
+    go: str  # what Go's decoder calls it
+    read: Callable[[Any], Any]  # raises TypeError, or ValueError with what comes before and after the field
+    empty: Callable[[], Any]
+
+
+_READ = {
+    Type.TEXT: _Reading("string", TEXT.read, str),
+    Type.STATUS: _Reading("string", TEXT.read, str),
+    Type.NAMESPACE: _Reading("string", _namespace, str),
+    Type.WHOLE: _Reading("int", WHOLE.read, int),
+    Type.SWITCH: _Reading("bool", SWITCH.read, bool),
+    Type.DURATION: _Reading("duration", _duration, int),
+    Type.TEXTS: _Reading("[]string", TEXTS.read, tuple),
+    Type.TEXT_MAP: _Reading("map[string]string", lambda value: TEXT_MAP.read(_block(value)), dict),
+    Type.HEADER: _Reading("map[string][]string", _header, dict),
+    Type.MAP: _Reading("map", _free_map, dict),
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rostra.agent.config.settings import SETTINGS, Definition
-from rostra.agent.config.values import Kind
+from rostra.agent.values import Kind
 
 BAD: Any = object()
 

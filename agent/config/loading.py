@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rostra.agent.config.found import BAD, ConfigErrors, Found, describe
 from rostra.agent.config.rules import settle
 from rostra.agent.config.settings import DEFAULTS, SETTINGS, UNUSED, UNUSED_FLAGS, UNUSED_SWITCHES, Config, Definition
-from rostra.agent.config.values import DEFINED, SWITCH, TEXT, Kind, update
 from rostra.agent.schema import CHECK, SERVICE, Form, Many, MapOf, Table, Type
+from rostra.agent.values import DEFINED, SWITCH, TEXT, Kind, update
 
 if TYPE_CHECKING:
     from rostra.agent import hcl  # imported where a file is read: an agent that is told all by flags needs no parser
@@ -190,39 +190,39 @@ class Loading(Found):
             self.warnings.append(f"{document.where(container, key)}: {key}: given more than once; the last one counts")
         self.take_settings(document, document.value, _tree(), "")
 
-    def take_settings(self, document: hcl.Document, value: dict[str, Any], tree: dict[str, Any], prefix: str) -> None:
+    def known(
+        self, document: hcl.Document, value: dict[str, Any], names: Mapping[str, Any], prefix: str
+    ) -> Iterator[tuple[str, str, Any, str]]:
+        """Of each key that is known: its name, as it is written, its value, and where. The others are problems."""
         for raw, item in value.items():
-            where = document.where(value, raw)
-            name = _find(raw, tree)
-            key = prefix + (name or raw)
-            if name is None:
-                if "*" in tree:
-                    self.unused[key] = None
-                else:
-                    self.problem(where, key, f"unknown configuration key{_did_you_mean(raw, tree)}")
-                continue
-            node = tree[name]
-            if item is None:
-                continue
-            if node == _UNUSED_LEAF:
+            name = _find(raw, names)
+            if name is None and "*" in names:
+                self.unused[prefix + raw] = None
+            elif name is None:
+                message = f"unknown configuration key{_did_you_mean(raw, names)}"
+                self.problem(document.where(value, raw), prefix + raw, message)
+            elif item is not None:
+                yield name, raw, item, document.where(value, raw)
+
+    def take_settings(self, document: hcl.Document, value: dict[str, Any], tree: dict[str, Any], prefix: str) -> None:
+        for name, raw, item, where in self.known(document, value, tree, prefix):
+            node, key = tree[name], prefix + name
+            if node == _UNUSED_LEAF or node == {"*": _UNUSED_LEAF}:
                 self.unused[key] = None
             elif isinstance(node, _Definitions):
                 self.take_definitions(document, value, raw, item, node)
             elif isinstance(node, dict):
-                self.take_block(document, item, node, where, key)
+                for block in self.blocks(item, where, key):
+                    self.take_settings(document, block, node, f"{key}.")
             else:
                 self.take_value(node, item, where, key)
 
-    def take_block(self, document: hcl.Document, item: Any, tree: dict[str, Any], where: str, key: str) -> None:
-        if set(tree) == {"*"}:
-            self.unused[key] = None
-            return
+    def blocks(self, item: Any, where: str, key: str) -> list[dict[str, Any]]:
         blocks = [b for b in item if b is not None] if isinstance(item, list) else [item]
-        if not all(isinstance(block, dict) for block in blocks):
-            self.problem(where, key, f"must be a block, not {describe(item)}")
-            return
-        for block in blocks:
-            self.take_settings(document, block, tree, f"{key}.")
+        if all(isinstance(block, dict) for block in blocks):
+            return blocks
+        self.problem(where, key, f"must be a block, not {describe(item)}")
+        return []
 
     def take_value(self, field_name: str, item: Any, where: str, key: str) -> None:
         value = self.written(SETTINGS[field_name].kind, item, where, key)
@@ -260,17 +260,10 @@ class Loading(Found):
 
     def shaped(self, document: hcl.Document, value: dict[str, Any], table: Table, key: str) -> dict[str, Any]:
         """The object with canonical keys and checked values."""
-        known = table.in_files
         found: dict[str, Any] = {}
-        for raw, item in value.items():
-            where = document.where(value, raw)
-            name = _find(raw, known)
-            if name is None:
-                self.problem(where, f"{key}.{raw}", f"unknown configuration key{_did_you_mean(raw, known)}")
-                continue
-            if item is None:
-                continue
-            result = self.shaped_value(document, value, raw, item, known[name].form, f"{key}.{name}", where)
+        for name, raw, item, where in self.known(document, value, table.in_files, f"{key}."):
+            form = table.in_files[name].form
+            result = self.shaped_value(document, value, raw, item, form, f"{key}.{name}", where)
             if result is not BAD:
                 found[name] = result
         return found
@@ -290,10 +283,7 @@ class Loading(Found):
                 for i, one in enumerate(items)
                 if one is not None
             ]  # fmt: skip
-        blocks = item if isinstance(item, list) else [item]
-        if not all(isinstance(block, dict) for block in blocks):
-            self.problem(where, key, f"must be a block, not {describe(item)}")
-            return BAD
+        blocks = self.blocks(item, where, key)
         if isinstance(form, MapOf):
             return {
                 name: self.shaped_value(document, block, name, one or {}, form.table, f"{key}.{name}", where)

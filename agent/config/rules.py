@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 
 from rostra.agent.config.found import Found
-from rostra.agent.config.values import ANY_ADDRESS, is_address
+from rostra.agent.values import ANY_ADDRESS, is_address
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from rostra.agent.config.values import (
+from rostra.agent.values import (
     ADDRESS,
     ADDRESSES,
     DURATION,

@@ -6,9 +6,10 @@ null means absent, as in Go. Field names are found whatever their case; which na
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from rostra.agent.http.routing import JsonObject
+from rostra.agent.values import MAP, SWITCH, TEXT, TEXT_MAP, TEXTS, WHOLE, Kind
 from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
 
@@ -31,55 +32,28 @@ class Fields:
         return self._values.get(name.lower())
 
     def text(self, name: str, default: str = "") -> str:
-        value = self.raw(name)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self._wrong(name, "a string")
-        return value
+        return cast(str, self._read(name, TEXT, "a string", default))
 
     def integer(self, name: str, default: int = 0) -> int:
-        value = self.raw(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
+        value = self._read(name, WHOLE, "an integer", default)
+        if isinstance(self.raw(name), float):
             raise self._wrong(name, "an integer")
         if not -(2**63) <= value < 2**64:
             raise self._wrong(name, "a 64-bit integer")
-        return value
+        return cast(int, value)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        value = self.raw(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
-        return value
+        return cast(bool, self._read(name, SWITCH, "true or false", default))
 
     def texts(self, name: str) -> tuple[str, ...]:
-        value = self.raw(name)
-        if value is None:
-            return ()
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise self._wrong(name, "a list of strings")
-        return tuple(value)
+        return cast(tuple[str, ...], self._read(name, TEXTS, "a list of strings", ()))
 
     def text_map(self, name: str) -> dict[str, str]:
-        value = self.raw(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise self._wrong(name, "an object of strings")
-        return dict(value)
+        return cast(dict[str, str], self._read(name, TEXT_MAP, "an object of strings", {}))
 
     def plain_map(self, name: str) -> dict[str, Any]:
         """An object as it is, for users' own data."""
-        value = self.raw(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self._wrong(name, "an object")
-        return {k: plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in self._read(name, MAP, "an object", {}).items()}
 
     def object(self, name: str) -> Fields | None:
         value = self.raw(name)
@@ -107,6 +81,13 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(name, "a duration such as 10s")
         return int(value) * SECOND if abs(value) < seconds_below else int(value)
+
+    def _read(self, name: str, kind: Kind, expected: str, default: Any) -> Any:
+        value = self.raw(name)
+        try:
+            return default if value is None else kind.read(value)
+        except TypeError:
+            raise self._wrong(name, expected) from None
 
     def _wrong(self, name: str, expected: str) -> BadRequest:
         return BadRequest(f"Request decode failed: {self._named(name)} must be {expected}")

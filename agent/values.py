@@ -1,7 +1,8 @@
-"""Kinds of values: how each is read from a file and from a flag, and how two of them combine.
+"""Kinds of values: how each is read from a file or body and from a flag, and how two of them combine.
 
-A kind raises TypeError for a value of another type and ValueError, with a text, for one that is wrong. The settings
-(`settings.py`) and the fields of definitions (`DEFINED`) have one each. Pure, and of the standard library only.
+A kind raises TypeError for a value of another type and ValueError, with a text, for one that is wrong; the reader says
+where. Settings (`config/settings.py`), fields of definitions (`DEFINED`) and of bodies (`definition_fields.py`,
+`http/fields.py`) have one each. Pure, and of the standard library only.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _switch(text: str) -> bool:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(v, str | None) for v in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str | None) for v in value):
         raise TypeError
     return tuple(v or "" for v in value)
 
@@ -114,6 +115,12 @@ def _text_map(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str | None) for v in value.values()):
         raise TypeError
     return {k: v or "" for k, v in value.items()}
+
+
+def _map(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return dict(value)
 
 
 def _duration(value: Any) -> float:
@@ -256,7 +263,7 @@ TEXTS = Kind("a list of strings", _texts, lambda text: (text,), _append)
 JOINS = Kind("a list of strings", _joins, lambda text: _joins([text]), _append)
 TEXT_MAP = Kind("a map of strings", _text_map, _meta_pair, update)
 DURATIONS = Kind("a map of durations in quotes", _durations, str, update)
-MAP = Kind("a map", lambda value: dict(_only(dict)(value)), str, update)
+MAP = Kind("a map", _map, str, update)
 
 
 def _keep_list(value: Any) -> list[str]:
