@@ -27,6 +27,7 @@ DEREGISTER_AFTER_MIN_S = 60.0
 STATUSES = ("passing", "warning", "critical")
 SIDECAR_SUFFIX = "-sidecar-proxy"
 
+_DURATIONS = ("interval", "timeout", "ttl", "deregister_critical_service_after")
 _COUNTS = ("success_before_passing", "failures_before_critical", "failures_before_warning")
 _META_PAIRS_MAX = 64
 _META_KEY_MAX = 128
@@ -194,7 +195,8 @@ def _complete_sidecar(given: dict[str, Any], parent: ServiceRow) -> None:
 
 def _service_checks(given: dict[str, Any], service_id: str, service_name: str) -> Iterator[CheckSpec]:
     single, several = given["check"], given["checks"] or []
-    checks = [single, *several] if single and any(single.values()) else several
+    says_anything = single and (any(single.values()) or any(single[name] is not None for name in _DURATIONS))
+    checks = [single, *several] if says_anything else several
     for position, check in enumerate(checks, start=1):
         default_id = f"service:{service_id}" if len(checks) == 1 else f"service:{service_id}:{position}"
         check |= {
@@ -209,9 +211,7 @@ def _service_checks(given: dict[str, Any], service_id: str, service_name: str) -
 def _check(given: dict[str, Any], *, bad_status: str) -> CheckSpec:
     given["args"] = given["args"] or given["script_args"]
     given["failures_before_warning"] = given["failures_before_warning"] or given["failures_before_critical"]
-    interval_s, timeout_s, ttl_s, deregister_after_s = (
-        given[name] / SECOND for name in ("interval", "timeout", "ttl", "deregister_critical_service_after")
-    )
+    interval_s, timeout_s, ttl_s, deregister_after_s = ((given[name] or 0) / SECOND for name in _DURATIONS)
     output_bytes_max = given["output_max_size"] or OUTPUT_BYTES_MAX
     if given["status"] and given["status"] not in STATUSES:
         raise BadRequest(bad_status)

@@ -31,7 +31,7 @@ class DecodeError(BadRequest):
 
 
 def read(table: Table, raw: Any, path: str = "", *, strict: bool = True) -> dict[str, Any]:
-    """The value of every field by its name; durations in nanoseconds. `strict`: an unknown field is refused."""
+    """The value of every field by its name; durations in nanoseconds, or None. `strict`: unknown fields are refused."""
     raw = _block(raw)
     if not isinstance(raw, Mapping):
         what = path.rstrip(".") or "a definition"
@@ -110,10 +110,11 @@ def _block(raw: Any) -> Any:
     return raw[0] if isinstance(raw, list | tuple) and len(raw) == 1 else raw
 
 
-def _duration(value: Any) -> int:
+def _duration(value: Any) -> int | None:
+    """0s is given, and 0 and "" are not."""
     if isinstance(value, int | float) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
-        return int(value)
-    return parse_duration(TEXT.read(value)) if value != "" else 0
+        return int(value) or None
+    return parse_duration(TEXT.read(value)) if value != "" else None
 
 
 def _free_map(value: Any) -> dict[str, Any]:
@@ -170,7 +171,7 @@ _READ = {
     Type.NAMESPACE: _Reading("string", _namespace, str),
     Type.WHOLE: _Reading("int", WHOLE.read, int),
     Type.SWITCH: _Reading("bool", SWITCH.read, bool),
-    Type.DURATION: _Reading("duration", _duration, int),
+    Type.DURATION: _Reading("duration", _duration, lambda: None),
     Type.TEXTS: _Reading("[]string", TEXTS.read, tuple),
     Type.TEXT_MAP: _Reading("map[string]string", lambda value: TEXT_MAP.read(_block(value)), dict),
     Type.HEADER: _Reading("map[string][]string", _header, dict),

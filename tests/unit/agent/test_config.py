@@ -626,6 +626,7 @@ def test_bootstrap_and_a_cluster_of_one_say_the_same() -> None:
         ('service { name = "a" check { http = "http://x" } }', "Interval must be > 0"),
         ('service { name = "a" check { args = ["x"] interval = "10s" } }', "Scripts are disabled on this agent"),
         ('check { name = "c" ttl = "0s" }', "TTL must be > 0"),
+        ('service { name = "a" check { ttl = "0s" } }', "TTL must be > 0"),
         ('check { name = "c" service_id = "nope" ttl = "10s" }', 'ServiceID "nope" does not exist'),
     ],
 )

@@ -140,8 +140,10 @@ def test_a_definition_that_cannot_be_read_says_which_field(definition: Any, mess
     assert caught.value.message == message
 
 
-def test_an_empty_check_object_is_no_check() -> None:
-    assert parse_service(service(Check={}), node="n").checks == ()
+def test_an_empty_check_object_is_no_check_and_one_of_no_time_is_a_wrong_one() -> None:
+    for empty in ({}, {"TTL": ""}, {"TTL": 0, "Name": None}, {"TLSSkipVerify": False, "ScriptArgs": []}):
+        assert parse_service(service(Check=empty), node="n").checks == ()
+    assert refusal(service(Check={"TTL": "0s"})) == "Invalid check: TTL must be > 0 for TTL checks"
 
 
 def test_several_checks_are_numbered_and_a_single_one_is_not() -> None:
