@@ -155,6 +155,10 @@ _COMMON = (
     *fields(Many(CHECK), "checks"),
     *fields(PROXY, "proxy"),
 )
-#: A sidecar of a sidecar is refused, but in Consul's words.
-_SIDECAR = Table(_COMMON, fields(Table(fields(Type.SWITCH, "native"), fields(Type.MAP, "sidecar_service")), "connect"))
-SERVICE = Table(_COMMON, fields(Table(fields(Type.SWITCH, "native"), fields(_SIDECAR, "sidecar_service")), "connect"))
+
+
+def _with_connect(sidecar: Table) -> Table:
+    return Table(_COMMON, fields(Table(fields(Type.SWITCH, "native"), fields(sidecar, "sidecar_service")), "connect"))
+
+
+SERVICE = _with_connect(_with_connect(Table(_COMMON)))  # a sidecar of a sidecar is refused, but in Consul's words

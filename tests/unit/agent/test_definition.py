@@ -178,6 +178,17 @@ def test_a_sidecar_takes_name_tags_and_destination_from_its_service() -> None:
     assert parsed.sidecar.default_sidecar_checks
 
 
+def test_a_sidecar_may_have_a_connect_of_its_own_that_asks_for_nothing() -> None:
+    for connect in ({}, {"Native": True}, {"SidecarService": None}):
+        parsed = parse_service(service(Connect={"SidecarService": {"Connect": connect}}), node="n")
+        assert parsed.sidecar is not None
+        assert not parsed.sidecar.row.native
+
+
+def test_an_id_counts_for_a_check_that_has_a_check_id_too() -> None:
+    assert parse_check({"Name": "c", "ID": "a", "CheckID": "b", "TTL": "1s"}).id == "a"
+
+
 def test_an_empty_list_of_checks_keeps_a_sidecar_without_any() -> None:
     parsed = parse_service(service(Connect={"SidecarService": {"Checks": []}}), node="n")
     assert parsed.sidecar is not None
