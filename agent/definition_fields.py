@@ -30,9 +30,12 @@ class DecodeError(BadRequest):
     """The definition has an unknown field or a value of the wrong type. HTTP adds `Request decode failed: `."""
 
 
-def read(table: Table, raw: Any, path: str = "", *, strict: bool = True) -> dict[str, Any]:
-    """The value of every field by its name; durations in nanoseconds, or None. `strict`: unknown fields are refused."""
-    raw = _block(raw)
+def read(table: Table, raw: Any, path: str = "", *, json: bool = False) -> dict[str, Any]:
+    """The value of every field by its name; durations in nanoseconds, or None.
+
+    `json`: it never was HCL, so 80.0 is no whole number and a list no object; who asks has looked for unknown fields.
+    """
+    raw = raw if json else _block(raw)
     if not isinstance(raw, Mapping):
         what = path.rstrip(".") or "a definition"
         raise DecodeError(f"json: cannot unmarshal {_json_name(raw)} into {what}: an object is needed")
@@ -40,10 +43,10 @@ def read(table: Table, raw: Any, path: str = "", *, strict: bool = True) -> dict
     for given, value in raw.items():
         field = table.in_body(str(given))
         if field is None:
-            if strict:
+            if not json:
                 raise DecodeError(f'json: unknown field "{path}{given}"')
         elif value is not None:
-            found[field.name] = _value(field.form, value, path + field.api, strict)
+            found[field.name] = _value(field.form, value, path + field.api, json)
     return {name: found[name] if name in found else _empty(field.form) for name, field in table.in_bodies.items()}
 
 
@@ -74,20 +77,22 @@ def frozen(value: Any) -> Any:
     return value
 
 
-def _value(form: Form, value: Any, where: str, strict: bool) -> Any:
+def _value(form: Form, value: Any, where: str, json: bool) -> Any:
     if isinstance(form, Type):
+        if json and form is Type.WHOLE and isinstance(value, float):
+            raise _wrong(value, where, "int")
         return _plain(form, value, where)
     if isinstance(form, Table):
-        return None if value == [] else read(form, value, f"{where}.", strict=strict)
+        return None if value == [] and not json else read(form, value, f"{where}.", json=json)
     if isinstance(form, MapOf):
         return {
-            name: read(form.table, {} if one is None else one, f"{where}.{name}.", strict=strict)
+            name: read(form.table, {} if one is None else one, f"{where}.{name}.", json=json)
             for name, one in _plain(Type.MAP, value, where).items()
         }
-    many = [value] if isinstance(value, Mapping) else value
+    many = [value] if isinstance(value, Mapping) and not json else value
     if not isinstance(many, list | tuple):
         raise _wrong(value, where, "array")
-    return [read(form.table, one, f"{where}.", strict=strict) for one in many if one is not None]
+    return [read(form.table, one, f"{where}.", json=json) for one in many if one is not None]
 
 
 def _plain(form: Type, value: Any, where: str) -> Any:

@@ -211,7 +211,7 @@ def service_map(given: Fields) -> dict[str, Any]:
     """The fields of ServiceRow, by name, that a catalog registration's Service describes."""
     weights, connected, proxy = given.object("Weights"), given.object("Connect"), given.raw("Proxy")
     tagged = given.plain_map("TaggedAddresses")
-    passing = weights.integer("Passing") if weights else 0
+    passing, warning = (weights.integer("Passing"), weights.integer("Warning")) if weights else (0, 0)
     return {
         "id": given.text("ID") or given.text("Service"),
         "name": given.text("Service"),
@@ -224,7 +224,7 @@ def service_map(given: Fields) -> dict[str, Any]:
             for name, one in tagged.items()
         },
         "weight_passing": max(1, passing),
-        "weight_warning": weights.integer("Warning") if weights and passing >= 1 else 1,
+        "weight_warning": warning if passing >= 1 else 1,
         "enable_tag_override": given.flag("EnableTagOverride"),
         "kind": given.text("Kind"),
         "proxy": None if proxy is None else stored(_decoded(_PROXY, proxy, "Service.Proxy."), _PROXY),
@@ -234,7 +234,7 @@ def service_map(given: Fields) -> dict[str, Any]:
 
 def _decoded(table: Table, value: Any, path: str) -> dict[str, Any]:
     try:
-        return read(table, value, path, strict=False)  # the body has been looked at
+        return read(table, value, path, json=True)
     except DecodeError as error:
         raise BadRequest(f"Request decode failed: {error.message}") from None
 
