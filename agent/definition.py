@@ -27,6 +27,7 @@ DEREGISTER_AFTER_MIN_S = 60.0
 STATUSES = ("passing", "warning", "critical")
 SIDECAR_SUFFIX = "-sidecar-proxy"
 
+_SAME = tuple(f.name for f in fields(CheckSpec) if f.name in CHECK.in_bodies)  # in a definition and in a spec
 _DURATIONS = ("interval", "timeout", "ttl", "deregister_critical_service_after")
 _COUNTS = ("success_before_passing", "failures_before_critical", "failures_before_warning")
 _META_PAIRS_MAX = 64
@@ -234,7 +235,7 @@ def _check(given: dict[str, Any], *, bad_status: str) -> CheckSpec:
         "deregister_after_s": max(deregister_after_s, DEREGISTER_AFTER_MIN_S) if deregister_after_s > 0 else 0.0,
         "output_bytes_max": min(output_bytes_max, OUTPUT_BYTES_MAX),
     }
-    return CheckSpec(**{f.name: given[f.name] for f in fields(CheckSpec) if f.name in given} | settled)
+    return CheckSpec(**{name: given[name] for name in _SAME} | settled)
 
 
 def _check_weights(passing: int, warning: int) -> None:

@@ -7,6 +7,7 @@ nothing or null was given. A list of one object is an object, as HCL writes its 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from rostra.agent.schema import Form, Many, MapOf, Table, Type
@@ -39,7 +40,7 @@ def read(table: Table, raw: Any, path: str = "", *, json: bool = False) -> dict[
     if not isinstance(raw, Mapping):
         what = path.rstrip(".") or "a definition"
         raise DecodeError(f"json: cannot unmarshal {_json_name(raw)} into {what}: an object is needed")
-    found: dict[str, Any] = {}
+    found = _nothing(table)
     for given, value in raw.items():
         field = table.in_body(str(given))
         if field is None:
@@ -47,7 +48,7 @@ def read(table: Table, raw: Any, path: str = "", *, json: bool = False) -> dict[
                 raise DecodeError(f'json: unknown field "{path}{given}"')
         elif value is not None:
             found[field.name] = _value(field.form, value, path + field.api, json)
-    return {name: found[name] if name in found else _empty(field.form) for name, field in table.in_bodies.items()}
+    return found
 
 
 def stored(given: Mapping[str, Any], table: Table) -> dict[str, Any]:
@@ -105,10 +106,19 @@ def _plain(form: Type, value: Any, where: str) -> Any:
         raise DecodeError(where.join(error.args)) from None
 
 
-def _empty(form: Form) -> Any:
-    if isinstance(form, Type):
-        return _READ[form].empty()
-    return {} if isinstance(form, MapOf) else None
+def _nothing(table: Table) -> dict[str, Any]:
+    """What stands for the fields that are not given. Maps are made anew: they become part of rows."""
+    empty, maps = _empties(table)
+    return {**empty, **{name: {} for name in maps}}
+
+
+@cache
+def _empties(table: Table) -> tuple[dict[str, Any], list[str]]:
+    empty = {
+        name: _READ[field.form].empty if isinstance(field.form, Type) else {} if isinstance(field.form, MapOf) else None
+        for name, field in table.in_bodies.items()
+    }
+    return empty, [name for name, value in empty.items() if value == {}]
 
 
 def _block(raw: Any) -> Any:
@@ -167,18 +177,18 @@ def _json_name(value: Any) -> str:
 class _Reading(NamedTuple):
     go: str  # what Go's decoder calls it
     read: Callable[[Any], Any]  # raises TypeError, or ValueError with what comes before and after the field
-    empty: Callable[[], Any]
+    empty: Any
 
 
 _READ = {
-    Type.TEXT: _Reading("string", TEXT.read, str),
-    Type.STATUS: _Reading("string", TEXT.read, str),
-    Type.NAMESPACE: _Reading("string", _namespace, str),
-    Type.WHOLE: _Reading("int", WHOLE.read, int),
-    Type.SWITCH: _Reading("bool", SWITCH.read, bool),
-    Type.DURATION: _Reading("duration", _duration, lambda: None),
-    Type.TEXTS: _Reading("[]string", TEXTS.read, tuple),
-    Type.TEXT_MAP: _Reading("map[string]string", lambda value: TEXT_MAP.read(_block(value)), dict),
-    Type.HEADER: _Reading("map[string][]string", _header, dict),
-    Type.MAP: _Reading("map", _free_map, dict),
+    Type.TEXT: _Reading("string", TEXT.read, ""),
+    Type.STATUS: _Reading("string", TEXT.read, ""),
+    Type.NAMESPACE: _Reading("string", _namespace, ""),
+    Type.WHOLE: _Reading("int", WHOLE.read, 0),
+    Type.SWITCH: _Reading("bool", SWITCH.read, False),
+    Type.DURATION: _Reading("duration", _duration, None),
+    Type.TEXTS: _Reading("[]string", TEXTS.read, ()),
+    Type.TEXT_MAP: _Reading("map[string]string", lambda value: TEXT_MAP.read(_block(value)), {}),
+    Type.HEADER: _Reading("map[string][]string", _header, {}),
+    Type.MAP: _Reading("map", _free_map, {}),
 }

@@ -25,12 +25,9 @@ class Known(Enum):
 
 class Field(NamedTuple):
     name: str  # as files and rows spell it
+    api: str
     form: Form
-    known: Known = Known.EVERYWHERE
-
-    @property
-    def api(self) -> str:
-        return api_name(self.name)
+    known: Known
 
 
 class Table:
@@ -68,7 +65,7 @@ Form = Type | Table | Many | MapOf
 
 
 def fields(form: Form, names: str, known: Known = Known.EVERYWHERE) -> tuple[Field, ...]:
-    return tuple(Field(name, form, known) for name in names.split())
+    return tuple(Field(name, api_name(name), form, known) for name in names.split())
 
 
 _ACRONYMS = {w: w.upper() for w in ("grpc", "h2ping", "http", "id", "os", "sni", "tcp", "tls", "ttl", "udp", "url")}

@@ -58,18 +58,19 @@ def of(spec: CheckSpec) -> Kind:
 
 def shown_as(given: Mapping[str, Any]) -> str:
     """The name of the kind that a catalog registration describes, which need not be one that an agent could run."""
-    fitting = (kind.name for kind in _asked(given) if all(_is_set(given.get(name)) for name in kind.needs))
-    return next(fitting, "")
+    said = {name for name, value in given.items() if _is_set(value)}
+    return next((kind.name for kind in KINDS if said.issuperset(kind.needs) and not said.isdisjoint(kind.asked_by)), "")
 
 
 def asked_for(given: Mapping[str, Any]) -> Kind:
     """The kind that a definition asks for. Raises BadRequest where it asks for none, or for what no kind can do."""
-    asked = _asked(given)
+    said = {name for name, value in given.items() if _is_set(value)}
+    asked = [kind for kind in KINDS if not said.isdisjoint(kind.asked_by)]
     for kind in asked:
         if kind.missing:
             raise _invalid(f"{kind.missing} checks are not available")
     is_probed = any(kind.probe for kind in asked)
-    has_interval, has_ttl = _is_set(given.get("interval")), _is_set(given.get("ttl"))
+    has_interval, has_ttl = "interval" in said, "ttl" in said
     if has_interval and has_ttl:
         raise _invalid("Interval and TTL cannot both be specified")
     if is_probed and not has_interval:
@@ -83,12 +84,8 @@ def asked_for(given: Mapping[str, Any]) -> Kind:
     return asked[0]
 
 
-def _asked(given: Mapping[str, Any]) -> list[Kind]:
-    return [kind for kind in KINDS if any(_is_set(given.get(name)) for name in kind.asked_by)]
-
-
 def _is_set(value: Any) -> bool:
-    return value > 0 if isinstance(value, int | float) else bool(value)
+    return bool(value) and (not isinstance(value, int) or value > 0)
 
 
 def _invalid(problem: str) -> BadRequest:

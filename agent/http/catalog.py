@@ -243,7 +243,7 @@ def check_map(given: Fields) -> dict[str, Any]:
     """The fields of CheckRow, by name, that a catalog registration's Check describes."""
     described = given.object("Definition")
     definition = _definition(described) if described is not None else {}
-    asked = {name: definition.get(field.api) for name, field in _DEFINITION.in_bodies.items()}
+    asked = {_DEFINED[name.lower()].name: value for name, value in definition.items()}
     return {
         "id": given.text("CheckID") or given.text("Name"),
         "name": given.text("Name"),
@@ -251,27 +251,33 @@ def check_map(given: Fields) -> dict[str, Any]:
         "notes": given.text("Notes"),
         "output": given.text("Output"),
         "service_id": given.text("ServiceID"),
-        "type": given.text("Type") or kinds.shown_as({**asked, "args": asked["script_args"]}),
+        "type": given.text("Type") or kinds.shown_as({**asked, "args": asked.get("script_args")}),
         "definition": definition,
     }
 
 
 def _definition(given: Fields) -> dict[str, Any]:
     """What is set of it, in the names and forms in which it is shown."""
-    readers: dict[Any, Callable[[str], Any]] = {
-        Type.TEXT: given.text,
-        Type.WHOLE: given.integer,
-        Type.SWITCH: given.flag,
-        Type.DURATION: given.duration_ns,
-        Type.TEXTS: lambda name: list(given.texts(name)),
-        Type.HEADER: given.plain_map,
-    }
-    shown = {field.api: readers[field.form](field.api) for field in _DEFINITION.in_bodies.values()}
-    shown |= {name: format_duration(shown[name]) for name in _SHOWN_AS_TEXT if shown[name]}
-    return {name: value for name, value in shown.items() if value}
+    shown: dict[str, Any] = {}
+    for name in given.names():
+        field = _DEFINED.get(name)
+        if field is not None and given.has(name):
+            value = _READERS[field.form](given, field.api)
+            if value:
+                shown[field.api] = format_duration(value) if field.api in _SHOWN_AS_TEXT else value
+    return shown
 
 
-_SHOWN_AS_TEXT = ("Interval", "Timeout", "DeregisterCriticalServiceAfter")
+_DEFINED = {field.api.lower(): field for field in _DEFINITION.in_bodies.values()}
+_READERS: dict[Any, Callable[[Fields, str], Any]] = {
+    Type.TEXT: Fields.text,
+    Type.WHOLE: Fields.integer,
+    Type.SWITCH: Fields.flag,
+    Type.DURATION: Fields.duration_ns,
+    Type.TEXTS: lambda given, name: list(given.texts(name)),
+    Type.HEADER: Fields.plain_map,
+}
+_SHOWN_AS_TEXT = frozenset(("Interval", "Timeout", "DeregisterCriticalServiceAfter"))
 
 
 ROUTES = (

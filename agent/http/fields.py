@@ -5,11 +5,11 @@ null means absent, as in Go. Field names are found whatever their case; which na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from rostra.agent.http.routing import JsonObject
-from rostra.agent.values import MAP, SWITCH, TEXT, TEXT_MAP, TEXTS, WHOLE, Kind
+from rostra.agent.values import MAP, SWITCH, TEXT_MAP, TEXTS, WHOLE, Kind
 from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
 
@@ -20,6 +20,10 @@ class Fields:
             raise BadRequest(f"Request decode failed: {where or 'the body'} must be an object")
         self._values = {k.lower(): v for k, v in value.items()}
         self._where = where
+
+    def names(self) -> Iterable[str]:
+        """Those that are given, in lower case."""
+        return self._values
 
     def has(self, name: str) -> bool:
         return self._values.get(name.lower()) is not None
@@ -32,7 +36,12 @@ class Fields:
         return self._values.get(name.lower())
 
     def text(self, name: str, default: str = "") -> str:
-        return cast(str, self._read(name, TEXT, "a string", default))
+        value = self._values.get(name.lower())  # most fields are texts: no detour
+        if isinstance(value, str):
+            return value
+        if value is None:
+            return default
+        raise self._wrong(name, "a string")
 
     def integer(self, name: str, default: int = 0) -> int:
         value = self._read(name, WHOLE, "an integer", default)
