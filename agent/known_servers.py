@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rostra.agent.servers import ServerAddress
 from rostra.agent.servers_port import Servers
-from rostra.runtime.identity import write_if_changed
+from rostra.runtime.files import write_if_changed
 from rostra.wire.errors import RostraError
 
 #: How often the servers' list is asked for. A server's agent asks over its local socket, and it is asked by joiners.

@@ -7,14 +7,8 @@ from typing import Any
 
 from rostra import __version__
 from rostra.agent.config import Config
-from rostra.runtime.identity import (
-    Secret,
-    generate_secret,
-    has_certificate,
-    is_loopback,
-    parse_secret,
-    resolve_secrets,
-)
+from rostra.runtime.identity import has_certificate
+from rostra.runtime.secret import Secret, generate_secret, is_loopback, parse_secret, resolve_secrets
 
 
 def core_settings(config: Config) -> dict[str, Any]:

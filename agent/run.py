@@ -26,7 +26,7 @@ from rostra.runtime.service import cannot, end_with_threads, take_turns_with_thr
 from rostra.wire.errors import BadRequest, RostraError
 
 if TYPE_CHECKING:
-    from rostra.runtime.identity import DataDirectory
+    from rostra.runtime.data_directory import DataDirectory
 
 log = logging.get("agent")
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _status(error: RostraError) -> int:
     """78 where another start would find the same: a person has to look at the data directory."""
-    from rostra.runtime.identity import UnusableData
+    from rostra.runtime.data_directory import UnusableData
 
     return 78 if isinstance(error, UnusableData) else 1
 
@@ -135,7 +135,7 @@ def _run(config: Config) -> int:
 def _lock(config: Config) -> DataDirectory | None:
     if not data_dir(config):
         return None
-    from rostra.runtime.identity import DataDirectory
+    from rostra.runtime.data_directory import DataDirectory
 
     return DataDirectory.lock(config.data_dir, "agent.lock")
 

@@ -23,7 +23,8 @@ from typing import Any
 
 from processes import DNS, ENVIRONMENT, HTTP, Node, rss_mb
 
-from rostra.runtime.identity import NodeIdentity, parse_secrets
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from rostra.wire.frames import frame, pack
 from rostra.wire.rpc import hello
 

@@ -26,7 +26,8 @@ from processes import Failure, Fleet, Verdicts, eventually, guarded, parser, rss
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from rostra.runtime.identity import NodeIdentity, parse_secrets
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from tests.support import rpc_attack
 from tests.support.rpc_attack import Outcome, Target
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from rostra.runtime import log as _log
-from rostra.runtime.identity import write_durably
+from rostra.runtime.files import write_durably
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import explain
 from rostra.server.raft.members import LEARNER, MEMBERS_MAX, REPLICA, VOTER, Member, Members

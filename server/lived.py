@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rostra.runtime.identity import UnusableData, read_key_hash, read_node_id, write_durably
+from rostra.runtime.data_directory import UnusableData
+from rostra.runtime.files import write_durably
+from rostra.runtime.identity import read_key_hash, read_node_id
 from rostra.runtime.log import get
 from rostra.server.bootstrap import FILE_NAME as BOOTSTRAP
 from rostra.server.bootstrap import Membership, Stored

@@ -27,7 +27,9 @@ from typing import Any, NoReturn
 
 from rostra.runtime import core_dumps
 from rostra.runtime import log as logging
-from rostra.runtime.identity import DataDirectory, NodeIdentity, UnusableData, parse_secrets, read_node_id
+from rostra.runtime.data_directory import DataDirectory, UnusableData
+from rostra.runtime.identity import NodeIdentity, read_node_id
+from rostra.runtime.secret import parse_secrets
 from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threads, take_turns_with_threads
 from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts

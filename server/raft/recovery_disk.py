@@ -17,7 +17,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rostra.runtime.identity import DataDirectory, read_node_id, sync_directory
+from rostra.runtime.data_directory import DataDirectory
+from rostra.runtime.files import sync_directory
+from rostra.runtime.identity import read_node_id
 from rostra.server.bootstrap import FILE_NAME, Membership, load
 from rostra.server.lived import accept, noted_places
 from rostra.server.raft.disk import DirectoryDisk

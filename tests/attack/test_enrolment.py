@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rostra.runtime.identity import NodeIdentity, parse_secrets
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from rostra.server import enrolment
 from rostra.server import leader as duties
 from rostra.server.enrolment import BURST, Pace

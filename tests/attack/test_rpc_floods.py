@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import msgpack
 import pytest
 
-from rostra.runtime.identity import NodeIdentity, parse_secrets
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from rostra.wire.frames import RPC_FRAME_BYTES_MAX, frame, pack
 from rostra.wire.rpc import check_hello, hello
 from tests.support import processes as support

@@ -20,7 +20,8 @@ import pytest
 from rostra.agent.enrolment import Certificate
 from rostra.agent.join import JoinListener, discover
 from rostra.agent.servers import ServerAddress, ServerSession
-from rostra.runtime.identity import NodeIdentity, parse_secrets
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import peer_key_hash
 from rostra.runtime.wall import Wall

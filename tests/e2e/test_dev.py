@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rostra.runtime.identity import generate_secret
+from rostra.runtime.secret import generate_secret
 from tests.support.processes import (
     ROSTRA,
     Agent,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rostra.runtime.identity import NodeIdentity, parse_secrets
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from tests.support import rpc_attack
 from tests.support.processes import Agent, Ports, Processes, eventually, new_host
 from tests.support.rpc_attack import Outcome, Target

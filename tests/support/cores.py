@@ -125,7 +125,8 @@ class Cluster:
 
         context: Any = None
         if name:
-            from rostra.runtime.identity import NodeIdentity, parse_secrets
+            from rostra.runtime.identity import NodeIdentity
+            from rostra.runtime.secret import parse_secrets
 
             identity = NodeIdentity.open(self.directory / f"agent-{name}", name, parse_secrets([self.secret]))
             context = client_context(identity)

@@ -26,7 +26,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from rostra.runtime.identity import NODE_URI, NodeIdentity, enrolment_authority, parse_secrets
+from rostra.runtime.enrolment_ca import NODE_URI, enrolment_authority
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import parse_secrets
 from rostra.server.endpoint import HELLO_BYTES_MAX
 from rostra.wire.frames import RPC_FRAME_BYTES_MAX, frame, pack, unpack
 from rostra.wire.rpc import hello

@@ -13,7 +13,8 @@ import uvloop
 from rostra.agent import join
 from rostra.agent.join import AgentInfo, JoinListener, ServerHint, discover, parse_address, probe
 from rostra.runtime import tls
-from rostra.runtime.identity import NodeIdentity, Secret
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import Secret
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import BadRequest, Denied
 from rostra.wire.frames import pack, unpack

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rostra.runtime.identity import DataDirectory
+from rostra.runtime.data_directory import DataDirectory
 from rostra.server.raft.recovery_disk import look
 from tests.support.data_directories import CLUSTER, make, member, node_id, write_snapshot
 

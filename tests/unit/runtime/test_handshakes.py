@@ -10,7 +10,8 @@ import time
 import pytest
 import uvloop
 
-from rostra.runtime.identity import NodeIdentity, Secret
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import Secret
 from rostra.runtime.tls import Handshakes, NotTls
 from tests.support.waiting import eventually
 

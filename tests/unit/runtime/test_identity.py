@@ -15,15 +15,18 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from rostra.runtime import identity as ids
-from rostra.runtime.identity import (
-    DataDirectory,
-    NodeIdentity,
+from rostra.runtime.data_directory import DataDirectory, UnusableData
+from rostra.runtime.enrolment_ca import enrolment_authority, split_pem
+from rostra.runtime.files import write_durably
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import (
     Secret,
-    UnusableData,
     generate_secret,
+    local_secret,
+    local_secret_path,
     parse_secret,
     parse_secrets,
+    resolve_secrets,
 )
 from rostra.server.ca.issue import create_cluster_ca, sign_node
 from rostra.wire.errors import BadRequest, Conflict
@@ -111,14 +114,14 @@ def test_the_enrolment_ca_is_byte_identical_on_every_holder():
     """Golden: a change of these bytes would part a cluster whose nodes run different versions."""
     from cryptography.hazmat.primitives.serialization import Encoding
 
-    der = ids.enrolment_authority(FIXED)[0].public_bytes(Encoding.DER)
-    assert der == ids.enrolment_authority(Secret(FIXED.value))[0].public_bytes(Encoding.DER)
+    der = enrolment_authority(FIXED)[0].public_bytes(Encoding.DER)
+    assert der == enrolment_authority(Secret(FIXED.value))[0].public_bytes(Encoding.DER)
     assert hashlib.sha256(der).hexdigest() == "934a19fcc87b4a30f5b92012627d6c4f10a8de3525b6169909acb107f2bb25a0"
 
 
 def test_identity_is_imported_without_cryptography():
     code = (
-        "import sys; from rostra.runtime.identity import generate_secret; generate_secret();"
+        "import sys; from rostra.runtime.secret import generate_secret; generate_secret();"
         "sys.exit(any(m.startswith('cryptography') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -129,8 +132,8 @@ def test_identity_is_imported_without_cryptography():
 
 def test_without_a_secret_processes_of_one_user_on_loopback_share_a_random_key(tmp_path):
     env = {"XDG_STATE_HOME": str(tmp_path / "state")}
-    first = ids.resolve_secrets(None, ["127.0.0.1", "[::1]:8301", "localhost"], environ=env)
-    assert first == ids.resolve_secrets([], ["127.0.0.9"], environ=env)
+    first = resolve_secrets(None, ["127.0.0.1", "[::1]:8301", "localhost"], environ=env)
+    assert first == resolve_secrets([], ["127.0.0.9"], environ=env)
     path = tmp_path / "state" / "rostra" / "local.key"
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -140,7 +143,7 @@ def test_without_a_secret_processes_of_one_user_on_loopback_share_a_random_key(t
 @pytest.mark.parametrize("address", ["0.0.0.0", "10.1.2.3:8301", "::", "db.example.com", "127.evil.example"])
 def test_without_a_secret_an_address_that_others_reach_is_refused(address, tmp_path):
     with pytest.raises(BadRequest, match="rostra keygen") as e:
-        ids.resolve_secrets(None, ["127.0.0.1", address], local_key=tmp_path / "k")
+        resolve_secrets(None, ["127.0.0.1", address], local_key=tmp_path / "k")
     assert address in e.value.message
     assert "encrypt" in e.value.message
     assert not (tmp_path / "k").exists()
@@ -148,7 +151,7 @@ def test_without_a_secret_an_address_that_others_reach_is_refused(address, tmp_p
 
 def test_the_local_key_is_the_same_for_all_that_start_at_once(tmp_path):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(ids.local_secret(tmp_path / "k"))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(local_secret(tmp_path / "k"))) for _ in range(8)]
     for t in threads:
         t.start()
     for t in threads:
@@ -159,17 +162,17 @@ def test_the_local_key_is_the_same_for_all_that_start_at_once(tmp_path):
 
 def test_a_local_key_that_others_can_read_is_refused(tmp_path):
     path = tmp_path / "k"
-    ids.local_secret(path)
+    local_secret(path)
     path.chmod(0o640)
     with pytest.raises(BadRequest, match="0600"):
-        ids.local_secret(path)
+        local_secret(path)
 
 
 def test_a_local_key_that_is_a_link_is_refused(tmp_path):
-    ids.local_secret(tmp_path / "real")
+    local_secret(tmp_path / "real")
     (tmp_path / "k").symlink_to(tmp_path / "real")
     with pytest.raises(BadRequest):
-        ids.local_secret(tmp_path / "k")
+        local_secret(tmp_path / "k")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_a_local_key_that_is_a_link_is_refused(tmp_path):
     ],
 )
 def test_the_local_key_lies_in_the_users_state_directory(environ, path):
-    assert str(ids.local_secret_path(environ)) == path
+    assert str(local_secret_path(environ)) == path
 
 
 # -- the data directory ----------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def test_a_data_directory_has_one_holder_and_names_it(tmp_path):
 
 def test_the_lock_ends_with_the_process(tmp_path):
     code = (
-        "import sys, os; from rostra.runtime.identity import DataDirectory;"
+        "import sys, os; from rostra.runtime.data_directory import DataDirectory;"
         "d = DataDirectory.lock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -236,7 +239,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
 def test_an_unwritable_directory_is_refused_with_the_user_in_the_message(tmp_path):
     code = (
         "import os, sys\n"
-        "from rostra.runtime.identity import DataDirectory\n"
+        "from rostra.runtime.data_directory import DataDirectory\n"
         "from rostra.wire.errors import BadRequest\n"
         "os.setuid(65534)\n"
         "try: DataDirectory.lock('/etc')\n"
@@ -283,7 +286,7 @@ def test_the_certificate_is_issued_again_when_name_or_secret_changes_and_only_th
     renamed = NodeIdentity.open(tmp_path, "web-2", [FIXED])
     assert renamed.cert_path.read_bytes() != before
     other = NodeIdentity.open(tmp_path, "web-2", [Secret(os.urandom(32)), FIXED])
-    assert len(ids.split_pem(other.anchors_pem)) == 2
+    assert len(split_pem(other.anchors_pem)) == 2
     assert other.key_hash == node.key_hash
 
 
@@ -351,7 +354,7 @@ def test_dropping_the_enrolment_anchor_leaves_only_the_cluster_ca(tmp_path):
     chain, cluster_ca = cluster_certificate(node)
     node.install_certificate(chain, cluster_ca, trust_enrolment=False)
     assert node.anchors_pem == cluster_ca
-    assert ids.split_pem(node.cert_path.read_text()) == ids.split_pem(chain)
+    assert split_pem(node.cert_path.read_text()) == split_pem(chain)
     assert NodeIdentity.open(tmp_path, "web-1").anchors_pem == cluster_ca
 
 
@@ -410,19 +413,19 @@ def test_an_expired_certificate_of_the_cluster_falls_back_to_enrolment(tmp_path)
     )
     again = NodeIdentity.open(tmp_path, "web-1", [FIXED])
     assert not again.is_enrolled
-    assert len(ids.split_pem(again.anchors_pem)) == 2
+    assert len(split_pem(again.anchors_pem)) == 2
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x"
-    ids.write_durably(path, b"old")
+    write_durably(path, b"old")
 
     def broken(*_):
         raise OSError("disk")
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError):
-        ids.write_durably(path, b"new")
+        write_durably(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -15,7 +15,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from rostra.runtime import tls
-from rostra.runtime.identity import NodeIdentity, Secret, pem_to_der
+from rostra.runtime.enrolment_ca import pem_to_der
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import Secret
 from rostra.server.ca.issue import create_cluster_ca, sign_node
 
 SECRET = Secret(os.urandom(32))

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from rostra.runtime.identity import NodeIdentity, UnusableData, generate_secret
+from rostra.runtime.data_directory import UnusableData
+from rostra.runtime.identity import NodeIdentity
+from rostra.runtime.secret import generate_secret
 from rostra.server import lived
 from rostra.server.bootstrap import Membership, ServerInfo, Stored
 from rostra.server.lived import Life, accept, look, noted_places, paths

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from rostra.runtime.identity import DataDirectory
+from rostra.runtime.data_directory import DataDirectory
 from rostra.server.run import STALE_S, remove_stale
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rostra.runtime.identity import DataDirectory
+from rostra.runtime.data_directory import DataDirectory
 from rostra.server.raft.disk import DirectoryDisk
 from rostra.server.raft.journal import Journal, inspect_journal
 from rostra.server.raft.members import encode_members
