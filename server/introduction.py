@@ -13,7 +13,7 @@ import hmac
 from collections.abc import Mapping
 from typing import Any
 
-from rostra.server.bootstrap import Membership, dump_membership, parse_membership
+from rostra.server.membership import Membership, dump_membership, parse_membership
 
 _PURPOSE = "rostra: this key is a server's, 1"
 

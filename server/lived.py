@@ -21,8 +21,8 @@ from rostra.runtime.data_directory import UnusableData
 from rostra.runtime.files import write_durably
 from rostra.runtime.identity import read_key_hash, read_node_id
 from rostra.runtime.log import get
-from rostra.server.bootstrap import FILE_NAME as BOOTSTRAP
-from rostra.server.bootstrap import Membership, Stored
+from rostra.server.membership import FILE_NAME as BOOTSTRAP
+from rostra.server.membership import Membership, Stored
 from rostra.server.raft.journal import BEGINNING_PLACE, Place
 from rostra.server.raft.messages import LINEAGE_MAX
 from rostra.wire.errors import BadRequest, RostraError

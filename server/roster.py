@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
-from rostra.server.bootstrap import MEMBER, WAITING, Membership, ServerInfo, dump_membership, parse_server
 from rostra.server.endpoint import Peer
 from rostra.server.enrolment import enrolment_problem
+from rostra.server.founding import MEMBER, WAITING
 from rostra.server.introduction import introduce, introduced
+from rostra.server.membership import Membership, ServerInfo, dump_membership, parse_server
 from rostra.server.node import ServerNode
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import LEARNER, REPLICA, VOTER, Member, Members, voters

@@ -34,11 +34,13 @@ from rostra.runtime.service import EXIT_FAIL_STOP, Tasks, cannot, end_with_threa
 from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
 from rostra.server.autopilot import Autopilot
-from rostra.server.bootstrap import FILE_NAME, JOIN, Bootstrap, Membership, ServerInfo, load
+from rostra.server.bootstrap import Bootstrap
 from rostra.server.endpoint import Endpoint, Peer
 from rostra.server.enrolment import Enrolment
+from rostra.server.founding import JOIN
 from rostra.server.leader import LeaderDuties
 from rostra.server.lived import look, way_out
+from rostra.server.membership import FILE_NAME, Membership, ServerInfo, load
 from rostra.server.node import ServerNode
 from rostra.server.own_certificate import OwnCertificate
 from rostra.server.peers import Peers, ask, dial

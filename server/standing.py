@@ -16,7 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
-from rostra.server.bootstrap import JOIN, WAITING, Ask, ServerInfo, parse_membership, parse_server
+from rostra.server.bootstrap import Ask
+from rostra.server.founding import JOIN, WAITING
+from rostra.server.membership import ServerInfo, parse_membership, parse_server
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers
 from rostra.server.raft.log import RaftLog

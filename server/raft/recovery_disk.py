@@ -20,8 +20,8 @@ from pathlib import Path
 from rostra.runtime.data_directory import DataDirectory
 from rostra.runtime.files import sync_directory
 from rostra.runtime.identity import read_node_id
-from rostra.server.bootstrap import FILE_NAME, Membership, load
 from rostra.server.lived import accept, noted_places
+from rostra.server.membership import FILE_NAME, Membership, load
 from rostra.server.raft.disk import DirectoryDisk
 from rostra.server.raft.journal import Journal, inspect_journal
 from rostra.server.raft.members import Member, Members, encode_members

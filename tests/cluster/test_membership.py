@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rostra.server import roster, run, standing
-from rostra.server.bootstrap import FILE_NAME, JOIN, MEMBER, WAITING, Membership, ServerInfo
 from rostra.server.endpoint import Peer
+from rostra.server.founding import JOIN, MEMBER, WAITING
 from rostra.server.introduction import introduce
+from rostra.server.membership import FILE_NAME, Membership, ServerInfo
 from rostra.server.raft import Limits, Member, RaftLog
 from rostra.server.raft.members import LEARNER, Members
 from rostra.server.run import FOUND_MAX, Core, UnusableData

@@ -1199,7 +1199,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "BOOTSTRAP.1",
         "a cluster is founded before all its members hold it",
-        "server/bootstrap.py",
+        "server/founding.py",
         ("        if not lacking:\n", "        if True:\n"),
         by="""tests/unit/server/test_bootstrap.py test_crashes_at_any_step_and_lost_messages_still_end_in_one_cluster
         tests/unit/server/test_bootstrap.py test_islands_never_found_clusters_with_a_common_member""",
@@ -1207,14 +1207,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "BOOTSTRAP.2",
         "a founding that was refused may be held later",
-        "server/bootstrap.py",
+        "server/founding.py",
         ("        if cluster_id in stored.refused:\n", "        if False:\n"),
         by="tests/unit/server/test_bootstrap.py test_a_prepared_proposal_is_never_refused_and_a_refused_one_never_prepared",
     ),
     _mutant(
         "BOOTSTRAP.3",
         "a founding that is held may be refused",
-        "server/bootstrap.py",
+        "server/founding.py",
         (
             "        if self._is_mine(cluster_id):\n            return self.stored, f",
             "        if False:\n            return self.stored, f",
@@ -1224,7 +1224,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "BOOTSTRAP.4",
         "a cluster is founded beside one that is seen",
-        "server/bootstrap.py",
+        "server/founding.py",
         ("            self.existing = peer\n", "            pass\n"),
         by="tests/unit/server/test_bootstrap.py test_with_an_existing_cluster_in_sight_no_other_is_founded",
     ),
@@ -1278,7 +1278,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "LIVED.5",
         "who is listed as a voter begins with an empty log",
-        "server/bootstrap.py",
+        "server/founding.py",
         (
             "        if mine.suffrage == VOTER:\n            self.counted_on",
             "        if False:\n            self.counted_on",

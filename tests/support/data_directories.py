@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 
-from rostra.server.bootstrap import Membership, ServerInfo, Stored, dump
+from rostra.server.membership import Membership, ServerInfo, Stored, dump
 from rostra.server.raft.disk import DirectoryDisk
 from rostra.server.raft.journal import Journal
 from rostra.server.raft.members import Member

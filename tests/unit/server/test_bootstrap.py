@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 
 from rostra.server import bootstrap as bs
-from rostra.server.bootstrap import Bootstrap, Founder, Membership, ServerInfo, Stored
-from rostra.wire.errors import BadRequest, Conflict, Denied, Internal
+from rostra.server.bootstrap import Bootstrap
+from rostra.server.founding import COMMIT, FRESH_S, HELLO, JOIN, KINDS, MEMBER, PREPARE, REFUSE, WAITING, Founder
+from rostra.server.membership import (
+    FILE_NAME,
+    Membership,
+    ServerInfo,
+    Stored,
+    dump,
+    dump_membership,
+    load,
+    parse_membership,
+)
+from rostra.wire.errors import BadRequest, Conflict, Denied, Internal, TooLarge
 
 #: More of them with SIM_SEEDS=1000.
 SEEDS = int(os.environ.get("SIM_SEEDS", "30"))
@@ -88,7 +99,7 @@ class World:
         self.check()
         for j, info in enumerate(self.infos):
             if j != i:
-                self.send(i, j, bs.HELLO, founder.hello(), info.host_port)
+                self.send(i, j, HELLO, founder.hello(), info.host_port)
         for call in plan.calls:
             if (called := self.index(call.address)) is not None:
                 self.send(i, called, call.kind, call.args, call.address)
@@ -242,7 +253,7 @@ def founder(me=A, expect=3, stored=None, **more) -> Founder:
 
 def proposal(*members, cluster_id="p", datacenter="dc1"):
     infos = tuple(sorted(replace(m, datacenter=datacenter) for m in members))
-    return {"proposal": bs.dump_membership(Membership(cluster_id, datacenter, infos))}
+    return {"proposal": dump_membership(Membership(cluster_id, datacenter, infos))}
 
 
 def meet(one: Founder, *others: Founder, now=0.0) -> None:
@@ -279,7 +290,7 @@ def test_a_server_that_only_came_to_us_does_not_count():
 def test_a_server_not_heard_of_for_a_while_does_not_count():
     one = founder(A, 2)
     meet(one, founder(B, 2))
-    assert one.plan(bs.FRESH_S + 0.1).stored == Stored()
+    assert one.plan(FRESH_S + 0.1).stored == Stored()
 
 
 def test_with_an_existing_cluster_in_sight_no_other_is_founded():
@@ -288,27 +299,27 @@ def test_with_an_existing_cluster_in_sight_no_other_is_founded():
     plan = one.plan(0)
     assert plan.stored == Stored()
     assert "waits to be let into it" in plan.remarks[0].event
-    stored, reply = one.answer(bs.PREPARE, proposal(A, B), B.key_hash, 0)
+    stored, reply = one.answer(PREPARE, proposal(A, B), B.key_hash, 0)
     assert not reply["ok"]
     assert stored.refused == ("p",)
 
 
 def let_in(one: Founder, *servers, cluster_id="old", by=C, **changed):
     infos = tuple(sorted((*servers, replace(one.me, suffrage="learner"))))
-    membership = bs.dump_membership(Membership(cluster_id, "dc1", infos))
+    membership = dump_membership(Membership(cluster_id, "dc1", infos))
     hello = founder(by, 2, Stored(committed=Membership("old", "dc1", (C, D)))).hello()
-    return {**hello, "state": bs.MEMBER, "leader": "", "membership": membership, **changed}
+    return {**hello, "state": MEMBER, "leader": "", "membership": membership, **changed}
 
 
 def test_an_empty_server_that_sees_a_cluster_asks_its_servers_until_it_knows_who_leads():
     one, theirs = founder(A, 2), Membership("old", "dc1", (C, D))
     meet(one, founder(C, 2, Stored(committed=theirs)), founder(D, 2, Stored(committed=theirs)))
     calls = one.plan(0).calls
-    assert [(c.kind, c.address) for c in calls] == [(bs.JOIN, C.host_port), (bs.JOIN, D.host_port)]
+    assert [(c.kind, c.address) for c in calls] == [(JOIN, C.host_port), (JOIN, D.host_port)]
     assert one.asking()["suffrage"] == "learner"
-    assert one.answered({"state": bs.WAITING, "leader": D.host_port}, C.key_hash) == Stored()
+    assert one.answered({"state": WAITING, "leader": D.host_port}, C.key_hash) == Stored()
     assert [c.address for c in one.plan(0).calls] == [D.host_port]
-    assert one.answered({"state": bs.WAITING, "leader": ""}, D.key_hash) == Stored()
+    assert one.answered({"state": WAITING, "leader": ""}, D.key_hash) == Stored()
     assert len(one.plan(0).calls) == 2
     one.twin = "10.0.0.9:8300"
     assert one.plan(0).calls == ()
@@ -324,18 +335,18 @@ def test_a_server_that_was_let_in_stores_the_list_with_itself_in_it():
         ("s3", "voter"),
         ("s4", "voter"),
     ]
-    assert bs.parse_membership(bs.dump_membership(stored.committed)) == stored.committed
+    assert parse_membership(dump_membership(stored.committed)) == stored.committed
 
 
 def test_a_server_without_a_log_that_the_others_list_as_a_voter_waits_to_be_replaced():
     one = founder(A, 3)
     meet(one, founder(C, 2, Stored(committed=Membership("old", "dc1", (C, D)))))
-    lost = {**let_in(one, C), "membership": bs.dump_membership(Membership("old", "dc1", (A, C)))}
+    lost = {**let_in(one, C), "membership": dump_membership(Membership("old", "dc1", (A, C)))}
     assert one.answered(lost, C.key_hash) == Stored()
     remark = one.plan(0).remarks[0]
     assert (remark.level, "its log is gone" in remark.event) == ("err", True)
     assert f"remove-peer -id={A.node_id}" in remark.fields["hint"]
-    assert one.answered({"state": bs.WAITING, "leader": ""}, C.key_hash) == Stored()  # it was removed
+    assert one.answered({"state": WAITING, "leader": ""}, C.key_hash) == Stored()  # it was removed
     assert "waits to be let into it" in one.plan(0).remarks[0].event
     assert one.answered(let_in(one, C), C.key_hash).committed is not None
 
@@ -345,7 +356,7 @@ def test_a_server_without_a_log_that_the_others_list_as_a_voter_waits_to_be_repl
     [
         lambda one: let_in(one, C, D, cluster_id="another"),
         lambda one: let_in(one, D),  # not of the one who says it
-        lambda one: {**let_in(one, C), "membership": bs.dump_membership(Membership("old", "dc1", (C, D)))},
+        lambda one: {**let_in(one, C), "membership": dump_membership(Membership("old", "dc1", (C, D)))},
         lambda one: {**let_in(one, C), "membership": {"cluster_id": "old"}},
         lambda one: {**let_in(one, C), "membership": None},
         lambda one: let_in(replace_me(one, name="s9"), C),
@@ -369,7 +380,7 @@ def test_a_server_that_holds_a_proposal_or_has_a_cluster_is_let_into_no_other():
         one = founder(A, 2, stored)
         meet(one, founder(C, 2, Stored(committed=Membership("old", "dc1", (C, D)))))
         assert one.answered(let_in(one, C, D), C.key_hash) == stored
-        assert not [c for c in one.plan(0).calls if c.kind == bs.JOIN]
+        assert not [c for c in one.plan(0).calls if c.kind == JOIN]
 
 
 @pytest.mark.parametrize(
@@ -406,57 +417,57 @@ def test_expect_zero_never_founds():
 
 def test_a_greeting_for_another_key_is_denied():
     with pytest.raises(Denied):
-        founder().answer(bs.HELLO, founder(B).hello(), C.key_hash, 0)
+        founder().answer(HELLO, founder(B).hello(), C.key_hash, 0)
 
 
 def test_only_members_may_propose_and_commit():
     one = founder(A, 2)
     with pytest.raises(Denied):
-        one.answer(bs.PREPARE, proposal(A, B), C.key_hash, 0)
+        one.answer(PREPARE, proposal(A, B), C.key_hash, 0)
     with pytest.raises(BadRequest):
-        one.answer(bs.PREPARE, proposal(B, C), C.key_hash, 0)
+        one.answer(PREPARE, proposal(B, C), C.key_hash, 0)
     one.stored = Stored(prepared=Membership("p", "dc1", (A, B)))
     with pytest.raises(Denied):
-        one.answer(bs.COMMIT, {"cluster_id": "p"}, C.key_hash, 0)
+        one.answer(COMMIT, {"cluster_id": "p"}, C.key_hash, 0)
 
 
 def test_a_prepared_proposal_is_never_refused_and_a_refused_one_never_prepared():
     one = founder(B, 2)
-    stored, reply = one.answer(bs.PREPARE, proposal(A, B), A.key_hash, 0)
+    stored, reply = one.answer(PREPARE, proposal(A, B), A.key_hash, 0)
     assert reply["ok"]
     assert reply["prepared"] == "p"
     one.stored = stored
-    assert not one.answer(bs.REFUSE, {"cluster_id": "p"}, A.key_hash, 0)[1]["ok"]
+    assert not one.answer(REFUSE, {"cluster_id": "p"}, A.key_hash, 0)[1]["ok"]
     one.stored = Stored(refused=("p",))
-    assert not one.answer(bs.PREPARE, proposal(A, B), A.key_hash, 0)[1]["ok"]
+    assert not one.answer(PREPARE, proposal(A, B), A.key_hash, 0)[1]["ok"]
 
 
 def test_of_two_proposals_the_lower_servers_waits_and_the_higher_servers_is_refused():
     one = founder(C, 2, Stored(prepared=Membership("p", "dc1", (B, C))))
-    stored, reply = one.answer(bs.PREPARE, proposal(A, C, cluster_id="q"), A.key_hash, 0)
+    stored, reply = one.answer(PREPARE, proposal(A, C, cluster_id="q"), A.key_hash, 0)
     assert (stored, reply["ok"]) == (one.stored, False)
     one = founder(C, 2, Stored(prepared=Membership("p", "dc1", (A, C))))
-    stored, reply = one.answer(bs.PREPARE, proposal(B, C, cluster_id="q"), B.key_hash, 0)
+    stored, reply = one.answer(PREPARE, proposal(B, C, cluster_id="q"), B.key_hash, 0)
     assert stored.refused == ("q",)
 
 
 def test_a_proposal_with_a_stale_address_of_ours_is_refused():
-    stored, reply = founder(B, 2).answer(bs.PREPARE, proposal(A, replace(B, rpc_port=1)), A.key_hash, 0)
+    stored, reply = founder(B, 2).answer(PREPARE, proposal(A, replace(B, rpc_port=1)), A.key_hash, 0)
     assert not reply["ok"]
     assert stored.refused == ("p",)
 
 
 def test_a_commit_for_something_that_is_not_held_changes_nothing():
     one = founder(B, 2)
-    stored, reply = one.answer(bs.COMMIT, {"cluster_id": "p"}, A.key_hash, 0)
+    stored, reply = one.answer(COMMIT, {"cluster_id": "p"}, A.key_hash, 0)
     assert (stored, reply["ok"]) == (Stored(), False)
 
 
 def test_a_server_in_a_cluster_answers_with_it_and_prepares_nothing_else():
     one = founder(B, 2, Stored(committed=Membership("p", "dc1", (A, B))))
-    stored, reply = one.answer(bs.PREPARE, proposal(B, C, cluster_id="q"), C.key_hash, 0)
+    stored, reply = one.answer(PREPARE, proposal(B, C, cluster_id="q"), C.key_hash, 0)
     assert (stored, reply["ok"], reply["cluster_id"]) == (one.stored, False, "p")
-    assert one.answer(bs.COMMIT, {"cluster_id": "p"}, A.key_hash, 0)[1]["ok"]
+    assert one.answer(COMMIT, {"cluster_id": "p"}, A.key_hash, 0)[1]["ok"]
 
 
 def test_whatever_a_stranger_sends_is_a_bad_request_or_harmless():
@@ -467,10 +478,10 @@ def test_whatever_a_stranger_sends_is_a_bad_request_or_harmless():
         args = {k: chance.choice(junk) if chance.random() < 0.2 else v for k, v in base.items()}
         if isinstance(args.get("proposal"), dict) and chance.random() < 0.5:
             args["proposal"] = {k: chance.choice([v, chance.choice(junk)]) for k, v in args["proposal"].items()}
-        for kind in (*bs.KINDS, "bootstrap.other"):
+        for kind in (*KINDS, "bootstrap.other"):
             try:
                 founder().answer(kind, args, B.key_hash, 0)
-            except (BadRequest, Denied, bs.TooLarge):
+            except (BadRequest, Denied, TooLarge):
                 pass
 
 
@@ -512,7 +523,7 @@ async def test_one_server_that_expects_itself_commits_at_once(tmp_path):
     net = Net(tmp_path, [A], 1)
     membership = await asyncio.wait_for(net.start(A).run(lambda: [A.host_port], ask_nobody), 0.5)
     assert membership.members == (A,)
-    path = tmp_path / "s1" / bs.FILE_NAME
+    path = tmp_path / "s1" / FILE_NAME
     assert path.stat().st_mode & 0o777 == 0o600
     assert str(uuid.UUID(membership.cluster_id)) == membership.cluster_id
     assert net.start(A).committed == membership
@@ -547,7 +558,7 @@ async def test_three_converge_soon_after_the_last_has_started(tmp_path):
     assert loop.time() - began < 1.0  # 0.06 s on an idle machine
     assert len(set(found)) == 1
     assert found[0].members == (A, B, C)
-    files = {(tmp_path / i.name / bs.FILE_NAME).read_bytes() for i in (A, B, C)}
+    files = {(tmp_path / i.name / FILE_NAME).read_bytes() for i in (A, B, C)}
     assert len(files) == 1
 
 
@@ -564,7 +575,7 @@ async def test_servers_greet_each_other_in_a_bounded_number_of_calls(tmp_path):
 
 async def test_lost_commits_are_learned_from_the_next_greeting(tmp_path):
     net = Net(tmp_path, [A, B, C], 3)
-    net.drop = lambda kind: kind == bs.COMMIT
+    net.drop = lambda kind: kind == COMMIT
     for info in (A, B, C):
         net.start(info)
     found = await asyncio.wait_for(asyncio.gather(*(net.run(i, A.host_port, B.host_port) for i in (A, B, C))), 5)
@@ -632,15 +643,15 @@ async def test_a_write_that_fails_is_not_answered_as_done(tmp_path, monkeypatch)
 
     monkeypatch.setattr(bs, "write_durably", full)
     with pytest.raises(Internal, match="No space"):
-        b.handle(bs.PREPARE, proposal(A, B), A.key_hash)
+        b.handle(PREPARE, proposal(A, B), A.key_hash)
     assert b._founder.stored == Stored()
 
 
 def test_a_damaged_or_newer_file_is_refused_and_kept(tmp_path):
-    path = tmp_path / bs.FILE_NAME
+    path = tmp_path / FILE_NAME
     for content, error in [(b"{", BadRequest), (b'{"format": 1}', BadRequest), (b'{"format": 3}', Conflict)]:
         path.write_bytes(content)
-        with pytest.raises(error, match=bs.FILE_NAME):
+        with pytest.raises(error, match=FILE_NAME):
             Bootstrap(tmp_path, A, 1)
         assert path.read_bytes() == content
 
@@ -648,8 +659,8 @@ def test_a_damaged_or_newer_file_is_refused_and_kept(tmp_path):
 def test_what_is_stored_is_read_back(tmp_path):
     m = Membership("p", "dc1", (A, B))
     for stored in (Stored(), Stored(prepared=m, refused=("x", "y")), Stored(committed=m, started=True)):
-        (tmp_path / "f").write_bytes(bs.dump(stored))
-        assert bs.load(tmp_path / "f") == stored
+        (tmp_path / "f").write_bytes(dump(stored))
+        assert load(tmp_path / "f") == stored
 
 
 async def test_data_without_a_founding_and_a_founding_with_another_key_are_refused(tmp_path):
@@ -677,10 +688,10 @@ def test_a_file_of_the_first_format_is_read_and_taken_for_that_of_a_server_that_
     data = {"cluster_id": "p", "datacenter": "dc1", "members": members}
     for committed, started in ((data, True), (None, False)):
         held = {"format": 1, "prepared": None, "committed": committed, "refused": ["x"]}
-        (tmp_path / bs.FILE_NAME).write_text(json.dumps(held))
-        stored = bs.load(tmp_path / bs.FILE_NAME)
+        (tmp_path / FILE_NAME).write_text(json.dumps(held))
+        stored = load(tmp_path / FILE_NAME)
         assert (stored.started, stored.refused, bool(stored.committed)) == (started, ("x",), started)
-    (tmp_path / bs.FILE_NAME).write_text(json.dumps({**held, "committed": data}))
+    (tmp_path / FILE_NAME).write_text(json.dumps({**held, "committed": data}))
     assert Bootstrap(tmp_path, A, 1, has_data=True).committed == Membership("p", "dc1", (A,))
     with pytest.raises(Conflict, match="is gone"):
         Bootstrap(tmp_path, A, 1)
@@ -700,14 +711,14 @@ async def test_an_empty_server_asks_the_leader_until_it_is_let_in(tmp_path):
     answers: list[dict[str, Any]] = []
 
     def handle(kind, args, key_hash, real=cluster.handle):
-        if kind != bs.JOIN:
+        if kind != JOIN:
             return real(kind, args, key_hash)
         assert (args["name"], args["suffrage"]) == (C.name, "learner")
-        reply = {**cluster.hello(), "state": bs.WAITING, "leader": B.host_port}
+        reply = {**cluster.hello(), "state": WAITING, "leader": B.host_port}
         if len(answers) == 2:
             infos = (B, replace(C, suffrage="learner"))
-            listed = bs.dump_membership(Membership(cluster.committed.cluster_id, "dc1", infos))
-            reply |= {"state": bs.MEMBER, "membership": listed}
+            listed = dump_membership(Membership(cluster.committed.cluster_id, "dc1", infos))
+            reply |= {"state": MEMBER, "membership": listed}
         answers.append(reply)
         return reply
 
@@ -717,7 +728,7 @@ async def test_an_empty_server_asks_the_leader_until_it_is_let_in(tmp_path):
     assert membership.cluster_id == cluster.committed.cluster_id
     assert [m.suffrage for m in membership.members] == ["voter", "learner"]
     assert len(answers) == 3
-    assert bs.load(tmp_path / "s3" / bs.FILE_NAME).committed == membership == c.committed
+    assert load(tmp_path / "s3" / FILE_NAME).committed == membership == c.committed
 
 
 def test_expect_is_bounded(tmp_path):
@@ -735,5 +746,5 @@ def test_the_file_is_synced_before_the_answer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     b = Bootstrap(tmp_path, B, 2)
-    b.handle(bs.PREPARE, proposal(A, B), A.key_hash)
+    b.handle(PREPARE, proposal(A, B), A.key_hash)
     assert order == ["fsync", "fsync"]  # the file, then its name

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rostra.server.bootstrap import Membership, ServerInfo
 from rostra.server.introduction import introduce, introduced
+from rostra.server.membership import Membership, ServerInfo
 from rostra.wire.errors import BadRequest
 
 KEY, CLUSTER = "the key of the CA", "c1"

@@ -13,8 +13,8 @@ from rostra.runtime.data_directory import UnusableData
 from rostra.runtime.identity import NodeIdentity
 from rostra.runtime.secret import generate_secret
 from rostra.server import lived
-from rostra.server.bootstrap import Membership, ServerInfo, Stored
 from rostra.server.lived import Life, accept, look, noted_places, paths
+from rostra.server.membership import Membership, ServerInfo, Stored
 from rostra.server.raft.messages import LINEAGE_MAX
 
 CLUSTER = "6b1e1c5e-0000-4000-8000-000000000000"
