@@ -117,6 +117,21 @@ class Core:
                 listener.close()
             self._release()
             raise
+        self._make_parts()
+        self._endpoint.listen_tcp(listener, self._identity.server_context)
+        path = _socket_path(directory)
+        self._endpoint.listen_unix(path)
+        self._socket_path = path
+        (directory / "server" / "socket").write_text(str(path))
+        self._steps.start()
+        self._tasks.start("join the cluster", self._join())
+        self._tasks.keep("own certificate", OwnCertificate(self._identity, self.node, self._acts, s.node_name).keep)
+        if self._temporary is not None:
+            self._tasks.start("remove stale directories", asyncio.to_thread(remove_stale, self._temporary.parent))
+        return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
+
+    def _make_parts(self) -> None:
+        s = self.settings
         node = self.node = ServerNode(
             node_id=self._identity.node_id, name=s.node_name, datacenter=s.datacenter, spawn=self._spawn
         )
@@ -147,7 +162,7 @@ class Core:
             is_leaving=self._roster.leaving.__contains__,
             spawn=self._spawn,
         )
-        enrolment = self._enrolment = Enrolment(
+        self._enrolment = Enrolment(
             node,
             s,
             server_id=self._server_ids.get,
@@ -156,7 +171,7 @@ class Core:
             probe=self._probe,
             on_enrolled=self._leader.kick,
         )
-        acts = self._acts = Acts(
+        self._acts = Acts(
             node,
             self._leader,
             self._peers.client,
@@ -172,25 +187,14 @@ class Core:
             spawn=self._spawn,
             server_key=self._server_ids.get,
             stranger_key=self._stranger_ids.get,
-            enrol=enrolment.enrol,
+            enrol=self._enrolment.enrol,
             accept_raft=self._accept_raft,
             bootstrap=self._greeted,
-            acts=acts.table,
+            acts=self._acts.table,
             about=self._about,
             met=self._met,
         )
         node.on_effects = self._note_names
-        self._endpoint.listen_tcp(listener, self._identity.server_context)
-        path = _socket_path(directory)
-        self._endpoint.listen_unix(path)
-        self._socket_path = path
-        (directory / "server" / "socket").write_text(str(path))
-        self._steps.start()
-        self._tasks.start("join the cluster", self._join())
-        self._tasks.keep("own certificate", OwnCertificate(self._identity, node, acts, s.node_name).keep)
-        if self._temporary is not None:
-            self._tasks.start("remove stale directories", asyncio.to_thread(remove_stale, self._temporary.parent))
-        return {"socket": str(path), "node_id": self._identity.node_id, "rpc_port": self.rpc_port, "pid": os.getpid()}
 
     @property
     def bootstrap_status(self) -> str:

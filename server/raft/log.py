@@ -226,12 +226,33 @@ class RaftLog:
         """Returns when what this server knows to be committed has been applied; alone, also when it leads."""
         check_library()
         self._loop = asyncio.get_running_loop()
+        self._journal = await self._open_journal()
+        await self._restore()
+        self._make_core()
+        self._snapshots.attach(self._core, self._replication)
+        self._membership.on_change = self._members_changed
+        self._is_running = self._is_started = True
+        self._members_changed()
+        self._pumped_s = self._disk_moved_s = self._loop.time()
+        committed = self._core.commit_index()
+        alone = voters(self.members) == {self._node_id}
+        if alone:
+            self._core.campaign_in(-1.0)
+        self._links.start()
+        self._pump()
+        self._on_timer()
+        while self._is_running and voters(self.members) == {self._node_id} and not self._is_established():
+            await asyncio.sleep(self._timing.heartbeat_s / 10)  # for its own disk
+        while self.applied_index < committed and self._is_running:
+            await self._applied_future(committed)
+
+    async def _open_journal(self) -> Journal:
         if self._directory is not None and self._disk is None:
             make = partial(DirectoryDisk, self._directory, inline=self._sync_inline)
             self._disk = await self._loop.run_in_executor(None, make)
         disk = self._disk
         if disk is None:
-            self._journal = Journal.memory()
+            journal = Journal.memory()
         else:
             open_it = partial(
                 Journal.open,
@@ -243,14 +264,17 @@ class RaftLog:
                 reached=self._reached,
             )
             # The simulator's disk is no thread's business.
-            self._journal = open_it() if self._directory is None else await self._loop.run_in_executor(None, open_it)
-        journal = self._journal
+            journal = open_it() if self._directory is None else await self._loop.run_in_executor(None, open_it)
         journal.on_durable, journal.on_failed = self._on_durable, self._fail
         if journal.wiped_bytes:
             log.warn("journal had a torn tail, which nobody was told of; wiped", bytes=journal.wiped_bytes)
+        return journal
 
+    async def _restore(self) -> None:
+        """The newest snapshot, and which members the log behind it names."""
+        journal = self._journal
         self._snapshots = Snapshots(
-            disk,
+            self._disk,
             journal=journal,
             membership=self._membership,
             state=self._state,
@@ -264,12 +288,14 @@ class RaftLog:
             failed=self._fail_with,
         )
         self._on_opened()
-        self._witness = Witness(disk)
+        self._witness = Witness(self._disk)
         await self._snapshots.restore()
         if len(journal):
             first = max(journal.first_index, self._membership.index) + 1
             self._membership.appended(journal.entry(i) for i in range(first, journal.last_index + 1))
 
+    def _make_core(self) -> None:
+        journal = self._journal
         self._links = Links(
             node_id=self._node_id,
             cluster_id=self._cluster_id,
@@ -312,22 +338,6 @@ class RaftLog:
             send=self._links.post,
             deliver=self._links._onMessageReceived,
         )
-        self._snapshots.attach(self._core, self._replication)
-        self._membership.on_change = self._members_changed
-        self._is_running = self._is_started = True
-        self._members_changed()
-        self._pumped_s = self._disk_moved_s = self._loop.time()
-        committed = self._core.commit_index()
-        alone = voters(self.members) == {self._node_id}
-        if alone:
-            self._core.campaign_in(-1.0)
-        self._links.start()
-        self._pump()
-        self._on_timer()
-        while self._is_running and voters(self.members) == {self._node_id} and not self._is_established():
-            await asyncio.sleep(self._timing.heartbeat_s / 10)  # for its own disk
-        while self.applied_index < committed and self._is_running:
-            await self._applied_future(committed)
 
     async def stop(self) -> None:
         """Blocks new work, says goodbye to the peers, and returns when the journal is closed."""
