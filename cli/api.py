@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from rostra.cli.command import Failed
+from rostra.cli.errors import Failed
 
 _DEFAULT_ADDRESS = "127.0.0.1:8500"
 _TIMEOUT_S = 70.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag, note, say
+from rostra.cli.command import Call, Command, Flag, note, say
+from rostra.cli.errors import Failed
 from rostra.cli.output import columns, pairs, wide_columns
 
 _NODE_META = Flag("node-meta", "Only nodes with this metadata. Repeatable.", "pairs")

@@ -11,24 +11,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rostra.cli.errors import HelpWanted, UsageError
+
 if TYPE_CHECKING:
     from rostra.cli.api import Client
-
-
-class UsageError(Exception):
-    """The command line itself is wrong; `str(e)` is one line for the user."""
-
-
-class Failed(Exception):
-    """The command was understood and did not work; `status` is the exit status."""
-
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class HelpWanted(Exception):
-    """-h, -help or --help was given."""
 
 
 class Flag(NamedTuple):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag
+from rostra.cli.command import Call, Command, Flag
+from rostra.cli.errors import Failed
 
 
 def _force_leave(call: Call) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, say
+from rostra.cli.command import Call, Command, say
+from rostra.cli.errors import Failed
 
 
 def _info(call: Call) -> None:

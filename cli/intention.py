@@ -12,7 +12,8 @@ from datetime import datetime
 from typing import Any
 
 from rostra.cli.api import ApiError, Client, path
-from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.command import Call, Command, Flag, say
+from rostra.cli.errors import Failed
 from rostra.cli.output import columns
 
 _LIST = path("connect", "intentions")

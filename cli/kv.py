@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from rostra.cli.api import key_path
-from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.command import Call, Command, Flag, say
+from rostra.cli.errors import Failed
 from rostra.cli.output import tabbed_json, wide_columns
 
 

@@ -113,14 +113,12 @@ def _run_noun(noun: str, words: list[str]) -> int:
 
     from rostra.cli.command import (
         Command,
-        Failed,
-        HelpWanted,
-        UsageError,
         check_arguments,
         did_you_mean,
         help_text,
         parse,
     )
+    from rostra.cli.errors import Failed, HelpWanted, UsageError
 
     module = importlib.import_module(f"rostra.cli.{noun.replace('-', '_')}")
     commands: dict[str, Command] = module.COMMANDS

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.command import Call, Command, Flag, say
+from rostra.cli.errors import Failed
 
 _NODE_CHECK = "_node_maintenance"
 _SERVICE_CHECK = "_service_maintenance:"

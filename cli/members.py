@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag, note, say
+from rostra.cli.command import Call, Command, Flag, note, say
+from rostra.cli.errors import Failed
 from rostra.cli.output import columns, pairs
 
 _STATUS = {0: "none", 1: "alive", 2: "leaving", 3: "left", 4: "failed"}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rostra.cli.api import ApiError, path
-from rostra.cli.command import Call, Command, Failed, Flag, note, say
+from rostra.cli.command import Call, Command, Flag, note, say
+from rostra.cli.errors import Failed
 from rostra.cli.output import columns, tabbed_json
 
 _RAFT = path("operator", "raft", "configuration")

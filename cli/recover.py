@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rostra.cli.command import Call, Command, Failed, Flag, UsageError, note, say
+from rostra.cli.command import Call, Command, Flag, note, say
+from rostra.cli.errors import Failed, UsageError
 from rostra.wire.errors import RostraError
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rostra.cli.api import path
-from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.command import Call, Command, Flag, say
+from rostra.cli.errors import Failed
 
 _TEXT_FLAGS = {"name": "Name", "id": "ID", "address": "Address", "kind": "Kind"}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rostra.cli.command import Call, Command, Failed, Flag, note, say
+from rostra.cli.command import Call, Command, Flag, note, say
+from rostra.cli.errors import Failed
 
 
 def _validate(call: Call) -> None:

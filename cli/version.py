@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import rostra
-from rostra.cli.command import Call, Command, Failed, Flag, say
+from rostra.cli.command import Call, Command, Flag, say
+from rostra.cli.errors import Failed
 
 
 def _version(call: Call) -> None:

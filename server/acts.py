@@ -18,11 +18,11 @@ from typing import Any
 from rostra.acl.authorizer import Authorizer
 from rostra.acl.identity import ServiceIdentity
 from rostra.server.autopilot import Autopilot
-from rostra.server.endpoint import Act, Peer
+from rostra.server.endpoint import Act
 from rostra.server.leader import LeaderDuties
 from rostra.server.node import ServerNode
 from rostra.server.raft.members import Member
-from rostra.server.requests import about_node
+from rostra.server.requests import Peer, about_node
 from rostra.server.roster import Roster, address_of
 from rostra.server.state.cluster import CLUSTER_CA_KEY, NodeReports
 from rostra.server.state.rows import MemberRow

@@ -15,7 +15,7 @@ from rostra.server.state.rows import MemberRow
 from rostra.wire.rpc import Served
 
 if TYPE_CHECKING:
-    from rostra.server.endpoint import Peer
+    from rostra.server.requests import Peer
 
 log = get("rpc")
 

@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import HANDSHAKE_S, Handshakes, explain, peer_key_hash, peer_node, peer_public_key
 from rostra.server.agents import Agents
 from rostra.server.node import ServerNode
-from rostra.server.requests import caller_of_peer, index_in, origin_in, text_in
+from rostra.server.requests import Peer, caller_of_peer, index_in, origin_in, text_in
 from rostra.server.state.commands import EDGE_VOCABULARY, QUERY_VOCABULARY
 from rostra.server.state.granules import granule_hash
 from rostra.server.state.operator import SetAutopilot
@@ -54,22 +54,6 @@ STREAMS_MAX = 8192
 CLIENTS_OF_A_CONNECTION_MAX = 8
 #: Answers up to this many rows are evaluated in one go; larger ones in slices, by `watches.py`.
 SMALL_ANSWER_ROWS = 32
-
-
-@dataclass(slots=True, eq=False)
-class Peer:
-    """Who is at the other end, proven by TLS or by the kernel, never by what the hello says."""
-
-    key_hash: str  # "" on the Unix socket
-    address: str
-    local: bool = False
-    public_key: bytes = b""  # DER; its hash is `key_hash`
-    #: "server" only for a connection between servers; what an agent says of its role decides nothing
-    role: str = "client"
-    name: str = ""
-    node_id: str = ""
-    about: dict[str, Any] = field(default_factory=dict)
-    clients: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from rostra.runtime.log import get
-from rostra.server.endpoint import Peer
 from rostra.server.leader import SERF_CHECK, SILENT_S, UNUSED_S, is_unused
 from rostra.server.node import ServerNode
-from rostra.server.requests import about_node
+from rostra.server.requests import Peer, about_node
 from rostra.server.settings import CoreSettings
 from rostra.server.state.cluster import BindNode
 from rostra.server.state.rows import MemberRow

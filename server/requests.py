@@ -8,13 +8,29 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rostra.wire.caller import Caller, read_caller
 from rostra.wire.errors import BadRequest
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """Who is at the other end, proven by TLS or by the kernel, never by what the hello says."""
+
+    key_hash: str  # "" on the Unix socket
+    address: str
+    local: bool = False
+    public_key: bytes = b""  # DER; its hash is `key_hash`
+    #: "server" only for a connection between servers; what an agent says of its role decides nothing
+    role: str = "client"
+    name: str = ""
+    node_id: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+    clients: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rostra.runtime.log import RateLimited, get
-from rostra.server.endpoint import Peer
 from rostra.server.enrolment import enrolment_problem
 from rostra.server.founding import MEMBER, WAITING
 from rostra.server.introduction import introduce, introduced
@@ -23,7 +22,7 @@ from rostra.server.membership import Membership, ServerInfo, dump_membership, pa
 from rostra.server.node import ServerNode
 from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import LEARNER, REPLICA, VOTER, Member, Members, voters
-from rostra.server.requests import about_node
+from rostra.server.requests import Peer, about_node
 from rostra.server.state.catalog import Deregister
 from rostra.server.state.cluster import CLUSTER_CA_KEY, BindNode, SetMemberStatus, SetVoter
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, NotFound, Timeout

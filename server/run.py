@@ -35,7 +35,7 @@ from rostra.runtime.steps import LoopSteps
 from rostra.server.acts import Acts
 from rostra.server.autopilot import Autopilot
 from rostra.server.bootstrap import Bootstrap
-from rostra.server.endpoint import Endpoint, Peer
+from rostra.server.endpoint import Endpoint
 from rostra.server.enrolment import Enrolment
 from rostra.server.founding import JOIN
 from rostra.server.leader import LeaderDuties
@@ -48,6 +48,7 @@ from rostra.server.raft.journal import Place, has_journal
 from rostra.server.raft.log import RaftLog, Timing
 from rostra.server.raft.members import LEARNER, REPLICA, Members, voters
 from rostra.server.raft.recovery_disk import peers_files
+from rostra.server.requests import Peer
 from rostra.server.roster import Roster
 from rostra.server.settings import CoreSettings
 from rostra.server.standing import Standing

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from rostra.wire.caller import Caller
 from rostra.wire.errors import BadRequest, NoLeader, RostraError, Timeout, from_wire
 from rostra.wire.rpc import Lost
-
-if TYPE_CHECKING:
-    from rostra.server.node import ServerNode
 
 #: How long a request waits for a leader before it is refused (Consul's rpc_hold_timeout).
 HOLD_S = 7.0
@@ -28,6 +25,32 @@ UNKNOWN = "the leader was lost before it answered: the write may or may not have
 
 #: (client id, sequence, first outstanding sequence) of a write.
 Origin = tuple[str, int, int]
+
+
+class Server(Protocol):
+    """The server that brings writes to the leader: a `ServerNode`."""
+
+    clock: Callable[[], float]
+    counts: dict[str, int]
+    peer: Callable[[str], Any]
+    writes: Writes
+
+    @property
+    def is_leader(self) -> bool: ...
+
+    @property
+    def leader_id(self) -> str | None: ...
+
+    def append(
+        self,
+        outcome: Write,
+        origin: Origin,
+        kind: str,
+        args: dict[str, Any],
+        actor: str,
+        source: str,
+        caller: Caller | None,
+    ) -> None: ...
 
 
 class Write:
@@ -53,7 +76,7 @@ class Write:
 
     def __init__(
         self,
-        node: ServerNode,
+        node: Server,
         origin: Origin,
         kind: str,
         args: dict[str, Any],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp.web_request import BaseRequest
 
@@ -20,7 +20,6 @@ from rostra.agent.metrics import Metrics
 from rostra.agent.servers_port import Barrier, Mode, Servers
 
 if TYPE_CHECKING:
-    from rostra.agent.http.connection import Connection
     from rostra.agent.http.reads import Hot
 
 #: Answers written per turn of the loop.
@@ -59,6 +58,17 @@ class StoredAnswer:
         self.cost = request_bytes + len(before) + len(after) + len(body) + 400
 
 
+class Asker(Protocol):
+    """A connection whose request is hot."""
+
+    @property
+    def transport(self) -> asyncio.BaseTransport | None: ...
+
+    def hot_answer(self, data: bytes) -> None: ...
+
+    def hot_decline(self, request: bytes) -> None: ...
+
+
 class HotReads:
     """The stored answers, bounded by bytes, and the batches that wait for a barrier."""
 
@@ -72,7 +82,7 @@ class HotReads:
         self.bytes_used = 0
         self.enabled = True
         self.answers: dict[bytes, StoredAnswer] = {}  # oldest first
-        self._waiting: dict[Mode, list[tuple[Connection, bytes, StoredAnswer]]] = {}
+        self._waiting: dict[Mode, list[tuple[Asker, bytes, StoredAnswer]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def remember(self, request: bytes, answer: StoredAnswer) -> None:
@@ -89,7 +99,7 @@ class HotReads:
         if old is not None:
             self.bytes_used -= old.cost
 
-    def join(self, connection: Connection, request: bytes, answer: StoredAnswer) -> None:
+    def join(self, connection: Asker, request: bytes, answer: StoredAnswer) -> None:
         """Answer after a barrier that begins after now: requests of one turn of the loop share one."""
         batch = self._waiting.get(answer.mode)
         if batch is None:
@@ -102,7 +112,7 @@ class HotReads:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, mode: Mode, batch: list[tuple[Connection, bytes, StoredAnswer]]) -> None:
+    async def _answer(self, mode: Mode, batch: list[tuple[Asker, bytes, StoredAnswer]]) -> None:
         barrier: Barrier | None = None
         try:
             barrier = await self._servers.barrier(mode)
@@ -113,7 +123,7 @@ class HotReads:
                 await asyncio.sleep(0)
             self._write(barrier, batch[at : at + BATCH])
 
-    def _write(self, barrier: Barrier | None, batch: list[tuple[Connection, bytes, StoredAnswer]]) -> None:
+    def _write(self, barrier: Barrier | None, batch: list[tuple[Asker, bytes, StoredAnswer]]) -> None:
         between = b""
         if barrier is not None:
             known = b"true" if barrier.known_leader else b"false"

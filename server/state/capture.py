@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgpack
 
 from rostra.server.state.clients import Clients
 from rostra.server.state.rows import KVRow
 from rostra.server.state.tables import Table, Tables
-
-if TYPE_CHECKING:
-    from rostra.server.state.store import Store
 
 FORMAT = 1
 CLIENTS = "clients"
@@ -35,7 +32,16 @@ CHUNK_ROWS = 256
 CHUNK_BYTES = 256 << 10
 
 
-def capture(store: Store) -> Iterator[bytes | None]:
+class State(Protocol):
+    """What is captured: a `Store`."""
+
+    index: int
+    history: int
+    tables: Tables
+    clients: Clients
+
+
+def capture(store: State) -> Iterator[bytes | None]:
     """The store as it is at the first step."""
     index, history, tables = store.index, store.history, store.tables
     copies: list[tuple[str, list[Any]]] = []

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from rostra.server import roster, run, standing
-from rostra.server.endpoint import Peer
 from rostra.server.founding import JOIN, MEMBER, WAITING
 from rostra.server.introduction import introduce
 from rostra.server.membership import FILE_NAME, Membership, ServerInfo
 from rostra.server.raft import Limits, Member, RaftLog
 from rostra.server.raft.members import LEARNER, Members
+from rostra.server.requests import Peer
 from rostra.server.run import FOUND_MAX, Core, UnusableData
 from rostra.server.standing import Standing
 from rostra.server.state.cluster import CLUSTER_CA_KEY, BindNode

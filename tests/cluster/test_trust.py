@@ -26,9 +26,9 @@ from rostra.runtime.service import Tasks
 from rostra.runtime.tls import peer_key_hash
 from rostra.runtime.wall import Wall
 from rostra.server import enrolment
-from rostra.server.endpoint import Peer
 from rostra.server.own_certificate import OwnCertificate
 from rostra.server.peers import dial
+from rostra.server.requests import Peer
 from rostra.server.run import Core, UnusableData
 from rostra.server.settings import CoreSettings
 from rostra.server.state.catalog import Register

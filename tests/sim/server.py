@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rostra.server.endpoint import Act, Endpoint, Peer
+from rostra.server.endpoint import Act, Endpoint
 from rostra.server.node import ServerNode
 from rostra.server.peers import Peers, dial
 from rostra.server.raft.core import LEADER
@@ -23,6 +23,7 @@ from rostra.server.raft.log import RaftLog
 from rostra.server.raft.members import Member, Members
 from rostra.server.raft.messages import LINEAGE_MAX
 from rostra.server.raft.transport import Link, Links
+from rostra.server.requests import Peer
 from rostra.server.roster import Roster
 from rostra.server.standing import Standing
 from rostra.server.state import cluster
