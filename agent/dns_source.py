@@ -16,7 +16,7 @@ from rostra.agent.definition import SIDECAR_SUFFIX
 from rostra.dns.source import AddressesView, Instance, Node, NodesView, Status, pack_address
 from rostra.server.state.catalog import Nodes, ServiceAddresses, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
-from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
+from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow, read_row
 from rostra.wire.errors import RostraError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class _Nodes(_Watched):
         found = self._spelling.all_of(name)
         if not found:
             return None
-        row = NodeRow(*self._live.rows[found[0]])
+        row = read_row(NodeRow, self._live.rows[found[0]])
         return Node(row.name, row.datacenter or self._datacenter, row.address, row.meta)
 
     def has_below(self, name: str) -> bool:
@@ -162,7 +162,7 @@ class _Nodes(_Watched):
     def _update(self) -> None:
         if self._version == self._live.version:
             return
-        rows = [NodeRow(*row) for row in self._live.rows.values()]
+        rows = [read_row(NodeRow, row) for row in self._live.rows.values()]
         self._by_address = {pack_address(row.address): row.name.lower() for row in rows}
         self._above = set()
         for name in (row.name.lower() for row in rows if "." in row.name):
@@ -245,7 +245,7 @@ class _Service(_Watched):
 
 def make_instance(row: Any, datacenter: str) -> Instance:
     """An instance from a row of `health.service`: (node, service, checks of both)."""
-    node, service = NodeRow(*row[0]), ServiceRow(*row[1])
+    node, service = read_row(NodeRow, row[0]), read_row(ServiceRow, row[1])
     return Instance(
         node.name,
         node.datacenter or datacenter,

@@ -25,7 +25,7 @@ from rostra.runtime.service import Tasks
 from rostra.server.state.ca import Roots
 from rostra.server.state.health import ConnectInstances
 from rostra.server.state.intention import IntentionsFor
-from rostra.server.state.rows import CheckRow, IntentionRow, NodeRow, RootRow, ServiceRow
+from rostra.server.state.rows import CheckRow, IntentionRow, NodeRow, RootRow, ServiceRow, read_row
 from rostra.wire.errors import BadRequest, Internal, NotFound, RostraError, Timeout
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ log = _log.get("agent.proxycfg")
 
 def intentions_in_order(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Highest precedence first, a deny before an allow: the first one that matches a source decides."""
-    intentions = [IntentionRow(*row) for row in rows]
+    intentions = [read_row(IntentionRow, row) for row in rows]
     ranked = sorted(intentions, key=lambda i: (-precedence(i.source, i.destination), i.action == "allow", i.source))
     return [
         {"Source": i.source, "Action": i.action, "Precedence": precedence(i.source, i.destination), "ID": i.id}
@@ -165,7 +165,7 @@ class _Proxy:
         proxy = row.proxy or {}
         config = proxy.get("config") or {}
         trust_domain = self._roots.rows[""][0]
-        roots = [RootRow(*self._roots.rows[key]) for key in self._roots.keys if key != ""]
+        roots = [read_row(RootRow, self._roots.rows[key]) for key in self._roots.keys if key != ""]
         return {
             "ProxyID": row.id,
             "Service": self._destination,

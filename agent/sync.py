@@ -24,7 +24,7 @@ from rostra.runtime import log as _log
 from rostra.runtime.service import Tasks
 from rostra.server.state.catalog import SERF_HEALTH, Deregister, NodeServices, Register
 from rostra.server.state.health import NodeChecks
-from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow
+from rostra.server.state.rows import CheckRow, NodeRow, ServiceRow, read_row
 from rostra.wire.caller import Caller
 from rostra.wire.errors import Denied, RostraError
 
@@ -70,9 +70,13 @@ class Picture:
     def of(cls, node_rows: Mapping[Key, Row], check_rows: Mapping[Key, Row]) -> Picture:
         """From the answers of `catalog.node` and `health.node`."""
         node = node_rows.get(("",))
-        services = (ServiceRow(*row) for key, row in node_rows.items() if key[0] == "s")
-        checks = (CheckRow(*row) for row in check_rows.values())
-        return cls(NodeRow(*node) if node is not None else None, {s.id: s for s in services}, {c.id: c for c in checks})
+        services = (read_row(ServiceRow, row) for key, row in node_rows.items() if key[0] == "s")
+        checks = (read_row(CheckRow, row) for row in check_rows.values())
+        return cls(
+            read_row(NodeRow, node) if node is not None else None,
+            {s.id: s for s in services},
+            {c.id: c for c in checks},
+        )
 
 
 @dataclass(frozen=True, slots=True)

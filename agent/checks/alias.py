@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rostra.agent.checks.check import CRITICAL, PASSING, WARNING, Result
 from rostra.agent.checks.spec import CheckSpec
-from rostra.server.state.rows import CheckRow
+from rostra.server.state.rows import CheckRow, read_row
 
 if TYPE_CHECKING:
     from rostra.agent.results import Live, Results
@@ -49,7 +49,7 @@ def follow(spec: CheckSpec, results: Results, observe: Callable[[Result], None])
 
     def refresh() -> None:
         if services.is_ready and checks.is_ready:
-            rows = [CheckRow(*checks.rows[key]) for key in checks.keys]
+            rows = [read_row(CheckRow, checks.rows[key]) for key in checks.keys]
             exists = ("s", spec.alias_service) in services.rows
             observe(alias_result(spec.alias_node, spec.alias_service, rows, service_exists=exists))
 

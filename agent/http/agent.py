@@ -34,7 +34,7 @@ from rostra.agent.metrics import Metrics
 from rostra.runtime.steps import BUCKETS_MS as STEP_BUCKETS_MS
 from rostra.server.state.cluster import Members
 from rostra.server.state.health import sees_check
-from rostra.server.state.rows import MemberRow, ServiceRow
+from rostra.server.state.rows import MemberRow, ServiceRow, read_row
 from rostra.wire.durations import SECOND, format_duration
 from rostra.wire.errors import BadRequest, Denied, NoLeader, NotFound, RostraError
 
@@ -333,7 +333,7 @@ async def members(request: Request, agent: Agent) -> Response:
     live = agent.results.live(Members())
     if not await live.ready(5.0):
         raise NoLeader
-    rows = [MemberRow(*live.rows[key]) for key in live.keys if request.can.node_read(str(key))]
+    rows = [read_row(MemberRow, live.rows[key]) for key in live.keys if request.can.node_read(str(key))]
     if request.query.get("wan"):
         found = [_wan_member_json(row, agent.datacenter) for row in rows if row.role == "server"]
     else:
@@ -436,7 +436,7 @@ async def _own_member(agent: Agent, is_server: bool) -> MemberRow:
     live = agent.results.live(Members())
     try:
         if await live.ready(_ASK_SERVERS_S) and agent.node_name in live.rows:
-            return MemberRow(*live.rows[agent.node_name])
+            return read_row(MemberRow, live.rows[agent.node_name])
     except RostraError:
         pass
     role = "server" if is_server else "client"

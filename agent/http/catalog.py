@@ -23,7 +23,7 @@ from rostra.agent.schema import ADDRESS, CHECK, PROXY, SERVICE, Table, Type
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.catalog import NAME_RESERVED, Deregister, Nodes, NodeServices, Register, ServiceNames
 from rostra.server.state.health import ConnectInstances, ServiceInstances
-from rostra.server.state.rows import ServiceRow
+from rostra.server.state.rows import ServiceRow, read_row
 from rostra.wire.durations import format_duration
 from rostra.wire.errors import BadRequest, Conflict
 
@@ -86,7 +86,7 @@ async def services(request: Request, agent: Agent) -> Response:
             on_node = await agent.results.fetch(NodeServices(str(name)), mode=options.mode, token=request.token)
             for key, row in on_node.rows.items():
                 if key != ("",):
-                    instance = ServiceRow(*row)
+                    instance = read_row(ServiceRow, row)
                     found.setdefault(instance.name, set()).update(instance.tags)
         response.body = orjson.dumps({name: sorted(tags) for name, tags in sorted(found.items())})
         response.hot = None

@@ -22,7 +22,7 @@ from rostra.agent.results import View
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.ca import CaConfig, Roots
 from rostra.server.state.intention import DUPLICATE, DeleteIntention, Intentions, IntentionsFor, SetIntention, duplicate
-from rostra.server.state.rows import IntentionRow, RootRow
+from rostra.server.state.rows import IntentionRow, RootRow, read_row
 from rostra.wire.errors import BadRequest, Conflict, NoLeader, Timeout
 
 _PRECEDENCE = IntentionRow._fields.index("precedence")
@@ -258,7 +258,7 @@ async def check(request: Request, agent: Agent) -> Response:
         raise HttpError(500, f'unsupported SourceType: "{source_type}"')
     options = read_options(request, agent)
     entry = await agent.results.fetch(IntentionsFor(destination), mode=options.mode, token=request.token)
-    rows = [IntentionRow(*row) for row in entry.rows.values()]
+    rows = [read_row(IntentionRow, row) for row in entry.rows.values()]
     return json_response({"Allowed": decide(source, destination, rows, agent.config.intentions_default_allow).allowed})
 
 
@@ -358,7 +358,7 @@ async def _find(request: Request, agent: Agent, is_it: Callable[[IntentionRow], 
 
 async def _those(request: Request, agent: Agent, is_it: Callable[[IntentionRow], bool]) -> list[IntentionRow]:
     entry = await agent.results.fetch(Intentions(), token=request.token)
-    return [row for row in (IntentionRow(*row) for row in entry.rows.values()) if is_it(row)]
+    return [row for row in (read_row(IntentionRow, row) for row in entry.rows.values()) if is_it(row)]
 
 
 ROUTES = (

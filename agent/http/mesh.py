@@ -15,7 +15,7 @@ from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.agent.http.shapes import rfc3339
 from rostra.server.state.ca import Roots
 from rostra.server.state.intention import IntentionsFor
-from rostra.server.state.rows import IntentionRow
+from rostra.server.state.rows import IntentionRow, read_row
 from rostra.wire.errors import BadRequest
 
 
@@ -60,7 +60,7 @@ async def authorize(request: Request, agent: Agent) -> Response:
         reason = f"Identity from an external trust domain: {client.trust_domain}"
         return json_response({"Authorized": False, "Reason": reason})
     rows = (await agent.results.fetch(IntentionsFor(target), token=request.token)).rows
-    intentions: list[Intention] = [IntentionRow(*row) for row in rows.values()]
+    intentions: list[Intention] = [read_row(IntentionRow, row) for row in rows.values()]
     decision = decide(client.service, target, intentions, agent.config.intentions_default_allow)
     if isinstance(decision.winner, IntentionRow):
         i = decision.winner

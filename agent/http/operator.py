@@ -21,7 +21,7 @@ from rostra.agent.http.reads import read_options
 from rostra.agent.http.routing import Request, Response, Route, json_response
 from rostra.server.state.catalog import Nodes
 from rostra.server.state.operator import COUNT_MAX, MILLISECONDS_MAX, Autopilot, SetAutopilot
-from rostra.server.state.rows import AutopilotRow, NodeRow
+from rostra.server.state.rows import AutopilotRow, NodeRow, read_row
 from rostra.wire.durations import MILLISECOND, format_duration
 from rostra.wire.errors import BadRequest, NoLeader, NotFound, RostraError, Timeout
 
@@ -191,7 +191,7 @@ async def state(request: Request, agent: Agent) -> Response:
     """The same in the form that Consul has since 1.9: servers by id, always 200."""
     answer = await _health(request, agent)
     nodes = (await agent.results.fetch(Nodes(), token=request.token)).rows
-    metas = {name: NodeRow(*row).meta for name, row in nodes.items()}
+    metas = {name: read_row(NodeRow, row).meta for name, row in nodes.items()}
     servers = {
         row["id"]: {
             "ID": row["id"],
@@ -248,7 +248,7 @@ def _status(row: dict[str, Any]) -> str:
 async def configuration(request: Request, agent: Agent) -> Response:
     options = read_options(request, agent)
     entry = await agent.results.fetch(Autopilot(), mode=options.mode, token=request.token)
-    row = AutopilotRow(*entry.rows[""])
+    row = read_row(AutopilotRow, entry.rows[""])
     return json_response(
         {
             "CleanupDeadServers": row.cleanup_dead_servers,

@@ -17,7 +17,7 @@ import orjson
 
 from rostra.agent.schema import api_name
 from rostra.agent.servers_port import Key, Row
-from rostra.server.state.rows import CheckRow, IntentionRow, KVRow, NodeRow, RootRow, ServiceRow, session_row
+from rostra.server.state.rows import CheckRow, IntentionRow, KVRow, NodeRow, RootRow, ServiceRow, read_row, session_row
 from rostra.wire.durations import format_duration
 
 Json = dict[str, Any]
@@ -27,7 +27,7 @@ _OPAQUE = frozenset({"config", "Config", "meta", "Meta"})
 
 
 def node_json(row: Row) -> Json:
-    n = NodeRow(*row)
+    n = read_row(NodeRow, row)
     return {
         "ID": n.id,
         "Node": n.name,
@@ -42,7 +42,7 @@ def node_json(row: Row) -> Json:
 
 def service_json(row: Row) -> Json:
     """An instance as in `health/service` and `catalog/node`."""
-    s = ServiceRow(*row)
+    s = read_row(ServiceRow, row)
     out: Json = {"Kind": s.kind} if s.kind else {}
     out |= {"ID": s.id, "Service": s.name, "Tags": s.tags, "Address": s.address}
     if s.tagged_addresses:
@@ -62,7 +62,7 @@ def service_json(row: Row) -> Json:
 
 def catalog_service_json(node_row: Row, service_row: Row) -> Json:
     """The flat form of `catalog/service`."""
-    n, s = NodeRow(*node_row), ServiceRow(*service_row)
+    n, s = read_row(NodeRow, node_row), read_row(ServiceRow, service_row)
     out: Json = {
         "ID": n.id,
         "Node": n.name,
@@ -92,7 +92,7 @@ def catalog_service_json(node_row: Row, service_row: Row) -> Json:
 
 
 def check_json(row: Row) -> Json:
-    c = CheckRow(*row)
+    c = read_row(CheckRow, row)
     return {
         "Node": c.node,
         "CheckID": c.id,
@@ -172,7 +172,7 @@ def _api_name(key: str) -> str:
 
 
 def kv_fragment(key: Key, row: Row) -> bytes:
-    kv = KVRow(*row)
+    kv = read_row(KVRow, row)
     value = b'"' + b2a_base64(kv.value, newline=False) + b'"' if kv.value else b"null"
     session = b',"Session":%s' % orjson.dumps(kv.session) if kv.session else b""
     return b'{"LockIndex":%d,"Key":%s,"Flags":%d,"Value":%s%s,"CreateIndex":%d,"ModifyIndex":%d}' % (
@@ -211,7 +211,7 @@ def ttl_text(ms: int) -> str:
 
 
 def intention_json(row: Row) -> Json:
-    i = IntentionRow(*row)
+    i = read_row(IntentionRow, row)
     digest = hashlib.sha256(repr((i.source, i.destination, i.action, i.description, sorted(i.meta.items()))).encode())
     return {
         "ID": i.id,
@@ -235,7 +235,7 @@ def intention_json(row: Row) -> Json:
 
 
 def root_json(row: Row) -> Json:
-    r = RootRow(*row)
+    r = read_row(RootRow, row)
     return {
         "ID": r.id,
         "Name": r.name,

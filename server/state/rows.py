@@ -1,13 +1,27 @@
 """The rows of the state's tables, as immutable named tuples: the public types of every RPC answer.
 
-On the wire and in snapshots a row is a msgpack array in this field order, read back with `Row(*array)`. So a field is
-never renamed, moved or removed; a new one goes to the end with a default. Maps inside a row are never changed in place.
+On the wire and in snapshots a row is a msgpack array in this field order, which agents read with `read_row`. So a field
+is never renamed, moved or removed; a new one goes to the end with a default. Maps in a row are never changed in place.
 `create_index` and `modify_index` are indexes of the state (X-Consul-Index), not of Raft.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+R = TypeVar("R", bound=tuple[Any, ...])
+
+
+def read_row(kind: type[R], fields: Sequence[Any]) -> R:
+    """A row that a server of any version sent: fields that this one does not know are left out, others have defaults.
+
+    Raises TypeError where a field is missing that every version has.
+    """
+    try:
+        return kind(*fields)
+    except TypeError:
+        return kind(*fields[: len(kind._fields)])  # type: ignore[attr-defined]
 
 
 class NodeRow(NamedTuple):
@@ -97,8 +111,8 @@ class SessionRow(NamedTuple):
 
 
 def session_row(*fields: Any) -> SessionRow:
-    """The row that came as an array, with its tail."""
-    return tuple.__new__(SessionRow, fields) if len(fields) > 10 else SessionRow(*fields)
+    """The row that came as an array, with its tail where it has one; what this version does not know is left out."""
+    return tuple.__new__(SessionRow, fields[:13]) if len(fields) > 12 else SessionRow(*fields[:10])
 
 
 class IntentionRow(NamedTuple):
