@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from rostra.runtime.log import RateLimited, get
 from rostra.server.node import ServerNode
 from rostra.server.raft.members import REPLICA
 from rostra.server.state.catalog import Deregister, Register
-from rostra.server.state.cluster import ForgetNode, SetMemberStatus, StateHash
+from rostra.server.state.cluster import ForgetNode, ReapTombstones, SetMemberStatus, StateHash
 from rostra.server.state.rows import MemberRow, SessionRow
 from rostra.server.state.session import ExpireSession, RenewSessions
 from rostra.wire.errors import Conflict, NoLeader, NotFound, RostraError, Timeout
@@ -40,6 +41,10 @@ SERF_CHECK = "serfHealth"
 #: A name that was enrolled, and whose node never said what it trusts, is forgotten when it has been gone for this long.
 UNUSED_S = 60.0
 FORGOTTEN_AT_ONCE = 16
+#: For so long a key that was deleted is remembered, as in Consul (`tombstone_ttl`): a prefix has its index from that.
+TOMBSTONE_S = 15 * 60.0
+#: How often the index is noted to which that has come, and how many deletions are forgotten at once.
+NOTED_EVERY_S, REAPED_AT_ONCE = 60.0, 256
 
 
 def plan_silent(
@@ -71,6 +76,24 @@ def plan_expired(sessions: Iterable[SessionRow], seen: Mapping[str, float], now:
     return [s for s in sessions if s.ttl_ms and now - seen.get(s.id, now) > s.ttl_ms / 1000 * TTL_FACTOR]
 
 
+class Past:
+    """Which index the state had how long ago, as far as this server has led."""
+
+    def __init__(self) -> None:
+        self._notes: deque[tuple[float, int]] = deque()  # (monotonic time, index), oldest first
+        self._index = 0
+
+    def note(self, now: float, index: int) -> None:
+        if not self._notes or now - self._notes[-1][0] >= NOTED_EVERY_S:
+            self._notes.append((now, index))
+
+    def before(self, then: float) -> int:
+        """The highest index that is known to have been reached before `then`; 0 where none is."""
+        while self._notes and self._notes[0][0] < then:
+            self._index = self._notes.popleft()[1]
+        return self._index
+
+
 class LeaderDuties:
     """The duties of one server."""
 
@@ -93,6 +116,7 @@ class LeaderDuties:
         self._leading_since = 0.0
         self._leading = False
         self._prepared = False
+        self._past = Past()
         self._logged_checkpoint: StateHash | None = None
         self._last_report = 0.0
         self._renewed: dict[str, None] = {}
@@ -191,6 +215,7 @@ class LeaderDuties:
             self._leading, self._leading_since = True, now
             self._heard.clear()
             self._refused_until.clear()
+            self._past = Past()
         await node.leader_index("default")  # NoLeader: it has only just been elected, or does not lead any more
         if not self._prepared:
             await self._ensure_roots()
@@ -205,6 +230,9 @@ class LeaderDuties:
         if self._renewed:
             ids, self._renewed = tuple(self._renewed), {}
             await node.own_write(RenewSessions(ids=ids), hold_s=2)
+        self._past.note(now, node.store.index)
+        if below := node.store.reapable(self._past.before(now - TOMBSTONE_S) + 1, REAPED_AT_ONCE):
+            await node.own_write(ReapTombstones(table="kv", below=below), hold_s=2)
 
     async def _report(self, now: float) -> None:
         if now - self._last_report < REPORT_EVERY_S:

@@ -7,6 +7,7 @@ failed, left or been forgotten; a voting server's name until it is removed from 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 from rostra.acl.authorizer import Authorizer
@@ -237,7 +238,8 @@ class ReapTombstones:
             raise BadRequest(f"index {self.below} has not been reached")
         tables = tx.tables
         if self.table == "kv":
-            dead = [key for key, index in tables.tombstones.rows.items() if index < self.below]
+            # A key gets its tombstone when it goes and loses it when it comes back: they lie in the order of indexes.
+            dead = [key for key, _ in takewhile(lambda row: row[1] < self.below, tables.tombstones.rows.items())]
             for key in dead:
                 tx.delete(tables.tombstones, key)
         else:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -23,7 +24,7 @@ from rostra.server.state.clients import Clients, Result
 from rostra.server.state.cluster import StateHash
 from rostra.server.state.commands import COMMAND_VOCABULARY
 from rostra.server.state.entry import UnknownEntry, read_entry
-from rostra.server.state.granules import FLOOR_OF, directories, granule_hash, parent_directories
+from rostra.server.state.granules import directories, granule_hash, parent_directories
 from rostra.server.state.session import seen_index
 from rostra.server.state.tables import Tables
 from rostra.server.state.transaction import Key, Tx, View, granule_index
@@ -313,18 +314,15 @@ class Store:
         """What `ExpireSession.seen_index` has to be for the present state; None when there is no such session."""
         return seen_index(self.tables, session_id)
 
-    def reapable(self, table: str, keep: int) -> tuple[int, int]:
-        """(how many deletions are remembered in `table`, the `below` that leaves the newest `keep` of them)."""
-        tables = self.tables
-        if table == "kv":
-            indexes = sorted(tables.tombstones.rows.values())
-        else:
-            indexes = sorted(
-                index
-                for granule, index in tables.granules.rows.items()
-                if FLOOR_OF.get(granule.partition(":")[0]) == table and not tables.is_live(granule)
-            )
-        return len(indexes), indexes[-keep] if 0 < keep < len(indexes) else 0
+    def reapable(self, below: int, at_most: int) -> int:
+        """The `below` of a `ReapTombstones` that forgets the oldest deletions of keys; 0: none is older than `below`.
+
+        About `at_most` of them: those of one index, such as of a whole tree, go together.
+        """
+        oldest = list(islice(self.tables.tombstones.rows.values(), at_most))
+        if not oldest or oldest[0] >= below:
+            return 0
+        return min(below, oldest[-1] + 1)
 
     # -- comparing ------------------------------------------------------------------------------------------------
 

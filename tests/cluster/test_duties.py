@@ -14,7 +14,7 @@ from rostra.server import leader as duties
 from rostra.server.run import Core
 from rostra.server.state.catalog import Register
 from rostra.server.state.cluster import BindNode
-from rostra.server.state.kv import SetKey
+from rostra.server.state.kv import DeleteKey, ListKeys, SetKey
 from rostra.server.state.session import CreateSession, DestroySession, ExpireSession
 from rostra.wire.codec import encode_value
 from rostra.wire.errors import Conflict, NoLeader, NotFound
@@ -256,6 +256,26 @@ async def test_a_quiet_cluster_writes_nothing(tmp_path: Path) -> None:
         before = node.store.index
         await asyncio.sleep(0.5)
         assert node.store.index == before
+
+
+async def test_deletions_are_forgotten_once_they_are_old_and_no_index_goes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duties, "TOMBSTONE_S", 0.6)
+    monkeypatch.setattr(duties, "NOTED_EVERY_S", 0.05)
+    monkeypatch.setattr(duties, "REAPED_AT_ONCE", 10)
+    async with Cluster(tmp_path, 1) as cluster:
+        core, node, _ = server_of(cluster)
+        await eventually(lambda: status(core, "s1") == ("alive", "passing"))
+        for i in range(25):
+            await node.own_write(SetKey(f"d/{i}", b""))
+            await node.own_write(DeleteKey(f"d/{i}"))
+        tombstones = node.store.tables.tombstones.rows
+        assert tombstones  # not at once
+        before = node.store.evaluate(ListKeys("d")).index
+        await eventually(lambda: not tombstones)
+        assert node.store.evaluate(ListKeys("d")).index >= before
+        assert node.store.reapable(node.store.index + 1, 1) == 0  # nothing is left to write
 
 
 async def test_lock_delays_that_are_over_are_forgotten(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rostra.server.state.cluster import (
     SetMemberStatus,
     SetVoter,
 )
-from rostra.server.state.kv import DeleteKey, GetKey, ListKeys, SetKey
+from rostra.server.state.kv import DeleteKey, DeleteTree, GetKey, ListKeys, SetKey
 from rostra.server.state.session import CreateSession, DestroySession, SessionInfo
 from rostra.server.state.store import Store
 from rostra.wire.errors import BadRequest, Conflict, NotFound
@@ -121,21 +121,42 @@ def test_reaping_sessions_forgets_dead_ones_only(log):
     log.do(DestroySession("dead"))
     live = log.index_of(SessionInfo("live"))
     dead = log.index_of(SessionInfo("dead"))
-    assert log.store.reapable("sessions", keep=0) == (1, 0)
     assert log.do(ReapTombstones("sessions", log.store.index + 1)) == 1
     assert log.index_of(SessionInfo("live")) == live
     assert log.index_of(SessionInfo("dead")) >= dead
     assert "session:dead" not in log.store.tables.granules.rows
 
 
-def test_the_plan_for_reaping_keeps_the_newest_deletions(log):
+def test_the_oldest_deletions_are_reaped_first_and_so_many_at_a_time(log):
     for i in range(10):
         log.do(SetKey(f"k{i}", b""))
         log.do(DeleteKey(f"k{i}"))
-    count, below = log.store.reapable("kv", keep=4)
-    assert count == 10
-    assert log.do(ReapTombstones("kv", below)) == 6
-    assert sorted(log.store.tables.tombstones.rows) == ["k6", "k7", "k8", "k9"]
+    log.do(SetKey("k1", b""))
+    log.do(DeleteKey("k1"))  # the newest again
+    tombstones = log.store.tables.tombstones.rows
+    assert list(tombstones.values()) == sorted(tombstones.values())
+    now = log.store.index + 1
+    assert log.store.reapable(tombstones["k0"], 4) == 0
+    assert log.store.reapable(tombstones["k0"] + 1, 4) == tombstones["k0"] + 1
+    assert log.do(ReapTombstones("kv", log.store.reapable(now, 4))) == 4
+    assert list(tombstones) == ["k5", "k6", "k7", "k8", "k9", "k1"]
+    while below := log.store.reapable(now, 4):
+        assert log.do(ReapTombstones("kv", below)) <= 4
+    assert list(tombstones) == []
+
+
+def test_a_tree_that_was_deleted_at_once_is_forgotten_at_once(log):
+    for i in range(10):
+        log.do(SetKey(f"t/{i}", b""))
+    log.do(DeleteTree("t/"))
+    assert log.do(ReapTombstones("kv", log.store.reapable(log.store.index + 1, 4))) == 10
+
+
+def test_deletions_keep_their_order_in_a_snapshot(log, reloaded):
+    for key in ("c", "a", "b"):
+        log.do(SetKey(key, b""))
+        log.do(DeleteKey(key))
+    assert list(reloaded(log.store).tables.tombstones.rows) == ["c", "a", "b"]
 
 
 def test_what_has_not_happened_cannot_be_reaped(log):
