@@ -46,11 +46,17 @@ log = _log.get("agent.proxycfg")
 
 
 def intentions_in_order(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Highest precedence first, a deny before an allow: the first one that matches a source decides."""
+    """Highest precedence first, a deny before an allow."""
     intentions = [read_row(IntentionRow, row) for row in rows]
     ranked = sorted(intentions, key=lambda i: (-precedence(i.source, i.destination), i.action == "allow", i.source))
     return [
-        {"Source": i.source, "Action": i.action, "Precedence": precedence(i.source, i.destination), "ID": i.id}
+        {
+            "Source": i.source,
+            "Destination": i.destination,
+            "Action": i.action,
+            "Precedence": precedence(i.source, i.destination),
+            "ID": i.id,
+        }
         for i in ranked
     ]
 

@@ -112,7 +112,13 @@ class AdHocSource:
         found = self._get(f"/v1/connect/intentions/match?by=destination&name={name}").get(self._plan.service) or []
         rules = tuple(
             # Permissions instead of an action: this proxy does not look into requests, so none can be allowed.
-            Rule(i["SourceName"], i.get("Action") or "deny", i.get("Precedence", 0), i.get("ID") or "")
+            Rule(
+                i["SourceName"],
+                i.get("Action") or "deny",
+                i.get("Precedence", 0),
+                i.get("ID") or "",
+                i.get("DestinationName") or "",
+            )
             for i in found
         )
         if any(rule.source == "*" for rule in rules):

@@ -18,7 +18,7 @@ from rostra.connect_proxy.tls import PeerCertificate
 
 LOCAL_DIAL_TIMEOUT_S: Final = 5.0
 _DECISIONS_KEPT_MAX: Final = 4096
-#: Precedences from here on belong to intentions whose destination is the service itself and not '*'.
+#: Precedences from here on belong to intentions whose destination is the service itself: for agents of version 0.1.
 _EXACT_DESTINATION: Final = 7
 
 
@@ -57,7 +57,8 @@ class Decision(NamedTuple):
 
 
 def _destination(rule: Rule, here: str) -> str:
-    """An intention's precedence says whether it names this service or all of them."""
+    if rule.destination:
+        return rule.destination
     return intention.ANY if 0 < rule.precedence < _EXACT_DESTINATION else here
 
 

@@ -62,15 +62,20 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One intention whose destination is this service or '*'. The first whose source fits decides."""
+    """One intention whose destination is this service or '*'; acl/intention.py says which of those that fit decides.
+
+    `destination` is "" where an agent of version 0.1 says nothing of it.
+    """
 
     source: str
     action: str
     precedence: int = 0
     id: str = ""
+    destination: str = ""
 
     def __post_init__(self) -> None:
         _check_name("Intentions.Source", self.source)
+        _check_text("Intentions.Destination", self.destination, NAME_CHARS_MAX, empty_ok=True)
         if self.action not in ("allow", "deny"):
             raise SnapshotError(f'Intentions.Action must be "allow" or "deny", not {self.action!r}')
         _check_int("Intentions.Precedence", self.precedence, 0, 9)
@@ -193,7 +198,13 @@ class ProxySnapshot:
             "Roots": list(self.roots),
             "DefaultAllow": self.default_allow,
             "Intentions": [
-                {"Source": r.source, "Action": r.action, "Precedence": r.precedence, "ID": r.id}
+                {
+                    "Source": r.source,
+                    "Destination": r.destination,
+                    "Action": r.action,
+                    "Precedence": r.precedence,
+                    "ID": r.id,
+                }
                 for r in self.intentions
             ],
             "Upstreams": [
@@ -240,6 +251,7 @@ def _rule(item: dict[str, Any]) -> Rule:
         action=_get(item, "Action", str),
         precedence=_get(item, "Precedence", int, 0),
         id=_get(item, "ID", str, ""),
+        destination=_get(item, "Destination", str, ""),
     )
 
 

@@ -48,6 +48,14 @@ def test_a_refusal_tells_what_it_overruled():
     assert fields == {"intention": "ed", "rule": "api=>web:deny", "precedence": 9, "overruled": "*=>web:allow(8)"}
 
 
+def test_the_destination_that_an_agent_names_counts_whatever_the_precedence():
+    far = Rule("*", "deny", 8, "fd", "*")
+    exact = Rule("api", "allow", 5, "ea", "web")
+    decision = decide(snapshot(far, exact), "api")
+    assert (decision.allowed, decision.rule) == (True, exact)
+    assert decide(snapshot(far, exact), "other").fields()["rule"] == "*=>*:deny"
+
+
 def test_a_rule_for_all_destinations_is_shown_as_one():
     assert decide(snapshot(FAR_DENY), "api").fields()["rule"] == "*=>*:deny"
 

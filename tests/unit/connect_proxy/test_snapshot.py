@@ -20,7 +20,7 @@ def document() -> dict:
         "Leaf": {"CertPEM": "cert", "KeyPEM": "key", "SerialNumber": "01", "ValidAfterMs": 1, "ValidBeforeMs": 2},
         "Roots": ["root"],
         "DefaultAllow": True,
-        "Intentions": [{"Source": "api", "Action": "deny", "Precedence": 9, "ID": "i1"}],
+        "Intentions": [{"Source": "api", "Destination": "web", "Action": "deny", "Precedence": 9, "ID": "i1"}],
         "Upstreams": [
             {
                 "Name": "db",
@@ -49,6 +49,13 @@ def test_keys_of_newer_agents_are_ignored_and_optional_ones_may_be_missing():
     snapshot = ProxySnapshot.from_json({**small, "Novelty": {"a": 1}})
     assert snapshot.public is None
     assert snapshot.default_allow is False
+
+
+def test_an_intention_of_an_agent_of_version_0_1_names_no_destination():
+    old = document()
+    del old["Intentions"][0]["Destination"]
+    (rule,) = ProxySnapshot.from_json(old).intentions
+    assert (rule.source, rule.destination, rule.precedence) == ("api", "", 9)
 
 
 def test_the_key_is_not_printed():
