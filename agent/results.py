@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from rostra.agent.servers_port import Answer, Barrier, Delta, Key, Mode, Row, Servers
+from rostra.agent.servers_port import Barrier, Delta, Key, Mode, ReadAnswer, Row, Servers
 from rostra.runtime.service import Tasks
 from rostra.wire.errors import RostraError
 
@@ -37,7 +37,7 @@ TOUCHED_MAX = 65536
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class View:
+class Rendering:
     """One way to show rows. `shape` names the encoding, `key` the whole view: equal keys give equal bodies.
 
     `encode(key, row)` is called once per row, shape and change; `keep(key, row)` once per row, view and change.
@@ -67,7 +67,7 @@ class Rendered:
 class _ViewState:
     __slots__ = ("parts", "rendered", "stale", "task", "version", "view")
 
-    def __init__(self, view: View, stale: Iterable[Key]) -> None:
+    def __init__(self, view: Rendering, stale: Iterable[Key]) -> None:
         self.view = view
         self.parts: dict[Key, bytes] = {}  # b"" where the row is not in the view
         self.stale: dict[Key, None] = dict.fromkeys(stale)  # rows whose part is missing or old
@@ -87,12 +87,12 @@ class RowSet:
         self._encoded: dict[str, dict[Key, bytes]] = {}
         self._views: dict[Hashable, _ViewState] = {}
 
-    def rendered(self, view: View) -> Rendered | None:
+    def rendered(self, view: Rendering) -> Rendered | None:
         """The view's body if it is ready now."""
         state = self._views.get(view.key)
         return state.rendered if state is not None and state.version == self.version else None
 
-    async def render(self, view: View) -> tuple[Rendered, int]:
+    async def render(self, view: Rendering) -> tuple[Rendered, int]:
         """The view's body and the index that it belongs to. Everybody who asks at once shares the work."""
         while True:
             state = self._views.get(view.key)
@@ -113,7 +113,7 @@ class RowSet:
                 if task.done() and state.task is task:
                     state.task = None
 
-    def _new_state(self, view: View) -> _ViewState:
+    def _new_state(self, view: Rendering) -> _ViewState:
         if len(self._views) >= VIEWS_MAX:
             del self._views[next(iter(self._views))]
         state = self._views[view.key] = _ViewState(view, self.keys)
@@ -176,7 +176,7 @@ class RowSet:
 class Entry(RowSet):
     """One answer of a server, never changed. `valid` turns False when something that it read is touched."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: ReadAnswer) -> None:
         super().__init__()
         self.index = max(1, answer.index)
         # A server that keeps the list for watches has new keys at its end.

@@ -38,7 +38,7 @@ from rostra.agent.metrics import Metrics
 from rostra.agent.node_settings import data_dir, secrets
 from rostra.agent.proxycfg import ProxyConfigs
 from rostra.agent.results import Results
-from rostra.agent.servers import ServerAddress, ServerSession
+from rostra.agent.servers import ServerAddress, ServerLink
 from rostra.agent.sidecars import Sidecars
 from rostra.agent.sync import NodeIdentity as AboutNode
 from rostra.agent.sync import Sync
@@ -110,9 +110,9 @@ class RunningAgent:
 
     # -- the parts ------------------------------------------------------------------------------------------------
 
-    def _session_of(self, node_id: str) -> ServerSession:
+    def _session_of(self, node_id: str) -> ServerLink:
         config = self.config
-        return ServerSession(
+        return ServerLink(
             addresses=self._addresses,
             context=self._context,
             about=lambda: {

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
+from rostra.agent.servers_port import Barrier, Delta, Mode, ReadAnswer
 from rostra.runtime.log import RateLimited, get
 from rostra.runtime.tls import explain
 from rostra.wire.caller import ANONYMOUS, Caller
@@ -62,7 +62,7 @@ class ServerAddress:
         return self.path or f"{self.host}:{self.port}"
 
 
-class ServerSession:
+class ServerLink:
     """Implements `Servers` over whichever server can be reached."""
 
     def __init__(
@@ -133,7 +133,7 @@ class ServerSession:
         finally:
             del self._outstanding[sequence]
 
-    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
+    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> ReadAnswer:
         kind, args = encode_value(query)
         deadline = time.monotonic() + HOLD_S
         while True:
@@ -146,14 +146,14 @@ class ServerSession:
                 if time.monotonic() >= deadline:
                     raise
 
-    async def _read(self, client: RpcClient, kind: str, args: Any, min_index: int, caller: Caller) -> Answer:
+    async def _read(self, client: RpcClient, kind: str, args: Any, min_index: int, caller: Caller) -> ReadAnswer:
         stream = client.stream("read", kind, args, min_index, caller.packed())
         try:
             rows: list[Any] = []
             while (chunk := await stream.next()) is not None:
                 rows += chunk.rows
                 if chunk.flags & END:
-                    return Answer(chunk.index, chunk.granules, rows)
+                    return ReadAnswer(chunk.index, chunk.granules, rows)
             raise Lost
         finally:
             stream.close()

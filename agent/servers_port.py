@@ -17,7 +17,7 @@ Mode = Literal["default", "consistent", "stale"]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ReadAnswer:
     """One evaluation of a query. `rows` come in any order; `granules` are the 64-bit hashes of its read set."""
 
     index: int
@@ -53,7 +53,7 @@ class Servers(Protocol):
     async def write(self, command: Any, *, caller: Caller = ANONYMOUS, timeout_s: float = 10.0) -> Any:
         """The result of applying `command` once, whatever leader changes happen meanwhile. Raises RostraError."""
 
-    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
+    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> ReadAnswer:
         """One evaluation of `query` by a server whose index is at least `min_index`. Raises RostraError."""
 
     async def barrier(self, mode: Mode) -> Barrier:

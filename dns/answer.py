@@ -91,7 +91,7 @@ class DnsConfig:
         return ttl_s
 
 
-class Plan(NamedTuple):
+class AnswerPlan(NamedTuple):
     """`records` in any order: the resolver shuffles and cuts them. `one_only`: a CNAME admits no second record, and its
     `target` says where it leads. `lead` stands before them, `extras` in Additional, if there is room. `each_matters`:
     the number of answers is not limited, for none stands for the others.
@@ -124,9 +124,9 @@ def encode_soa(config: DnsConfig, zone: Labels, name_size: int, serial: int) -> 
     return encode_record(owner, TYPE_SOA, config.soa_min_ttl_s, rdata)
 
 
-def plan_nothing(rcode: int, soa: bytes, *, is_lasting: bool = False) -> Plan:
+def plan_nothing(rcode: int, soa: bytes, *, is_lasting: bool = False) -> AnswerPlan:
     """NXDOMAIN, or NODATA with `rcode` NOERROR."""
-    return Plan(rcode, authority=(soa,), is_lasting=is_lasting)
+    return AnswerPlan(rcode, authority=(soa,), is_lasting=is_lasting)
 
 
 def select_instances(instances: Sequence[Instance], tag: str, *, only_passing: bool) -> list[Instance]:
@@ -136,7 +136,9 @@ def select_instances(instances: Sequence[Instance], tag: str, *, only_passing: b
     return [i for i in instances if i.status != "critical" and (not tag or tag in i.tags)]
 
 
-def plan_service(lookup: Lookup, qtype: int, instances: Sequence[Instance], config: DnsConfig, soa: bytes) -> Plan:
+def plan_service(
+    lookup: Lookup, qtype: int, instances: Sequence[Instance], config: DnsConfig, soa: bytes
+) -> AnswerPlan:
     chosen = select_instances(instances, lookup.tag, only_passing=config.only_passing)
     if not chosen:
         below = "." + lookup.tag
@@ -152,7 +154,7 @@ def plan_service(lookup: Lookup, qtype: int, instances: Sequence[Instance], conf
         records, one_only = _address_records(chosen, qtype, ttl_s)
     if not records:
         return plan_nothing(NOERROR, soa, is_lasting=True)
-    return Plan(records=records[:RECORDS_MAX], one_only=one_only, is_lasting=True)
+    return AnswerPlan(records=records[:RECORDS_MAX], one_only=one_only, is_lasting=True)
 
 
 def encode_ahead(instances: Sequence[Instance], zone: Labels, config: DnsConfig, name: str) -> None:
@@ -230,7 +232,7 @@ def _host_or_none(host: str) -> bytes | None:
         return None
 
 
-def plan_node(node: Node | None, qtype: int, config: DnsConfig, soa: bytes, *, has_below: bool = False) -> Plan:
+def plan_node(node: Node | None, qtype: int, config: DnsConfig, soa: bytes, *, has_below: bool = False) -> AnswerPlan:
     """A node's address whatever its health, and its metadata as TXT; `rfc1035-` keys give the bare value."""
     if node is None:
         return plan_nothing(NOERROR if has_below else NXDOMAIN, soa)
@@ -243,26 +245,26 @@ def plan_node(node: Node | None, qtype: int, config: DnsConfig, soa: bytes, *, h
             records.append(Record(owner_is_question(TYPE_TXT, config.node_ttl_s, encode_txt(text))))
     if not records:
         return plan_nothing(NOERROR, soa, is_lasting=True)
-    return Plan(records=records, one_only=one_only, is_lasting=True, each_matters=True)
+    return AnswerPlan(records=records, one_only=one_only, is_lasting=True, each_matters=True)
 
 
-def plan_address(lookup: Lookup, qtype: int, config: DnsConfig, soa: bytes) -> Plan:
+def plan_address(lookup: Lookup, qtype: int, config: DnsConfig, soa: bytes) -> AnswerPlan:
     """`0a000001.addr.dc1.consul`: the name is the answer."""
     ip = bytes.fromhex(lookup.name)
     rtype = TYPE_A if len(ip) == 4 else TYPE_AAAA
     if qtype not in (rtype, TYPE_ANY):
         return plan_nothing(NOERROR, soa)
-    return Plan(records=[Record(owner_is_question(rtype, config.node_ttl_s, ip))])
+    return AnswerPlan(records=[Record(owner_is_question(rtype, config.node_ttl_s, ip))])
 
 
-def plan_servers(qtype: int, servers: Sequence[Instance], config: DnsConfig, soa: bytes) -> Plan:
+def plan_servers(qtype: int, servers: Sequence[Instance], config: DnsConfig, soa: bytes) -> AnswerPlan:
     """`ns.consul`, which the SOA names: the addresses of servers."""
     healthy = select_instances(servers, "", only_passing=config.only_passing)
     records, one_only = _address_records(healthy[:NAME_SERVERS_MAX], qtype, config.node_ttl_s)
-    return plan_nothing(NOERROR, soa) if one_only or not records else Plan(records=records)
+    return plan_nothing(NOERROR, soa) if one_only or not records else AnswerPlan(records=records)
 
 
-def plan_apex(lookup: Lookup, qtype: int, servers: Sequence[Instance], config: DnsConfig, soa: bytes) -> Plan:
+def plan_apex(lookup: Lookup, qtype: int, servers: Sequence[Instance], config: DnsConfig, soa: bytes) -> AnswerPlan:
     """SOA and NS of the domain; the name servers are the cluster's servers."""
     ns: dict[bytes, Record] = {}
     if qtype in (TYPE_NS, TYPE_SOA, TYPE_ANY):
@@ -277,15 +279,15 @@ def plan_apex(lookup: Lookup, qtype: int, servers: Sequence[Instance], config: D
                 ns[target] = Record(wire, 1, target, len(wire) - len(target), glue)
     if qtype == TYPE_SOA:
         addresses = tuple(r.target + r.glue for r in ns.values())
-        return Plan(records=[Record(soa)], authority=tuple(r.wire for r in ns.values()), additional=addresses)
+        return AnswerPlan(records=[Record(soa)], authority=tuple(r.wire for r in ns.values()), additional=addresses)
     if qtype == TYPE_ANY:
-        return Plan(records=[Record(soa), *ns.values()])
+        return AnswerPlan(records=[Record(soa), *ns.values()])
     if qtype == TYPE_NS and ns:
-        return Plan(records=list(ns.values()))
+        return AnswerPlan(records=list(ns.values()))
     return plan_nothing(NOERROR, soa)
 
 
-def plan_reverse(node: Node | None, service: str, config: DnsConfig) -> Plan | None:
+def plan_reverse(node: Node | None, service: str, config: DnsConfig) -> AnswerPlan | None:
     """The node that has the address, else the service; None where DNS cannot carry the name."""
     try:
         if node is not None:
@@ -294,8 +296,8 @@ def plan_reverse(node: Node | None, service: str, config: DnsConfig) -> Plan | N
             target = encode_labels((service,)) + _encode_suffix("service", config.datacenter, config.zone)
     except ValueError:
         return None
-    return Plan(records=[Record(owner_is_question(TYPE_PTR, config.node_ttl_s, target))])
+    return AnswerPlan(records=[Record(owner_is_question(TYPE_PTR, config.node_ttl_s, target))])
 
 
-def plan_empty(kind: Kind, soa: bytes) -> Plan:
+def plan_empty(kind: Kind, soa: bytes) -> AnswerPlan:
     return plan_nothing(NOERROR if kind is Kind.EMPTY else NXDOMAIN, soa)

@@ -17,8 +17,8 @@ from typing import NamedTuple, cast
 
 from rostra.dns.alias import Ask, Known, Step, Trail, follow, place, spell_out
 from rostra.dns.answer import (
+    AnswerPlan,
     DnsConfig,
-    Plan,
     encode_ahead,
     encode_soa,
     plan_address,
@@ -62,7 +62,7 @@ from rostra.dns.message import (
     parse_query,
 )
 from rostra.dns.name import Kind, Lookup, parse_name
-from rostra.dns.source import Instance, ServiceView, Source, View
+from rostra.dns.source import Instance, LiveRows, ServiceView, Source
 
 ROTATIONS = 16
 #: Sizes that replies are encoded for; a client's own size is rounded down to one of them.
@@ -83,7 +83,7 @@ Count = Callable[[str, int], None]
 class Wait(NamedTuple):
     """The answer depends on a view that is still arriving: resolve again when `view.ready()`."""
 
-    view: View
+    view: LiveRows
 
 
 class Forward(NamedTuple):
@@ -103,7 +103,7 @@ class _Watched:
 
     __slots__ = ("keys", "remove", "used", "view")
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: LiveRows) -> None:
         self.view = view
         self.keys: set[_Key] = set()
         self.used = 0
@@ -111,7 +111,7 @@ class _Watched:
 
 
 class _Planned(NamedTuple):
-    plan: Plan
+    plan: AnswerPlan
     watched: _Watched | None = None
 
 
@@ -143,7 +143,7 @@ class _Rotation:
         "watched",
     )
 
-    def __init__(self, plan: Plan, key: _Key, limits: _Limits, watched: _Watched | None) -> None:
+    def __init__(self, plan: AnswerPlan, key: _Key, limits: _Limits, watched: _Watched | None) -> None:
         self.plan = plan
         _, take, most = limits
         self.take = 1 if plan.one_only else len(plan.records) if plan.each_matters else take
@@ -435,7 +435,7 @@ class Resolver:
             if not isinstance(trail, Trail):
                 return Look((trail,)) if isinstance(trail, Ask) else trail
             lead, records = place(trail, 12 + len(query.question))
-            return _Planned(Plan(records=records, lead=tuple(lead)))
+            return _Planned(AnswerPlan(records=records, lead=tuple(lead)))
         asks: list[Ask] = []
         extras: list[bytes] = []
         for target in list({r.target: None for r in hosts})[:HOSTS_MAX]:
@@ -474,7 +474,7 @@ class Resolver:
 
     # -- live views ---------------------------------------------------------------------------------------------
 
-    def _view(self, key: _WatchKey) -> View | None:
+    def _view(self, key: _WatchKey) -> LiveRows | None:
         if isinstance(key, str):
             return self._source.service(key)
         return self._source.connect(key[0]) if key[0] else self._source.addresses
@@ -551,7 +551,7 @@ class Resolver:
         self.hot[hot_key] = cycle(replies).__next__
         rotation.hot_keys.append(hot_key)
 
-    def _nothing(self, query: Query, plan: Plan, tcp: bool) -> bytes:
+    def _nothing(self, query: Query, plan: AnswerPlan, tcp: bool) -> bytes:
         """The short way for names that do not exist or have no records: floods ask for them."""
         if plan.rcode == NXDOMAIN:
             self._add("nxdomain")

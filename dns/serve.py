@@ -20,7 +20,7 @@ from rostra.dns.answer import DnsConfig
 from rostra.dns.message import Found
 from rostra.dns.recurse import Recursor
 from rostra.dns.resolver import Count, Draw, Forward, Look, Resolver, Wait
-from rostra.dns.source import Source, View
+from rostra.dns.source import LiveRows, Source
 from rostra.runtime import log as logging
 from rostra.runtime.service import Tasks
 from rostra.wire.errors import Conflict
@@ -148,7 +148,7 @@ class DnsServer:
                 self.turns.queue(self._answer_line, of_many=True)
                 return
 
-    def _park(self, view: View, packet: bytes, reply: Reply, tcp: bool) -> None:
+    def _park(self, view: LiveRows, packet: bytes, reply: Reply, tcp: bool) -> None:
         if self._parked_count >= PARKED_MAX:
             self._fail(packet, reply)
             return
@@ -160,7 +160,7 @@ class DnsServer:
         self._parked[id(view)] = [(packet, reply, tcp)]
         self._tasks.start("wait for a view", self._answer_when_ready(view))
 
-    async def _answer_when_ready(self, view: View) -> None:
+    async def _answer_when_ready(self, view: LiveRows) -> None:
         waiting: list[tuple[bytes, Reply, bool]] = []
         try:
             is_ready = await view.ready(READY_TIMEOUT_S)

@@ -67,7 +67,7 @@ class Node:
         self.meta = dict(meta or {})
 
 
-class View(Protocol):
+class LiveRows(Protocol):
     """Something live: known or not yet, told when it changes."""
 
     @property
@@ -80,12 +80,12 @@ class View(Protocol):
         """`callback()` after every change, on the loop. Keeps the view alive until the returned remover is called."""
 
 
-class ServiceView(View, Protocol):
+class ServiceView(LiveRows, Protocol):
     def instances(self) -> Sequence[Instance]:
         """All instances, the unhealthy ones too."""
 
 
-class NodesView(View, Protocol):
+class NodesView(LiveRows, Protocol):
     def get(self, name: str) -> Node | None:
         """The node of this name, which is lower case."""
 
@@ -96,7 +96,7 @@ class NodesView(View, Protocol):
         """A node that has this packed address."""
 
 
-class AddressesView(View, Protocol):
+class AddressesView(LiveRows, Protocol):
     def service_at(self, ip: bytes) -> str:
         """The name of a service of which an instance has this packed address for its own; "" where there is none."""
 

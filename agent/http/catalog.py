@@ -18,7 +18,7 @@ from rostra.agent.http.permissions import anybody, at_servers
 from rostra.agent.http.reads import answer, read_options
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, as_object, catalog_service_json, node_json, service_json
-from rostra.agent.results import View
+from rostra.agent.results import Rendering
 from rostra.agent.schema import ADDRESS, CHECK, PROXY, SERVICE, Table, Type
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.catalog import NAME_RESERVED, Deregister, Nodes, NodeServices, Register, ServiceNames
@@ -59,10 +59,10 @@ def _join_node_list(parts: list[bytes]) -> bytes:
     return b'{"Node":' + parts[0] + b',"Services":' + (as_array(parts[1:]) if parts[1:] else b"null") + b"}"
 
 
-_NODES = View("node", "node", _encode_node, as_array)
-_NAMES = View("service-name", "service-name", _encode_name, as_object)
-_NODE = View("on-node", "on-node", _encode_on_node, _join_node)
-_NODE_LIST = View("on-node-list", "on-node-list", _encode_listed, _join_node_list)
+_NODES = Rendering("node", "node", _encode_node, as_array)
+_NAMES = Rendering("service-name", "service-name", _encode_name, as_object)
+_NODE = Rendering("on-node", "on-node", _encode_on_node, _join_node)
+_NODE_LIST = Rendering("on-node-list", "on-node-list", _encode_listed, _join_node_list)
 
 
 async def nodes(request: Request, agent: Agent) -> Response:
@@ -70,7 +70,7 @@ async def nodes(request: Request, agent: Agent) -> Response:
     view = _NODES
     if metas:
         matches = meta_filter(metas)
-        view = View("node", ("node", *metas), _encode_node, as_array, lambda key, row: matches(row))
+        view = Rendering("node", ("node", *metas), _encode_node, as_array, lambda key, row: matches(row))
     return await answer(request, agent, Nodes(), view)
 
 
@@ -115,10 +115,10 @@ async def datacenters(request: Request, agent: Agent) -> Response:
     return json_response([agent.datacenter])
 
 
-def _instances(request: Request) -> View:
+def _instances(request: Request) -> Rendering:
     tags, metas = request.query.all("tag"), request.query.all("node-meta")
     tests = [t for t in (tag_filter(tags), node_filter(metas)) if t is not None]
-    return View("catalog", ("catalog", tuple(tags), tuple(metas)), _encode_instance, as_array, all_of(tests))
+    return Rendering("catalog", ("catalog", tuple(tags), tuple(metas)), _encode_instance, as_array, all_of(tests))
 
 
 def _encode_instance(key: Key, row: Row) -> bytes:

@@ -18,7 +18,7 @@ from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import answer, read_options
 from rostra.agent.http.routing import Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, intention_json, root_json
-from rostra.agent.results import View
+from rostra.agent.results import Rendering
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.ca import CaConfig, Roots
 from rostra.server.state.intention import DUPLICATE, DeleteIntention, Intentions, IntentionsFor, SetIntention, duplicate
@@ -48,8 +48,8 @@ def _encode_pem(key: Key, row: Row) -> bytes:
     return b"" if key == "" else "".join((row[_CERT], *row[_INTERMEDIATES])).encode()
 
 
-_ROOTS = View("root", "root", _encode_root, _join_roots)
-_ROOTS_PEM = View("root-pem", "root-pem", _encode_pem, b"".join)
+_ROOTS = Rendering("root", "root", _encode_root, _join_roots)
+_ROOTS_PEM = Rendering("root-pem", "root-pem", _encode_pem, b"".join)
 
 
 async def roots(request: Request, agent: Agent) -> Response:
@@ -85,7 +85,9 @@ def _ca_configuration(config: dict[str, Any], index: int) -> dict[str, Any]:
     }
 
 
-_CONFIG = View("ca-config", "ca-config", _encode_config, lambda p: p[0] if p else dump_json(_ca_configuration({}, 1)))
+_CONFIG = Rendering(
+    "ca-config", "ca-config", _encode_config, lambda p: p[0] if p else dump_json(_ca_configuration({}, 1))
+)
 
 
 async def ca_configuration(request: Request, agent: Agent) -> Response:
@@ -109,7 +111,9 @@ def _ranked(parts: list[bytes]) -> list[list[bytes]]:
     return sorted(part.split(b"\0", 3) for part in parts)
 
 
-_LIST = View("intention-ranked", "intention-ranked", _encode_ranked, lambda p: as_array([f[3] for f in _ranked(p)]))
+_LIST = Rendering(
+    "intention-ranked", "intention-ranked", _encode_ranked, lambda p: as_array([f[3] for f in _ranked(p)])
+)
 
 
 async def list_intentions(request: Request, agent: Agent) -> Response:
@@ -161,7 +165,7 @@ async def delete_by_id(request: Request, agent: Agent) -> Response:
 async def read_exact(request: Request, agent: Agent) -> Response:
     source, destination = _pair(request)
     pair = (source.lower(), destination.lower())
-    view = View(
+    view = Rendering(
         "intention",
         ("exact", pair),
         _encode_intention,
@@ -234,7 +238,7 @@ async def match(request: Request, agent: Agent) -> Response:
     return await answer(request, agent, Intentions(), _matched(names, by), cacheable=True)
 
 
-def _matched(names: list[str], by: str) -> View:
+def _matched(names: list[str], by: str) -> Rendering:
     side = 0 if by == "source" else 1
     folded = {name: _name("name", name).lower() for name in sorted(set(names))}
     wanted = {*folded.values(), ANY}
@@ -248,7 +252,7 @@ def _matched(names: list[str], by: str) -> View:
         return b"{" + b",".join(groups) + b"}"
 
     key = ("matched", by, *folded)
-    return View("intention-ranked", key, _encode_ranked, join, lambda key, row: key[side].lower() in wanted)
+    return Rendering("intention-ranked", key, _encode_ranked, join, lambda key, row: key[side].lower() in wanted)
 
 
 async def check(request: Request, agent: Agent) -> Response:

@@ -12,7 +12,7 @@ from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import ReadOptions, answer, read_options
 from rostra.agent.http.routing import Request, Response, Route, dump_json
 from rostra.agent.http.shapes import as_array, check_json, instance_json
-from rostra.agent.results import View
+from rostra.agent.results import Rendering
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.catalog import Nodes
 from rostra.server.state.health import Checks, ConnectInstances, NodeChecks, ServiceInstances
@@ -22,7 +22,7 @@ _NODE = CheckRow._fields.index("node")
 _STATUS, _SERVICE_ID = CheckRow._fields.index("status"), CheckRow._fields.index("service_id")
 _SERVICE_TAGS, _NODE_META = ServiceRow._fields.index("tags"), NodeRow._fields.index("meta")
 
-_CHECKS = View("check", "check", lambda key, row: dump_json(check_json(row)), as_array)
+_CHECKS = Rendering("check", "check", lambda key, row: dump_json(check_json(row)), as_array)
 
 
 async def service(request: Request, agent: Agent) -> Response:
@@ -42,7 +42,7 @@ async def node(request: Request, agent: Agent) -> Response:
 async def checks(request: Request, agent: Agent) -> Response:
     name = request.require("service", "Missing service name")
     metas = request.query.all("node-meta")
-    view = View("service-checks", ("service-checks", *metas), _service_checks, as_array, node_filter(metas))
+    view = Rendering("service-checks", ("service-checks", *metas), _service_checks, as_array, node_filter(metas))
     return await answer(request, agent, ServiceInstances(name), view)
 
 
@@ -53,7 +53,7 @@ async def state(request: Request, agent: Agent) -> Response:
         return await _state_on_nodes(request, agent, wanted, metas)
     view = _CHECKS
     if wanted != "any":
-        view = View("check", ("check", wanted), _CHECKS.encode, as_array, lambda key, row: row[_STATUS] == wanted)
+        view = Rendering("check", ("check", wanted), _CHECKS.encode, as_array, lambda key, row: row[_STATUS] == wanted)
     return await answer(request, agent, Checks(), view)
 
 
@@ -81,7 +81,7 @@ async def _checks_of(request: Request, agent: Agent, wanted: str, metas: list[st
     def is_meant(key: Key, row: Row) -> bool:
         return row[_NODE] in names and wanted in ("any", row[_STATUS])
 
-    view = View("check", ("check", wanted, names), _CHECKS.encode, as_array, is_meant)
+    view = Rendering("check", ("check", wanted, names), _CHECKS.encode, as_array, is_meant)
     response = await answer(request, agent, Checks(), view, options=options)
     response.headers["X-Consul-Index"] = str(max(int(response.headers["X-Consul-Index"]), nodes.index))
     response.hot = None  # which depends on the checks alone
@@ -98,7 +98,7 @@ def _service_checks(key: Key, row: Row) -> bytes:
     return b",".join(dump_json(check_json(c)) for c in row[2] if c[_SERVICE_ID])
 
 
-def _instances(request: Request) -> View:
+def _instances(request: Request) -> Rendering:
     passing = request.query.flag("passing")
     tags, metas = request.query.all("tag"), request.query.all("node-meta")
     tests: list[Callable[[Key, Row], bool]] = []
@@ -107,7 +107,9 @@ def _instances(request: Request) -> View:
     for test in (tag_filter(tags), node_filter(metas)):
         if test is not None:
             tests.append(test)
-    return View("instance", ("instance", passing, tuple(tags), tuple(metas)), _encode_instance, as_array, all_of(tests))
+    return Rendering(
+        "instance", ("instance", passing, tuple(tags), tuple(metas)), _encode_instance, as_array, all_of(tests)
+    )
 
 
 def _encode_instance(key: Key, row: Row) -> bytes:

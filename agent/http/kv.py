@@ -13,16 +13,16 @@ from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import answer
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route
 from rostra.agent.http.shapes import as_array, kv_fragment
-from rostra.agent.results import View
+from rostra.agent.results import Rendering
 from rostra.agent.servers_port import Key, Row
 from rostra.server.state.kv import DeleteKey, DeleteTree, GetKey, KeyNames, ListKeys, SetKey
 from rostra.wire.errors import BadRequest
 
 VALUE_BYTES_MAX = 512 * 1024
-_ROWS = View("kv", "kv", kv_fragment, as_array)
+_ROWS = Rendering("kv", "kv", kv_fragment, as_array)
 _RAW_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 #: A fragment is never empty, so that an empty value is not taken for a missing key.
-_RAW = View("kv-raw", "kv-raw", lambda key, row: b"=" + row[1], lambda parts: parts[0][1:] if parts else b"")
+_RAW = Rendering("kv-raw", "kv-raw", lambda key, row: b"=" + row[1], lambda parts: parts[0][1:] if parts else b"")
 _DIGITS = re.compile(r"[0-9]{1,20}")
 _UUID_LENGTH = 36
 
@@ -67,9 +67,9 @@ async def delete(request: Request, agent: Agent) -> Response:
     return _truth(await write(agent.servers, DeleteKey(key, cas), request.caller))
 
 
-def _names(prefix_length: int, separator: str) -> View:
+def _names(prefix_length: int, separator: str) -> Rendering:
     if not separator:
-        return View("kv-names", "kv-names", lambda key, row: orjson.dumps(key), as_array)
+        return Rendering("kv-names", "kv-names", lambda key, row: orjson.dumps(key), as_array)
 
     def encode(key: Key, row: Row) -> bytes:
         assert isinstance(key, str)
@@ -80,7 +80,7 @@ def _names(prefix_length: int, separator: str) -> View:
         return as_array(list(dict.fromkeys(parts)))
 
     name = f"kv-names:{prefix_length}:{separator}"
-    return View(name, name, encode, join)
+    return Rendering(name, name, encode, join)
 
 
 def _refuse_together(request: Request, *names: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rostra.agent.context import Agent
 from rostra.agent.http.routing import JSON_TYPE, Request, Response
-from rostra.agent.results import Entry, Live, Rendered, RowSet, View
+from rostra.agent.results import Entry, Live, Rendered, Rendering, RowSet
 from rostra.agent.servers_port import Barrier, Mode
 from rostra.wire.durations import SECOND, parse_duration
 from rostra.wire.errors import BadRequest
@@ -81,7 +81,7 @@ async def answer(
     request: Request,
     agent: Agent,
     query: Any,
-    view: View,
+    view: Rendering,
     *,
     options: ReadOptions | None = None,
     cacheable: bool = False,
@@ -136,7 +136,7 @@ async def answer(
 
 
 async def _block(
-    request: Request, agent: Agent, query: Any, view: View, options: ReadOptions
+    request: Request, agent: Agent, query: Any, view: Rendering, options: ReadOptions
 ) -> tuple[Rendered, int, Barrier]:
     results, seen = agent.results, options.index
     loop = asyncio.get_running_loop()

@@ -12,7 +12,7 @@ from rostra.agent.http.permissions import at_servers
 from rostra.agent.http.reads import answer
 from rostra.agent.http.routing import JSON_TYPE, Request, Response, Route, dump_json, json_response
 from rostra.agent.http.shapes import as_array, session_json, ttl_text
-from rostra.agent.results import View
+from rostra.agent.results import Rendering
 from rostra.server.state.catalog import SERF_HEALTH
 from rostra.server.state.session import (
     LOCK_DELAY_MS_MAX,
@@ -33,7 +33,7 @@ _SESSION = Body(
     is_strict=False,
     ServiceChecks=Body("ID", is_strict=False),
 )
-_SESSIONS = View("session", "session", lambda key, row: dump_json(session_json(row)), as_array)
+_SESSIONS = Rendering("session", "session", lambda key, row: dump_json(session_json(row)), as_array)
 
 
 async def create(request: Request, agent: Agent) -> Response:

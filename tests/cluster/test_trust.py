@@ -19,7 +19,7 @@ import pytest
 
 from rostra.agent.enrolment import Certificate
 from rostra.agent.join import JoinListener, discover
-from rostra.agent.servers import ServerAddress, ServerSession
+from rostra.agent.servers import ServerAddress, ServerLink
 from rostra.runtime.identity import NodeIdentity
 from rostra.runtime.secret import parse_secrets
 from rostra.runtime.service import Tasks
@@ -54,7 +54,7 @@ class Client:
         async def addresses() -> list[ServerAddress]:
             return [ServerAddress(host="127.0.0.1", port=c.rpc_port) for c in cluster.cores.values()]
 
-        self.session = ServerSession(
+        self.session = ServerLink(
             addresses=addresses,
             context=self.identity.client_context,
             about=lambda: {"name": name, "node_id": self.identity.node_id, "role": "client", **said},

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rostra.agent.servers import ServerAddress, ServerSession
+from rostra.agent.servers import ServerAddress, ServerLink
 from rostra.runtime.service import Tasks
 from rostra.runtime.tls import client_context, peer_key_hash
 from rostra.server.run import Core
@@ -29,7 +29,7 @@ class Cluster:
         self.names = [f"s{i + 1}" for i in range(size)]  # of those that found it
         self.cores: dict[str, Core] = {}
         self._ports: dict[str, int] = {}
-        self._sessions: dict[Core, ServerSession] = {}
+        self._sessions: dict[Core, ServerLink] = {}
         self._tasks = Tasks("test")
 
     async def __aenter__(self) -> Cluster:
@@ -114,7 +114,7 @@ class Cluster:
     def followers(self) -> list[Core]:
         return [c for c in self.cores.values() if not c.node.is_leader]
 
-    def session(self, core: Core, name: str = "") -> ServerSession:
+    def session(self, core: Core, name: str = "") -> ServerLink:
         """What the agent on `core`'s own host holds; with a name, a client agent's over mTLS."""
         path = str(self.directory / core.settings.node_name / "server" / "core.sock")
 
@@ -130,7 +130,7 @@ class Cluster:
 
             identity = NodeIdentity.open(self.directory / f"agent-{name}", name, parse_secrets([self.secret]))
             context = client_context(identity)
-        session = ServerSession(
+        session = ServerLink(
             addresses=addresses,
             context=lambda: context,
             about=lambda: {"name": name or core.settings.node_name, "role": "client", "address": "127.0.0.1"},

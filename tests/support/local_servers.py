@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 
-from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
+from rostra.agent.servers_port import Barrier, Delta, Mode, ReadAnswer
 from rostra.server.ca.issue import create_root, sign_leaf
 from rostra.server.state.ca import SetRoot
 from rostra.server.state.cluster import Bootstrap
@@ -85,7 +85,7 @@ class LocalServers:
         self.written.append(command)
         return self.apply(command)
 
-    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
+    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> ReadAnswer:
         await asyncio.sleep(0)
         if not self._connected:
             raise NoLeader
@@ -158,8 +158,8 @@ class LocalServers:
     def connected(self) -> bool:
         return self._connected
 
-    def _answer(self, query: Any) -> Answer:
+    def _answer(self, query: Any) -> ReadAnswer:
         evaluation = self.store.evaluate(query)
         rows = msgpack.unpackb(msgpack.packb(evaluation.rows()), use_list=False, strict_map_key=False)
         granules = tuple(granule_hash(granule) for granule in evaluation.granules)
-        return Answer(evaluation.index, granules, list(rows))
+        return ReadAnswer(evaluation.index, granules, list(rows))

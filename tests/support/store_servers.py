@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 
-from rostra.agent.servers_port import Answer, Barrier, Delta, Mode
+from rostra.agent.servers_port import Barrier, Delta, Mode, ReadAnswer
 from rostra.server.state.cluster import Bootstrap
 from rostra.server.state.entry import encode_entry
 from rostra.server.state.granules import granule_hash
@@ -86,12 +86,12 @@ class StoreServers:
             raise error
         return self.apply(command)
 
-    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> Answer:
+    async def read(self, query: Any, *, min_index: int = 0, token: str = "") -> ReadAnswer:
         self._check()
         self.reads += 1
         evaluation = self.store.evaluate(query)
         rows = over_the_wire([(key, row) for key, row in evaluation.rows()])
-        answer = Answer(evaluation.index, tuple(map(granule_hash, evaluation.granules)), list(rows))
+        answer = ReadAnswer(evaluation.index, tuple(map(granule_hash, evaluation.granules)), list(rows))
         if self.read_gate is not None:
             await self.read_gate.wait()
         return answer

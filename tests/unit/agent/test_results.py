@@ -5,8 +5,8 @@ import gc
 
 import pytest
 
-from rostra.agent.results import Entry, Live, Results, RowSet, View
-from rostra.agent.servers_port import Answer, Delta, Key, Row
+from rostra.agent.results import Entry, Live, Rendering, Results, RowSet
+from rostra.agent.servers_port import Delta, Key, ReadAnswer, Row
 from rostra.runtime.steps import LoopSteps
 from rostra.server.state.catalog import Register
 from rostra.server.state.health import ServiceInstances
@@ -31,7 +31,7 @@ def joined(parts: list[bytes]) -> bytes:
     return b",".join(parts)
 
 
-VALUES = View("value", "value", lambda key, row: bytes(row[1]), joined)
+VALUES = Rendering("value", "value", lambda key, row: bytes(row[1]), joined)
 
 
 async def until(condition) -> None:
@@ -202,8 +202,8 @@ async def test_each_row_is_encoded_once_for_all_views_of_a_shape(servers, result
         return bytes(row[1])
 
     entry = await results.fetch(ListKeys("k"))
-    everything = View("v", "all", encode, joined)
-    odd = View("v", "odd", encode, joined, lambda key, row: int(row[1]) % 2 == 1)
+    everything = Rendering("v", "all", encode, joined)
+    odd = Rendering("v", "odd", encode, joined, lambda key, row: int(row[1]) % 2 == 1)
     assert (await entry.render(everything))[0].body == b"0,1,2,3,4"
     assert (await entry.render(odd))[0].body == b"1,3"
     assert len(encoded) == 5
@@ -225,7 +225,7 @@ async def test_a_long_encoding_is_shared_and_lets_the_loop_turn(servers, results
         encoded.append(key)
         return b"x"
 
-    view = View("v", "v", encode, joined)
+    view = Rendering("v", "v", encode, joined)
     counter = asyncio.create_task(count())
     bodies = await asyncio.gather(*(entry.render(view) for _ in range(5)))
     done = True
@@ -246,7 +246,7 @@ async def test_an_encoder_that_fails_fails_every_caller_and_the_next_call_tries_
             raise ValueError("no")
         return b"x"
 
-    view = View("v", "v", encode, joined)
+    view = Rendering("v", "v", encode, joined)
     got = await asyncio.gather(*(rows.render(view) for _ in range(3)), return_exceptions=True)
     assert [type(g) for g in got] == [ValueError] * 3
     broken = False
@@ -279,7 +279,7 @@ async def test_a_watch_re_encodes_only_what_changed(servers, results):
         encoded.append(key)
         return bytes(row[1])
 
-    view = View("v", "v", encode, joined)
+    view = Rendering("v", "v", encode, joined)
     live = results.live(ListKeys("k"))
     await live.ready(5)
     await live.render(view)
@@ -296,7 +296,7 @@ async def test_an_unchanged_view_stays_the_same_object(servers, results):
     servers.apply(SetKey("kb", b"1"))
     live = results.live(ListKeys("k"))
     await live.ready(5)
-    only_a = View("v", "only-a", VALUES.encode, joined, lambda key, row: key == "ka")
+    only_a = Rendering("v", "only-a", VALUES.encode, joined, lambda key, row: key == "ka")
     before, _ = await live.render(only_a)
     servers.apply(SetKey("kb", b"2"))
     assert await live.wait_change(live.version, 5)
@@ -321,7 +321,7 @@ async def test_rows_are_kept_in_key_order_in_whatever_order_a_server_sends_them(
     def row(key: str) -> tuple[Key, Row]:
         return key, (key, b"x", 0, 0, "", 2, 2)
 
-    assert Entry(Answer(5, (), [row("kb"), row("kc"), row("ka")])).keys == ["ka", "kb", "kc"]
+    assert Entry(ReadAnswer(5, (), [row("kb"), row("kc"), row("ka")])).keys == ["ka", "kb", "kc"]
     live = results.live(ListKeys("k"))
     await live.ready(5)
     live._take(Delta(5, True, True, (), [row("kb"), row("kd"), row("ka"), row("kc")], []))
@@ -414,7 +414,7 @@ async def test_three_hundred_watchers_of_a_thousand_instances_do_not_hold_the_lo
         servers.apply(Register(f"n{i}", "10.0.0.1", service=service, checks=checks))
     live: Live = results.live(ServiceInstances("web"))
     await live.ready(10)
-    view = View("v", "v", lambda key, row: repr(row).encode(), joined)
+    view = Rendering("v", "v", lambda key, row: repr(row).encode(), joined)
     await live.render(view)
     woken = 0
 

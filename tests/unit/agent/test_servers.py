@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rostra.agent.servers import ServerAddress, ServerSession
+from rostra.agent.servers import ServerAddress, ServerLink
 from rostra.server.state.kv import SetKey
 from rostra.wire.connection import FrameConnection
 from rostra.wire.errors import Conflict, NoLeader, Timeout
@@ -72,7 +72,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Any]:
         tasks.append(asyncio.ensure_future(work))
         return tasks[-1]
 
-    async def start(*script: Any) -> tuple[ServerSession, Server]:
+    async def start(*script: Any) -> tuple[ServerLink, Server]:
         server = Server(tmp_path / "sock", *script)
         await server.start()
         servers.append(server)
@@ -80,7 +80,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Any]:
         async def addresses() -> list[ServerAddress]:
             return [ServerAddress(path=str(server.path))]
 
-        session = ServerSession(
+        session = ServerLink(
             addresses=addresses,
             context=lambda: None,  # type: ignore[arg-type,return-value]
             about=lambda: {"name": "a1"},
