@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test attack fuzz-http sim torture mutants check bench venv clean
+.PHONY: demo test unit attack fuzz-http sim torture mutants check bench venv clean
 
 demo: venv  ## the whole product on this machine, step by step, each step verified
 	@$(VENV)/bin/python -P deploy/local/demo.py
 
 test: venv  ## every test that this machine can run
 	@$(VENV)/bin/pytest -q -n 4 --dist loadfile
+
+unit: venv  ## the tests of single parts, within a minute
+	@$(VENV)/bin/pytest -q -n 4 --dist loadfile tests/unit
 
 attack: venv  ## every attack of tests/attack, the long forms too; about ten minutes
 	@$(VENV)/bin/pytest -q -m "long or not long" tests/attack

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterable
@@ -19,10 +18,11 @@ from operator import itemgetter
 from typing import Any
 
 from rostra.agent.servers_port import Barrier, Delta, Key, Mode, ReadAnswer, Row, Servers
+from rostra.runtime.log import get
 from rostra.runtime.service import Tasks
 from rostra.wire.errors import RostraError
 
-log = logging.getLogger(__name__)
+log = get("agent.results")
 
 #: A slice of encoding or filtering ends after so many rows or so long, whichever is first.
 SLICE_ROWS = 50
@@ -385,7 +385,7 @@ class Live(RowSet):
             try:
                 callback()
             except Exception:
-                log.exception("a watch's callback failed", extra={"query": type(self._query).__name__})
+                log.err("a watch's callback failed", query=type(self._query).__name__, exc_info=True)
         self._schedule_wake()
 
     def _schedule_wake(self) -> None:

@@ -7,15 +7,15 @@ Clients of Consul match texts and statuses that differ from our taxonomy: a hand
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 from rostra.agent.http.routing import Response, text_response
+from rostra.runtime.log import get
 from rostra.wire.caller import Caller
 from rostra.wire.errors import BadRequest, NoLeader, RostraError
 from rostra.wire.rpc import Lost
 
-log = logging.getLogger(__name__)
+log = get("http")
 
 STATUS = {
     "bad_request": 400,
@@ -54,7 +54,7 @@ def error_response(error: BaseException) -> Response:
         return text_response(error.message, status=STATUS.get(error.code, 500))
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return text_response("The request took too long", status=500)
-    log.error("a request failed", exc_info=error)
+    log.err("a request failed", exc_info=error)
     return text_response("Internal error, see the agent's log", status=500)
 
 
